@@ -1,0 +1,70 @@
+"""A dataclass is the command line, the help text and the saved config.
+
+    @dataclass
+    class Config:
+        lr: float = flag(5e-4, "peak learning rate of the student", at_least=0)
+
+    config = parse(Config, "what the script does")        # --lr 1e-3
+"""
+import argparse
+import dataclasses
+import typing
+
+from hub import InputError
+
+
+def flag(default, help: str, choices=None, at_least=None):
+    """A dataclass field that is also a command-line flag. `help` names the unit."""
+    metadata = dict(help=help, choices=choices, at_least=at_least)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse(cls, description: str, argv: list[str] | None = None, positional: tuple[str, ...] = (),
+          presets=lambda given: {}):
+    """Read the command line into a `cls`.
+
+    positional: fields given by place. presets: a function of the flags that were given → other defaults for the rest.
+    Raises InputError for an unknown flag, a value of the wrong type or outside its range.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[field.name]
+        options = dict(default=argparse.SUPPRESS, help=_help(field))
+        if kind is bool:
+            options["action"] = "store_true"
+        else:
+            is_list = typing.get_origin(kind) is list
+            options |= dict(type=_scalar_type(kind), choices=field.metadata["choices"], metavar=field.name.upper())
+            if field.name in positional:
+                has_default = dataclasses.MISSING not in (field.default,)
+                options |= dict(nargs="?" if has_default else None)
+            elif is_list:
+                options |= dict(nargs="+")
+        parser.add_argument(field.name if field.name in positional else f"--{field.name}", **options)
+    given = vars(parser.parse_args(argv))
+    config = cls(**{**presets(given), **given})
+    for field in dataclasses.fields(cls):
+        value, at_least = getattr(config, field.name), field.metadata["at_least"]
+        if at_least is not None and value is not None and not value >= at_least:
+            raise InputError(f"--{field.name} {value}: must be at least {at_least}")
+    return config
+
+
+def _scalar_type(kind):
+    """int for int, list[int] and int | None."""
+    arguments = [a for a in typing.get_args(kind) if a is not type(None)]
+    return arguments[0] if arguments else kind
+
+
+def _help(field) -> str:
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    choices = f" {{{', '.join(map(str, field.metadata['choices']))}}}" if field.metadata["choices"] else ""
+    shown = "" if default in (None, "", False) else f" (default: {default})"
+    return f"{field.metadata['help']}{choices}{shown}".replace("%", "%%")

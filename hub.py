@@ -1,0 +1,200 @@
+"""Names → files on this machine, and errors a person can act on.
+
+- `model_dir("gpt2")` is a folder in the hub's layout: a known short name, any hub id, or a folder of yours.
+- `data_file("dolly", "train")` is a JSON-lines file: a data set of the DSKD papers, or a folder of yours.
+- `InputError` is what every file here raises for bad input; `run(main)` prints it as one line and exits with 2.
+
+Downloads are checked before use and never left half-written.
+"""
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import sys
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+DATA_DIR = Path(__file__).resolve().parent / "data"
+
+MODELS = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "qwen": "Qwen/Qwen1.5-1.8B",
+    "qwen1.5-0.5b": "Qwen/Qwen1.5-0.5B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "llama2": "meta-llama/Llama-2-7b-hf",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral": "mistralai/Mistral-7B-v0.1",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+
+# The data of the DSKD papers: (set, split) → path in the release's repository and the file's git blob id.
+RELEASE = "https://raw.githubusercontent.com/stellaevat/DSKD-KQ/375154c/"
+DATASETS = {
+    ("dolly", "train"): ("data/dolly/train.jsonl", "cb845750fffdd98b6c04d81b1798e5ec72835607"),
+    ("dolly", "dev"): ("data/dolly/dev.jsonl", "d956f00cb476aa985b02f4a3ebfd43cd6e17225c"),
+    ("dolly", "test"): ("data/dolly/test.jsonl", "f3d75af7b273550bc0ff340faffe17c8c31733d3"),
+    ("self-inst", "test"): ("data/self-inst/test.jsonl", "8231f707b86745176db46d2117397476d25d80af"),
+    ("vicuna", "test"): ("data/vicuna/test.jsonl", "2fcc9c233a9a0987bc5200c4020092f5fa578e56"),
+    ("sinst", "test"): ("data/sinst/11_/test.jsonl", "91ce2bd1332fadea8efcf20300d4a1e3ada3ae21"),
+    ("uinst", "test"): ("data/uinst/11_/test.jsonl", "104739f507d121d7ddf689bf428f348291b50f25"),
+}
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that says what, where, and what would be right."""
+
+
+def run(main) -> None:
+    """Run a script's main(). An InputError becomes one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w"):
+    """Open a file that appears under its name only when whole: written beside, flushed to disk, renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
+    """The folder of a model in the hub's layout, downloaded when it is a name.
+
+    name_or_dir: a folder, a short name from MODELS, or a hub id such as "Qwen/Qwen2.5-0.5B".
+    weights=False fetches only the configuration and the tokenizer.
+    Raises InputError where there is no such folder or the hub does not give it.
+    """
+    path = Path(name_or_dir)
+    if path.is_dir():
+        return path
+    name = str(name_or_dir)
+    repo = MODELS.get(name, name)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
+        raise InputError(f"{name}: not a folder, not a hub id (owner/name) and not one of {', '.join(MODELS)}")
+    return _download_model(repo, weights)
+
+
+def _download_model(repo: str, weights: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download       # imported here: slow, and a folder needs none of it
+
+    advice = f"pass a folder that holds the files of https://huggingface.co/{repo} instead of a name"
+    try:
+        files = HfApi().list_repo_files(repo)
+        return Path(snapshot_download(repo, allow_patterns=_wanted(files, weights)))
+    except Exception as error:      # the hub's client raises its own, httpx's, urllib3's or OS errors: all end here
+        try:                        # without network a model that was downloaded once is still in the client's cache
+            folder = Path(snapshot_download(repo, local_files_only=True))
+            if (folder / "config.json").exists() and not (weights and not weight_files(folder)):
+                return folder
+        except Exception:           # not in the cache either: report the first error, which names the cause
+            pass
+        reason = {"GatedRepoError": "the repository is gated: accept its terms and run `hf auth login`, or",
+                  "RepositoryNotFoundError": "the hub has no such public repository:"}.get(
+                      type(error).__name__, f"the hub cannot be reached ({type(error).__name__}):")
+        raise InputError(f"{repo}: {reason} {advice}") from error
+
+
+def _wanted(files: list[str], weights: bool) -> list[str]:
+    """The files of a repository that we read: top level only, safetensors before pickled weights."""
+    wanted = [f for f in files if f == "config.json" or f in TOKENIZER_FILES]
+    if weights:
+        safe = [f for f in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", f)]
+        wanted += safe or [f for f in files if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", f)]
+    return wanted
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights in a folder, in order of preference: one safetensors file, a sharded index, the .bin forms."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def data_file(name_or_dir: str | Path, split: str) -> Path:
+    """The JSON-lines file of one split ("train", "dev" or "test").
+
+    name_or_dir: a set of the papers (downloaded once, checked against its git blob id at every use), a generated toy
+    set, a folder that holds train/dev/test.jsonl, or a .jsonl file.
+    Raises InputError where there is none.
+    """
+    name, path = str(name_or_dir), Path(name_or_dir)
+    if (name, split) in DATASETS:
+        return _download_data(name, split)
+    if name in {known for known, _ in DATASETS}:
+        raise InputError(f"--data {name}: this set has no {split} split (the papers use it for scoring only)")
+    if name.startswith("toy") and (DATA_DIR / name).is_dir():
+        path = DATA_DIR / name
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"--data {name}: no such file or folder, and not one of "
+                         f"toy, {', '.join(dict.fromkeys(known for known, _ in DATASETS))}")
+    if not (path / f"{split}.jsonl").is_file():
+        raise InputError(f"{path}: no {split}.jsonl in this folder (a data folder holds train.jsonl, dev.jsonl, test.jsonl)")
+    return path / f"{split}.jsonl"
+
+
+def _download_data(name: str, split: str) -> Path:
+    remote, blob_id = DATASETS[name, split]
+    path = DATA_DIR / name / f"{split}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with urllib.request.urlopen(RELEASE + remote, timeout=60) as response, open(temporary, "wb") as file, \
+                    tqdm.wrapattr(response, "read", desc=f"{name}/{split}.jsonl",
+                                  total=int(response.headers.get("Content-Length") or 0) or None) as source:
+                shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if git_blob_id(temporary) != blob_id:
+                raise InputError(f"{RELEASE}{remote}: the download is cut or was changed (expected git blob {blob_id}); "
+                                 "nothing was kept, try again")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(f"--data {name}: cannot download {RELEASE}{remote} ({error}); "
+                             f"pass a folder with {split}.jsonl instead") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    if git_blob_id(path) != blob_id:
+        raise InputError(f"{path}: not the published file (expected git blob {blob_id}); delete it to download it again")
+    return path
+
+
+def git_blob_id(path: Path) -> str:
+    """The id git gives a file's contents: SHA-1 over "blob <size>\\0" and the bytes."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Make sure a file's (or folder's) contents are on the disk, not only in the system's cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,466 @@
+"""Small hand-written decoders that hold real weights: GPT-2, and Llama with its relatives.
+
+    decoder = load("gpt2")                      # or a folder in the hub's layout, or any hub id
+    hidden = decoder(ids)                       # (B, T) → (B, T, d), after the final norm
+    logits = decoder.logits(hidden)             # (B, T, V)
+
+Notable here:
+- two classes: `GPT2`, and `Llama`, which by configuration alone is Llama 2/3, TinyLlama, Mistral, SmolLM2 (rotary
+  embeddings, RMSNorm, SwiGLU, grouped-query attention), Qwen1.5/2/2.5 (bias on q, k, v) and Qwen3 (norm on q and k);
+- the forward pass stops at the hidden states, because distillation needs logits at response positions only;
+- a config field that would change the result and is not implemented is an error (`read_config` in model_config.py).
+"""
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import hub
+from hub import InputError
+from model_config import ModelConfig, read_config
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: one (B, kv_heads, capacity, head_dim) buffer a layer, filled in place."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, like: torch.Tensor):
+        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = [like.new_empty(shape) for _ in range(config.num_layers)]
+        self.values = [like.new_empty(shape) for _ in range(config.num_layers)]
+        self.length = 0                     # tokens stored before the current forward pass
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.length + k.size(2)
+        self.keys[layer][:, :, self.length:end] = k
+        self.values[layer][:, :, self.length:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √head_dim) v under a mask; the subclasses differ in how they make q, k, v."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+
+    def attend(self, q, k, v, masks, cache):
+        """q: (B, heads, T, hd), k and v: (B, kv_heads, T, hd) → (B, T, heads · hd)."""
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        mask = masks[self.config.sliding_layers[self.layer]]
+        groups = self.config.num_heads // self.config.num_kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+        return y.transpose(1, 2).flatten(2)
+
+    def heads(self, x, count):
+        """(B, T, count · hd) → (B, count, T, hd)"""
+        return x.unflatten(-1, (count, self.config.head_dim)).transpose(1, 2)
+
+
+class Decoder(nn.Module):
+    """What GPT2 and Llama share: embeddings, masks, generation, files. `.embed` and `.head` may be one tensor."""
+
+    hub_names: dict[str, str]               # prefix of our parameter names → prefix in the hub's files
+    transposed = ()                         # endings of weights that the hub stores as (in, out)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.source: Path | None = None     # the folder it was loaded from; save() copies the tokenizer from there
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tie_head:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids (B, T) → hidden states (B, T, d) after the final norm, i.e. h with logits = W h.
+
+        mask: (B, T), true on real tokens, for left padding. Right padding needs none: attention is causal, so what
+        stands behind a token cannot reach it. Raises ValueError where T exceeds the model's positions.
+        """
+        if mask is None:
+            positions = torch.arange(ids.size(1), device=ids.device)[None]
+        else:
+            positions = mask.long().cumsum(1).sub(1).clamp(min=0)
+        return self._hidden(ids, positions, self._masks(mask, ids.size(1), ids.size(1), ids.device), None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) → (..., V)"""
+        return self.head(hidden)
+
+    def _masks(self, mask, queries: int, keys: int, device) -> dict[bool, torch.Tensor | None]:
+        """For layers without (False) and with (True) a sliding window: None for plain causal attention, or a mask
+        (B or 1, 1, queries, keys) that is true where attention is allowed. The queries are the last of the keys."""
+        if keys > self.config.max_positions:
+            raise ValueError(f"{keys} tokens, but this model has {self.config.max_positions} positions")
+        window = self.config.sliding_window
+        sliding_matters = window is not None and keys > window and any(self.config.sliding_layers)
+        if mask is None and queries == keys and not sliding_matters:
+            return {False: None, True: None}
+        distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
+        full = (distance >= 0)[None, None]
+        sliding = full & (distance < window) if sliding_matters else full
+        if mask is None:
+            return {False: full, True: sliding}
+        # a padding position sees itself, so that no row of the softmax is empty (its result is never used)
+        seen, itself = mask.bool()[:, None, None, :], distance == 0
+        return {False: full & seen | itself, True: sliding & seen | itself}
+
+    @torch.no_grad()
+    def stream(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
+        """Yield one (B,) tensor of new ids a step, as `generate` returns them; ends when every row has ended."""
+        training = self.training
+        self.eval()
+        try:
+            yield from self._steps(ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator)
+        finally:
+            self.train(training)
+
+    def _steps(self, ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator):
+        mask = torch.ones_like(ids) if mask is None else mask
+        if ids.size(1) > self.config.max_positions:
+            raise ValueError(f"a prompt of {ids.size(1)} tokens, but this model has {self.config.max_positions} positions")
+        capacity = min(ids.size(1) + max_new_tokens, self.config.max_positions)
+        seen = mask.new_ones(ids.size(0), capacity).bool()
+        seen[:, :ids.size(1)] = mask.bool()
+        cache = KVCache(self.config, ids.size(0), capacity, self._like())
+        alive = torch.arange(ids.size(0), device=ids.device)       # the rows that have not ended; the rest left the batch
+        output = ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
+        new, step_positions = ids, mask.long().cumsum(1).sub(1).clamp(min=0)
+        for length in range(ids.size(1), capacity):
+            masks = self._masks(seen[:, :length], new.size(1), length, ids.device)
+            hidden = self._hidden(new, step_positions, masks, cache)[:, -1]
+            cache.length = length
+            chosen = sample(self.logits(hidden).float(), temperature, top_p, top_k, generator)
+            output = torch.full_like(output, 0 if eos_id is None else eos_id).index_copy(0, alive, chosen)
+            yield output
+            if eos_id is not None and (ended := chosen == eos_id).any():
+                keep = (~ended).nonzero().squeeze(1)
+                if not len(keep):
+                    break
+                cache.keep_rows(keep)
+                alive, chosen, seen, step_positions = alive[keep], chosen[keep], seen[keep], step_positions[keep]
+            new, step_positions = chosen[:, None], step_positions[:, -1:] + 1
+
+    def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
+        """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N), N ≤ max_new_tokens.
+
+        temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability, top_k (0 = all) the k
+        likeliest. A row ends at its first eos_id and is filled up with it. `generator` makes sampling repeatable.
+        Ends early at the model's last position; raises ValueError where the prompt alone exceeds it.
+        """
+        steps = list(self.stream(ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator))
+        return torch.stack(steps, 1) if steps else ids.new_empty(ids.size(0), 0)
+
+    def _like(self) -> torch.Tensor:
+        """An empty tensor of the dtype and device in which keys and values are computed."""
+        device = self.embed.weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.empty(0, device=device, dtype=torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the hub's layout: config.json, model.safetensors and, copied from `self.source`, the tokenizer's files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if name == "head.weight" and self.config.tie_head:
+                continue
+            tensor = tensor.t() if name.endswith(self.transposed) else tensor
+            state[self._hub_name(name)] = tensor.detach().cpu().contiguous()
+        # save_file writes the bytes straight from the tensors; renaming makes the file appear whole or not at all
+        temporary = folder / "model.safetensors.tmp"
+        save_file(state, temporary, metadata={"format": "pt"})
+        hub.flush(temporary)
+        temporary.replace(folder / "model.safetensors")
+        config = copy.deepcopy(self.config.hub)
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
+        with hub.atomic_write(folder / "config.json") as file:
+            json.dump(config, file, indent=2)
+        for name in hub.TOKENIZER_FILES:
+            if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
+                shutil.copyfile(self.source / name, folder / name)
+
+    def _hub_name(self, name: str) -> str:
+        ours = next(prefix for prefix in self.hub_names if name.startswith(prefix))
+        return self.hub_names[ours] + name.removeprefix(ours)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Fresh weights as the models' authors draw them: N(0, initializer_range²), GPT-2's residual outputs / √(2 layers)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                residual = isinstance(self, GPT2) and name.endswith("c_proj.weight")
+                std = self.config.initializer_range / ((2 * self.config.num_layers) ** 0.5 if residual else 1)
+                parameter.normal_(0.0, std)
+
+
+def sample(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
+    """Choose one token a row: logits (B, V) → ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability >= top_p      # the first token past the mass still counts
+        logits = ordered.masked_fill(beyond, float("-inf")).gather(-1, index.argsort(-1))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- GPT-2
+
+class GPT2Attention(Attention):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, masks, cache):
+        q, k, v = (self.heads(part, self.config.num_heads) for part in self.c_attn(x).chunk(3, -1))
+        return self.c_proj(self.attend(q, k, v, masks, cache))
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.approximate = "none" if config.activation == "gelu" else "tanh"
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attn = GPT2Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GPT2MLP(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x, masks, cache):
+        x = x + self.dropout(self.attn(self.ln_1(x), masks, cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT2(Decoder):
+    """GPT-2 of any size: learned positions, LayerNorm before each part, GELU."""
+
+    hub_names = {"embed.": "transformer.wte.", "position_embed.": "transformer.wpe.", "layers.": "transformer.h.",
+                 "norm.": "transformer.ln_f.", "head.": "lm_head."}
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.position_embed = nn.Embedding(config.max_positions, config.hidden_size)
+        self.dropout = nn.Dropout(config.embed_dropout)
+        self.layers = nn.ModuleList(GPT2Block(config, i) for i in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+    def _hidden(self, ids, positions, masks, cache):
+        x = self.dropout(self.embed(ids) + self.position_embed(positions))
+        for layer in self.layers:
+            x = layer(x, masks, cache)
+        return self.norm(x)
+
+
+# ------------------------------------------------------------------------------------------- Llama and its relatives
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding (arXiv 2104.09864) in half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T, hd)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class LlamaAttention(Attention):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x, rope, masks, cache):
+        q = self.heads(self.q_proj(x), self.config.num_heads)
+        k = self.heads(self.k_proj(x), self.config.num_kv_heads)
+        v = self.heads(self.v_proj(x), self.config.num_kv_heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        return self.o_proj(self.attend(q, k, v, masks, cache))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = LlamaAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x, rope, masks, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(Decoder):
+    """Llama 2/3, TinyLlama, Mistral, SmolLM2, Qwen1.5/2/2.5/3: which one is a matter of ModelConfig's fields."""
+
+    hub_names = {"embed.": "model.embed_tokens.", "layers.": "model.layers.", "norm.": "model.norm.", "head.": "lm_head."}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.register_buffer("frequencies", config.rope_frequencies(), persistent=False)
+
+    def _hidden(self, ids, positions, masks, cache):
+        angles = (positions[..., None].float() * self.frequencies).repeat(1, 1, 2)[:, None]     # (B or 1, 1, T, hd)
+        rope = angles.cos(), angles.sin()
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, rope, masks, cache)
+        return self.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype = torch.float32,
+         device: str | torch.device = "cpu") -> Decoder:
+    """A Decoder from a short name, a hub id or a folder. init="random" takes the shape only and draws fresh weights.
+
+    Raises InputError for an unknown name, a folder without config or weights, an architecture or config field that is
+    not implemented, a cut file, and missing, extra or misshapen tensors (which it names).
+    """
+    folder = hub.model_dir(name_or_dir, weights=init == "pretrained")
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):              # no memory until the real weights arrive
+        decoder = (GPT2 if config.family == "gpt2" else Llama)(config)
+    if init == "random":
+        decoder.to_empty(device="cpu")
+        decoder.tie()
+        decoder.initialize()
+        decoder.to(dtype)
+    else:
+        decoder.load_state_dict(_our_state(decoder, folder, dtype), assign=True)
+        decoder.tie()
+    if isinstance(decoder, Llama):
+        decoder.frequencies = config.rope_frequencies()
+    decoder.source = folder
+    return decoder.to(device).eval()
+
+
+def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The folder's tensors under our names, checked one by one against what the config asks for."""
+    found = {}
+    for name, tensor in _read_weights(folder).items():
+        if isinstance(decoder, GPT2) and not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"            # the hub's own gpt2 was saved without the prefix
+        if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # constants, not weights
+            found[name] = tensor
+    wanted = {decoder._hub_name(name): (name, tensor) for name, tensor in decoder.state_dict().items()}
+    if decoder.config.tie_head:
+        del wanted["lm_head.weight"]
+        embed_name = decoder._hub_name("embed.weight")
+        if embed_name in found and "lm_head.weight" in found and torch.equal(found["lm_head.weight"], found[embed_name]):
+            del found["lm_head.weight"]
+    state, problems = {}, []
+    for hub_name, (name, ours) in wanted.items():
+        if hub_name not in found:
+            problems.append(f"missing {hub_name}")
+            continue
+        tensor = found.pop(hub_name)
+        tensor = tensor.t() if name.endswith(decoder.transposed) and tensor.dim() == 2 else tensor
+        if tensor.shape != ours.shape:
+            problems.append(f"{hub_name} is {list(tensor.shape)}, the config wants {list(ours.shape)}")
+        state[name] = tensor.to(dtype).contiguous()
+    problems += [f"extra {name}" for name in found]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise InputError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:4])}{more}")
+    if decoder.config.tie_head:
+        state["head.weight"] = state["embed.weight"]
+    return state
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, from one file or from the shards of an index; pickles without code execution."""
+    files = hub.weight_files(folder)
+    if not files:
+        raise InputError(f"{folder}: no weights (model.safetensors, pytorch_model.bin or a sharded index)")
+    paths = [files[0]]
+    if files[0].suffix == ".json":
+        try:
+            shards = set(json.loads(files[0].read_text())["weight_map"].values())
+            paths = [folder / Path(shard).name for shard in sorted(shards)]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{files[0]}: not an index of shards ({error!r})") from error
+    state = {}
+    for path in paths:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    state |= {name: file.get_tensor(name) for name in file.keys()}
+            else:
+                state |= torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: this file is named by the index but is not there") from error
+        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read, it is cut or damaged ({error})") from error
+        except Exception as error:      # pickle.UnpicklingError and its kin: torch refuses anything but tensors
+            raise InputError(f"{path}: not plain weights ({type(error).__name__}); use safetensors") from error
+    return state

@@ -8,6 +8,7 @@ Downloads are checked before use and never left half-written.
 """
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -85,13 +86,14 @@ def atomic_write(path: Path, mode: str = "w"):
 def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
     """The folder of a model in the hub's layout, downloaded when it is a name.
 
-    name_or_dir: a folder, a short name from MODELS, or a hub id such as "Qwen/Qwen2.5-0.5B".
+    name_or_dir: a folder, the out_dir of a training run (its best checkpoint is taken, else its last), a short name
+    from MODELS, or a hub id such as "Qwen/Qwen2.5-0.5B".
     weights=False fetches only the configuration and the tokenizer.
     Raises InputError where there is no such folder or the hub does not give it.
     """
     path = Path(name_or_dir)
     if path.is_dir():
-        return path
+        return next((path / part for part in ("best", "last") if (path / part / "config.json").exists()), path)
     name = str(name_or_dir)
     repo = MODELS.get(name, name)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
@@ -134,12 +136,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).exists()]
 
 
-def data_file(name_or_dir: str | Path, split: str) -> Path:
+def data_file(name_or_dir: str | Path, split: str, required: bool = True) -> Path | None:
     """The JSON-lines file of one split ("train", "dev" or "test").
 
     name_or_dir: a set of the papers (downloaded once, checked against its git blob id at every use), a generated toy
-    set, a folder that holds train/dev/test.jsonl, or a .jsonl file.
-    Raises InputError where there is none.
+    set, a folder that holds train/dev/test.jsonl or, to be scored, a .jsonl file.
+    Raises InputError where there is none; required=False: a folder without this split gives None.
     """
     name, path = str(name_or_dir), Path(name_or_dir)
     if (name, split) in DATASETS:
@@ -149,11 +151,15 @@ def data_file(name_or_dir: str | Path, split: str) -> Path:
     if name.startswith("toy") and (DATA_DIR / name).is_dir():
         path = DATA_DIR / name
     if path.is_file():
+        if split != "test":
+            raise InputError(f"--data {name}: a single file can be scored, but training wants a folder with train.jsonl and dev.jsonl")
         return path
     if not path.is_dir():
         raise InputError(f"--data {name}: no such file or folder, and not one of "
                          f"toy, {', '.join(dict.fromkeys(known for known, _ in DATASETS))}")
     if not (path / f"{split}.jsonl").is_file():
+        if not required:
+            return None
         raise InputError(f"{path}: no {split}.jsonl in this folder (a data folder holds train.jsonl, dev.jsonl, test.jsonl)")
     return path / f"{split}.jsonl"
 
@@ -198,3 +204,31 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def pick_device(device: str, dtype: str):
+    """("auto", "auto") → (torch device name, torch dtype): CUDA and bfloat16 where there is a GPU, else CPU and float32.
+    Raises InputError where CUDA is asked for and there is none."""
+    import torch                    # imported here: this file is also used by scripts that only move files
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device on this machine (--device cpu works)")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+    return device, getattr(torch, dtype)
+
+
+def check_vocabulary(name: str, model_size: int, tokenizer_size: int) -> None:
+    """Raise InputError where a tokenizer has ids for which the model has no embedding."""
+    if tokenizer_size > model_size:
+        raise InputError(f"{name}: the tokenizer has {tokenizer_size} ids, but the model's vocabulary only {model_size}")
+
+
+def trained_on(folder: Path) -> str | None:
+    """The data a checkpoint of train.py was trained on, or None for any other model."""
+    path = folder / "training.json"
+    return json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else None
+
+
+def same_data(name: str, other: str | None) -> bool:
+    """Whether two values of --data mean the same set."""
+    return other is not None and (name == other or Path(name).resolve() == Path(other).resolve())

@@ -152,7 +152,7 @@ def _llama(get: _Fields, family: str) -> ModelConfig:
     get.only("partial_rotary_factor", (1.0, None))
     hidden, heads, layers = get.size("hidden_size"), get.size("num_attention_heads"), get.size("num_hidden_layers")
     # dialect 5 holds theta and scaling in one rope_parameters; dialect 4 in rope_theta and rope_scaling
-    rope = {**get("rope_scaling", {}), **get("rope_parameters", {})}
+    rope = {**get("rope_parameters", {}), **get("rope_scaling", {})}
     theta = rope.pop("rope_theta", None) or get("rope_theta", 10000.0)
     get("rope_theta", None)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")

@@ -1,0 +1,179 @@
+"""Score a model's answers: ROUGE-L and exact match over sampled (or greedy) generations.
+
+    python eval_rouge.py out/toy --data toy toy-compose --seeds 10 20 30
+
+As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over references;
+mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
+
+Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequences of all pairs are
+computed together, a row of the dynamic program at a time, as tensor operations.
+"""
+import json
+import re
+import statistics
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import hub
+import porter
+import toy
+from config import flag, parse
+from hub import InputError
+from model import Decoder, load
+from tokenize_align import Row, Tokenizer, encode_prompt, left_pad, load_tokenizer, read_rows
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+def _rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
+    """rouge-score's tokenization: lower case, runs of anything but a–z and 0–9 separate, words over 3 letters stemmed."""
+    words = re.split(r"[^a-z0-9]+", text.lower())
+    return [porter.stem(w) if use_stemmer and len(w) > 3 else w for w in words if w]
+
+
+def lcs_lengths(a: list[list[str]], b: list[list[str]]) -> list[int]:
+    """Length of the longest common subsequence of each pair (a_i, b_i).
+
+    With L[i][j] over prefixes, L[i][j] = max(L[i−1][j], L[i][j−1], L[i−1][j−1] + 1 where the words agree): a row follows
+    from the one before by one comparison and a running maximum. Pairs of like length are computed together.
+    """
+    number: dict[str, int] = {}
+    a, b = ([torch.tensor([number.setdefault(w, len(number)) for w in words]) for words in side] for side in (a, b))
+    lengths = [0] * len(a)
+    order = sorted(range(len(a)), key=lambda i: (len(a[i]), len(b[i])))
+    for start in range(0, len(order), 256):
+        pairs = order[start:start + 256]
+        rows = torch.nn.utils.rnn.pad_sequence([a[i] for i in pairs], True, -1)           # (N, len_a)
+        columns = torch.nn.utils.rnn.pad_sequence([b[i] for i in pairs], True, -2)        # (N, len_b)
+        table = torch.zeros(len(pairs), columns.size(1) + 1, dtype=torch.int32)           # L[i], from L[0] on
+        for word in rows.unbind(1):
+            diagonal = (table[:, :-1] + 1) * (columns == word[:, None])
+            table[:, 1:] = torch.maximum(table[:, 1:], diagonal).cummax(1).values
+        for i, length in zip(pairs, table[:, -1].tolist()):
+            lengths[i] = length
+    return lengths
+
+
+def rouge_l(predictions: list[str], references: list[list[str] | str], use_stemmer: bool = True) -> list[float]:
+    """ROUGE-L F1 (Lin, 2004) of each prediction against the best of its references, in [0, 1].
+
+    references: a list of strings, or one string, for each prediction. F = 2 P R / (P + R), P = LCS / words predicted,
+    R = LCS / words of the reference. Raises ValueError where the lists differ in length or a prediction has no reference.
+    """
+    references = [[r] if isinstance(r, str) else r for r in references]
+    if len(predictions) != len(references) or not all(references):
+        raise ValueError(f"{len(predictions)} predictions need as many lists of at least one reference")
+    words = [_rouge_tokens(p, use_stemmer) for p in predictions]
+    pairs = [(i, _rouge_tokens(r, use_stemmer)) for i, group in enumerate(references) for r in group]
+    best = [0.0] * len(predictions)
+    for (i, reference), common in zip(pairs, lcs_lengths([r for _, r in pairs], [words[i] for i, _ in pairs])):
+        if common:
+            precision, recall = common / len(words[i]), common / len(reference)
+            best[i] = max(best[i], 2 * precision * recall / (precision + recall))
+    return best
+
+
+def exact_match(predictions: list[str], references: list[list[str]]) -> list[bool]:
+    """Whether a prediction equals one of its references after SQuAD's normalization but for articles, which stay: lower
+    case, no punctuation, single spaces."""
+    def normal(text):
+        return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+    return [normal(p) in map(normal, group) for p, group in zip(predictions, references)]
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
+           batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
+    """Generate an answer to every row's prompt, in the rows' order. Prompts are batched by length; limits in tokens;
+    temperature 0 is greedy; the same seed and batch size give the same answers."""
+    device = decoder.embed.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    max_length = min(max_length, decoder.config.max_positions)
+    prompts = [encode_prompt(row.prompt, tokenizer, min(max_prompt_length, max_length - 1))[0] for row in rows]
+    new_tokens = max_length - max(map(len, prompts))            # what the longest prompt leaves, for every row
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    answers = [""] * len(rows)
+    with tqdm(total=len(rows), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start:start + batch_size]
+            ids, mask = left_pad([prompts[i] for i in part], tokenizer.eos_id)
+            new = decoder.generate(ids.to(device), mask.to(device), new_tokens, temperature,
+                                   eos_id=tokenizer.eos_id, generator=generator)
+            for i, tokens in zip(part, new.tolist()):
+                end = tokens.index(tokenizer.eos_id) if tokenizer.eos_id in tokens else len(tokens)
+                answers[i] = tokenizer.decode(tokens[:end]).strip()
+            bar.update(len(part))
+    return answers
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+@dataclass
+class Config:
+    model: str = flag("", "checkpoint folder, a run's out_dir, or a model's name")
+    data: list[str] = flag(["toy"], "data sets by name, folder or .jsonl file (their test split is scored)")
+    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass over the data each")
+    num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
+    greedy: bool = flag(False, "take the likeliest token instead of sampling; one pass")
+    temperature: float = flag(1.0, "sampling temperature", at_least=1e-6)
+    batch_size: int = flag(32, "prompts answered together", at_least=1)
+    max_length: int = flag(512, "prompt and answer together, in tokens", at_least=2)
+    max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
+    out_dir: str = flag("", "where rouge.json and the answers go (default: the checkpoint folder, or out/eval for a name)")
+    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+
+
+def main() -> None:
+    config = parse(Config, __doc__, positional=("model",))
+    if not config.model:
+        raise InputError("name a checkpoint: python eval_rouge.py CHECKPOINT_OR_NAME --data NAME …")
+    toy.write_data_for(config.data)
+    sets = {name: read_rows(hub.data_file(name, "test"))[:config.num or None] for name in config.data}
+    device, dtype = hub.pick_device(config.device, config.dtype)
+    decoder, tokenizer = load(config.model, dtype=dtype, device=device), load_tokenizer(config.model)
+    hub.check_vocabulary(config.model, decoder.config.vocab_size, tokenizer.vocab_size)
+    out_dir = Path(config.out_dir or (decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")))
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    passes = [None] if config.greedy else config.seeds
+    results = {}
+    for name, rows in sets.items():
+        scores, matches = [], []
+        for seed in passes:
+            answers = answer(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, config.batch_size,
+                             0.0 if seed is None else config.temperature, seed or 0, f"{name}, {'greedy' if seed is None else f'seed {seed}'}")
+            each = rouge_l(answers, [row.outputs for row in rows])
+            scores.append(100 * statistics.mean(each))
+            matches.append(100 * statistics.mean(exact_match(answers, [row.outputs for row in rows])))
+            label = re.sub(r"[^\w.-]+", "_", name).strip("_")
+            with hub.atomic_write(out_dir / f"answers-{label}-{'greedy' if seed is None else f'seed{seed}'}.jsonl") as file:
+                for row, text, score in zip(rows, answers, each):
+                    file.write(json.dumps({"prompt": row.prompt, "answer": text, "output": row.outputs,
+                                           "rouge_l": round(100 * score, 2)}, ensure_ascii=False) + "\n")
+        results[name] = {"rows": len(rows), "rouge_l": statistics.mean(scores), "std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                         "exact_match": statistics.mean(matches), "rouge_l_by_seed": scores}
+
+    trained_on = hub.trained_on(decoder.source)
+    others = [r["rouge_l"] for name, r in results.items() if not hub.same_data(name, trained_on)]
+    summary = {"model": config.model, "seeds": passes, "trained_on": trained_on, "sets": results,
+               "ood_mean": statistics.mean(others) if others and trained_on else None}
+    with hub.atomic_write(out_dir / "rouge.json") as file:
+        json.dump(summary, file, indent=2)
+
+    print(f"{'set':<24}{'rows':>6}   ROUGE-L{'':>10}exact match")
+    for name, r in results.items():
+        print(f"{name:<24}{r['rows']:>6}   {r['rouge_l']:5.2f} ± {r['std']:4.2f}{'':>5}{r['exact_match']:6.2f} %"
+              + ("   (trained on)" if hub.same_data(name, trained_on) else ""))
+    if summary["ood_mean"] is not None:
+        print(f"{'OOD mean':<24}{'':>6}   {summary['ood_mean']:5.2f}")
+    print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
+
+
+if __name__ == "__main__":
+    hub.run(main)

@@ -1,0 +1,432 @@
+"""Distil a teacher into a student that cuts text into other tokens. Reads from top to bottom like the algorithm.
+
+    python train.py                                                       # the toy: minutes on a laptop, no download
+    python train.py --teacher qwen --student gpt2                         # the paper's pair, on Dolly; wants a GPU
+    python train.py --teacher DIR --student DIR --data DIR --method dskd_cma
+    python train.py --method sft --student qwen --out_dir out/teacher     # fine-tune the teacher first
+    python train.py --out_dir out/NAME --resume                           # go on after an interruption
+
+    total = (1 − α) · CE(z_s, y_s) + α · KD + λ_GA · GA      (α: --kd_rate, λ_GA: --ga_weight; the KD of each method: cma.py)
+
+Every term is a sum over valid tokens divided by their number in the whole optimizer step. The paper's settings are the
+defaults; the toy has its own (TOY below).
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import hub
+import toy
+from cma import DIVERGENCES, METHODS, Projectors, distill
+from config import flag, parse
+from discriminator import Discriminator, gan
+from eval_rouge import answer, rouge_l
+from hub import InputError
+from model import load
+from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
+
+
+@dataclass
+class Config:
+    teacher: str = flag("", "the teacher: name, hub id or folder (toy when no student is given either)")
+    student: str = flag("", "the student: name, hub id or folder (toy when no teacher is given either)")
+    data: str = flag("", "training data: name, or folder with train.jsonl and dev.jsonl (default: toy for the toy, else dolly)")
+    method: str = flag("dskd_cma_ga", "what to minimize, see cma.py", choices=tuple(METHODS))
+    divergence: str = flag("forward_kl", "distance between student and target, see cma.py", choices=DIVERGENCES)
+    student_init: str = flag("pretrained", "the student's first weights", choices=("pretrained", "random"))
+    out_dir: str = flag("", "where everything is written (default: a new folder under out/)")
+    epochs: int = flag(20, "passes over the training data", at_least=1)
+    max_steps: int = flag(0, "stop after this many optimizer steps (0: after all epochs)", at_least=0)
+    batch_size: int = flag(32, "rows a forward pass", at_least=1)
+    grad_accum: int = flag(1, "forward passes an optimizer step", at_least=1)
+    lr: float = flag(5e-4, "peak learning rate of the student, cosine to 1e-7", at_least=0)
+    projector_lr: float = flag(1e-3, "the same for the projectors", at_least=0)
+    ga_lr: float = flag(1e-3, "the same for the discriminator", at_least=0)
+    ga_weight: float = flag(0.1, "λ_GA, weight of key-query matching (a number)", at_least=0)
+    kd_rate: float = flag(0.5, "α, share of distillation in the loss (0 to 1)", at_least=0)
+    temperature: float = flag(2.0, "T of the divergences (a number)", at_least=1e-3)
+    weight_decay: float = flag(0.01, "AdamW's decay of matrices, per unit of learning rate", at_least=0)
+    warmup_steps: int = flag(0, "optimizer steps until the peak learning rate", at_least=0)
+    clip_grad: float = flag(1.0, "largest gradient norm", at_least=1e-6)
+    max_length: int = flag(512, "prompt, response and EOS together, in tokens", at_least=2)
+    max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
+    eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
+    eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
+    save_interval: int = flag(0, "optimizer steps between checkpoints (0: at every scoring)", at_least=0)
+    seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0)
+    device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA", choices=("auto", "float32", "bfloat16"))
+    num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0)
+    resume: bool = flag(False, "go on with the run in --out_dir; its own settings are taken")
+    overwrite: bool = flag(False, "delete the run in --out_dir first")
+
+
+# Other defaults where the student is the toy. Chosen so that a run takes about two minutes on two cores.
+TOY = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100, eval_interval=225)
+# What may change between a run and its continuation.
+FREE = ("resume", "overwrite", "out_dir", "device", "num_threads")
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+def read_config(argv: list[str] | None = None) -> Config:
+    """The flags, with the toy's defaults for the toy and, on --resume, the settings of the run."""
+    def presets(given):
+        if given.get("resume") and given.get("overwrite"):
+            raise InputError("--resume goes on with a run and --overwrite deletes it: pass one of them")
+        if given.get("resume"):
+            return saved_config(Path(given.get("out_dir") or newest_run(Config(**given))), given)
+        is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
+        return {**(TOY if is_toy else {}), **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"})}
+
+    config = parse(Config, __doc__, argv, presets=presets)
+    if not config.student:
+        raise InputError("--teacher without --student: name the student too (without either, the toy is trained)")
+    if config.method != "sft" and not config.teacher:
+        if config.student != "toy":
+            raise InputError(f"--method {config.method} needs a --teacher (--method sft trains the student alone)")
+        config.teacher = "toy"
+    if config.method == "sft" and config.teacher:
+        raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
+    if config.kd_rate > 1:
+        raise InputError(f"--kd_rate {config.kd_rate}: must be at most 1")
+    return config
+
+
+def run_name(config: Config) -> Path:
+    names = [Path(name).name for name in (config.teacher, config.student) if name and name != "toy"]
+    return Path("out") / "-".join([*(names or ["toy"]), config.method])
+
+
+def numbered(name: Path, number: int) -> Path:
+    return name if number == 1 else name.with_name(f"{name.name}-{number}")
+
+
+def newest_run(config: Config) -> Path:
+    """The last of out/NAME, out/NAME-2, …"""
+    name, number = run_name(config), 1
+    while (numbered(name, number + 1) / "config.json").exists():
+        number += 1
+    return numbered(name, number)
+
+
+def saved_config(out_dir: Path, given: dict) -> dict:
+    """The settings of the run in out_dir. Raises InputError where there is none or a given flag says otherwise."""
+    path = out_dir / "config.json"
+    if not path.exists():
+        raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
+    saved = json.loads(path.read_text())
+    for name, value in given.items():
+        if name not in FREE and value != saved[name]:
+            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; "
+                             "leave the flag out, or start a new run in another --out_dir")
+    return {**saved, "out_dir": str(out_dir)}
+
+
+def open_out_dir(config: Config) -> Path:
+    """Make the run's folder and write config.json. Refuses a folder that holds another run."""
+    if not config.out_dir:
+        number = 1
+        while not config.overwrite and (numbered(run_name(config), number) / "config.json").exists():
+            number += 1
+        config.out_dir = str(numbered(run_name(config), number))
+    out_dir = Path(config.out_dir)
+    if config.resume:
+        return out_dir
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out_dir {out_dir}: is a file")
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        if not (out_dir / "metrics.jsonl").exists():
+            raise InputError(f"--out_dir {out_dir}: holds files that are not a run's; pass another folder")
+        if not config.overwrite:
+            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete it, "
+                             "or another folder")
+        shutil.rmtree(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "metrics.jsonl").touch()
+    with hub.atomic_write(out_dir / "config.json") as file:
+        json.dump(dataclasses.asdict(config), file, indent=2)
+    return out_dir
+
+
+# -------------------------------------------------------------------------------------------------------- the models
+
+def check_pair(config: Config, student, teacher, student_tokenizer, teacher_tokenizer) -> None:
+    """Raise InputError where tokenizers, vocabularies, limits and method do not go together."""
+    for side, model, tokenizer in (("student", student, student_tokenizer), ("teacher", teacher, teacher_tokenizer)):
+        if model is None:
+            continue
+        name = getattr(config, side)
+        hub.check_vocabulary(f"--{side} {name}", model.config.vocab_size, tokenizer.vocab_size)
+        if config.max_length > model.config.max_positions:
+            raise InputError(f"--max_length {config.max_length}: --{side} {name} has only {model.config.max_positions} positions")
+    if config.method in ("kd", "dskd") and not same_vocabulary(student_tokenizer, teacher_tokenizer):
+        raise InputError(f"--method {config.method} needs one vocabulary, but {config.teacher} and {config.student} have different "
+                         "ones; dskd_cma and dskd_cma_ga work with any two")
+
+
+def same_vocabulary(a, b) -> bool:
+    return (a.vocab_size, a.eos_id) == (b.vocab_size, b.eos_id) and \
+        all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+
+
+def parameter_groups(config: Config, student, projectors, discriminator) -> list[dict]:
+    """AdamW's groups: each module's matrices (decayed) and its vectors (not)."""
+    groups = []
+    for module, lr in ((student, config.lr), (projectors, config.projector_lr), (discriminator, config.ga_lr)):
+        parameters = [] if module is None else list(module.parameters())
+        for decay, chosen in ((config.weight_decay, [p for p in parameters if p.dim() > 1]),
+                              (0.0, [p for p in parameters if p.dim() <= 1])):
+            if chosen:
+                groups.append(dict(params=chosen, lr=lr, peak_lr=lr, weight_decay=decay))
+    return groups
+
+
+def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
+    """Linear warm-up, then a cosine from the peak down to 1e-7 at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return min(peak, 1e-7) + 0.5 * (1 + math.cos(math.pi * progress)) * max(0.0, peak - 1e-7)
+
+
+# --------------------------------------------------------------------------------------------------- the checkpoints
+
+def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer, state: dict) -> None:
+    """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
+
+    The folder is a model in the hub's layout, with projectors.safetensors, discriminator.safetensors, training.json
+    (step, scores, data) and, where an optimizer is given, resume.safetensors: all that a run needs to go on.
+    """
+    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save(temporary)
+    tensors = {"projectors": projectors and projectors.state_dict(), "discriminator": discriminator and discriminator.state_dict(),
+               "resume": optimizer and resume_tensors(optimizer)}
+    for name, content in tensors.items():
+        if content:
+            save_file({k: v.detach().contiguous() for k, v in content.items()}, temporary / f"{name}.safetensors")
+    (temporary / "training.json").write_text(json.dumps(state, indent=2))
+    for path in (*temporary.iterdir(), temporary):
+        hub.flush(path)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    temporary.rename(folder)
+    hub.flush(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's moments by parameter number, and the state of the random number generators."""
+    tensors = {f"{number}.{name}": value for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> None:
+    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model."""
+    for name, module in (("projectors", projectors), ("discriminator", discriminator)):
+        if module is not None:
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    tensors = load_file(folder / "resume.safetensors")
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    tensors.pop("rng.cuda", None)
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state["state"].setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+def main() -> None:
+    config = read_config()
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device, dtype = hub.pick_device(config.device, config.dtype)
+    autocast = lambda: torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    toy.write_data_for([config.data])
+    if "toy" in (config.teacher, config.student):
+        toy.prepare([side for side in ("student", "teacher") if getattr(config, side) == "toy"])
+    files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
+    rows = {split: read_rows(file) for split, file in files.items() if file}
+
+    # the last checkpoint of the run, when there is one to go on with
+    last = None
+    if config.resume:
+        kept = [Path(config.out_dir) / name for name in ("last", "last.old")]
+        last = next((folder for folder in kept if (folder / "training.json").exists()), None)
+
+    torch.manual_seed(config.seed)
+    folders = {side: toy.folder(side) if getattr(config, side) == "toy" else getattr(config, side) for side in ("student", "teacher")}
+    student_tokenizer = load_tokenizer(folders["student"])
+    student = load(last or folders["student"], init="pretrained" if last else config.student_init, device=device)
+    teacher = teacher_tokenizer = projectors = discriminator = None
+    if config.method != "sft":
+        teacher, teacher_tokenizer = load(folders["teacher"], dtype=dtype, device=device).requires_grad_(False), load_tokenizer(folders["teacher"])
+        recommend_sft(config, teacher)
+    check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
+    if config.method not in ("sft", "kd"):
+        sizes = student.config.hidden_size, teacher.config.hidden_size
+        projectors = Projectors(*sizes, query=config.method != "dskd").to(device)
+        discriminator = Discriminator(2 * sizes[1]).to(device) if config.method == "dskd_cma_ga" else None
+
+    one_tokenizer = teacher is None or same_vocabulary(student_tokenizer, teacher_tokenizer)
+    examples, cut, dropped = encode_rows(rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
+                                         config.max_length, config.max_prompt_length)
+    if cut or dropped:
+        print(f"{config.data}/train: {len(rows['train'])} rows; {cut} prompts cut to {config.max_prompt_length} tokens, "
+              f"{dropped} rows dropped, because no response token fits into {config.max_length}")
+    if not examples:
+        raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
+
+    out_dir = open_out_dir(config)
+    optimizer = torch.optim.AdamW(parameter_groups(config, student, projectors, discriminator), betas=(0.9, 0.999))
+    steps_per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.grad_accum)
+    total_steps = config.max_steps or config.epochs * steps_per_epoch
+    eval_interval = config.eval_interval or steps_per_epoch
+    start_step, best = 0, -1.0
+    if last:
+        load_checkpoint(last, projectors, discriminator, optimizer)
+        state = json.loads((last / "training.json").read_text())
+        start_step, best = state["step"], state["best_dev_rouge_l"]
+        keep_metrics(out_dir / "metrics.jsonl", start_step)
+
+    def dev_score() -> float:
+        with autocast():
+            answers = answer(student, student_tokenizer, rows["dev"][:config.eval_num or None], config.max_length,
+                             config.max_prompt_length, temperature=0.0, desc="scoring dev")
+        return 100 * sum(rouge_l(answers, [row.outputs for row in rows["dev"][:len(answers)]])) / len(answers)
+
+    print(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, {count(student)} parameters, "
+          f"{len(examples)} rows, {total_steps} steps on {device}, into {out_dir}" + (f", from step {start_step}" if start_step else ""))
+    bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+    epoch, batches, started = -1, [], time.perf_counter()
+    for step in range(start_step, total_steps):
+        if step // steps_per_epoch != epoch:
+            epoch = step // steps_per_epoch
+            batches = make_batches(examples, config.batch_size, seed=config.seed * 1_000_003 + epoch)
+        first = (step % steps_per_epoch) * config.grad_accum
+        micro_batches = [collate(rows_of_batch, student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id)
+                         for rows_of_batch in batches[first:first + config.grad_accum]]
+        n = {side: sum(int((b[f"{side}_labels"] != -100).sum()) for b in micro_batches) for side in ("student", "teacher")}
+
+        student.train()
+        totals: dict[str, float] = {}
+        for batch in micro_batches:
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with autocast():
+                parts, keys, queries = distill(config.method, batch, student, teacher, projectors, config.divergence, config.temperature)
+                loss = parts["nll_loss"] / n["student"]
+                if config.method != "sft":
+                    loss = (1 - config.kd_rate) * loss + config.kd_rate * parts["kd_loss"] / n["student"]
+                if discriminator is not None:
+                    parts |= gan(discriminator, keys, queries)
+                    ga_loss = parts["ga_key_loss"] / n["teacher"] + parts["ga_query_loss"] / n["student"]
+                    loss = loss + config.ga_weight * ga_loss
+            loss.backward()
+            for name, value in {**parts, "loss": loss.detach() * n["student"]}.items():
+                totals[name] = totals.get(name, 0.0) + float(value.detach())
+        if not math.isfinite(totals["loss"]):
+            bar.close()
+            raise InputError(f"step {step + 1}: the loss is {totals['loss']}; try a lower --lr. The last checkpoint in {out_dir} is intact")
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
+        learners = [p for module in (student, projectors) if module is not None for p in module.parameters()]
+        grad_norm = torch.nn.utils.clip_grad_norm_(learners, config.clip_grad)
+        if discriminator is not None:       # the adversary's gradient must not shorten the student's
+            torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        tokens = sum(len(e.student.ids) for part in batches[first:first + config.grad_accum] for e in part)
+        of_teacher = ("s2t_acc", "ga_key_loss", "ga_key_acc") if config.method != "dskd" else ()
+        record = {"step": step + 1, **{name: value / n["teacher" if name in of_teacher else "student"] for name, value in totals.items()},
+                  "grad_norm": float(grad_norm), "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds}
+        bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
+        bar.update()
+
+        done = step + 1 == total_steps
+        if (step + 1) % eval_interval == 0 or done:
+            record["dev_rouge_l"] = dev_score()
+            tqdm.write(f"step {step + 1:>6}   loss {record['loss']:.4f}   dev ROUGE-L {record['dev_rouge_l']:.2f}")
+        append_line(out_dir / "metrics.jsonl", record)
+        state = {"step": step + 1, "data": config.data, "method": config.method, "best_dev_rouge_l": max(best, record.get("dev_rouge_l", -1.0))}
+        if record.get("dev_rouge_l", -1.0) > best:
+            best = record["dev_rouge_l"]
+            save_checkpoint(out_dir / "best", student, projectors, discriminator, None, state)
+        if (step + 1) % (config.save_interval or eval_interval) == 0 or done:
+            save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state)
+        if "dev_rouge_l" in record:
+            started = time.perf_counter()
+    bar.close()
+
+    final_table(config, rows, load(out_dir / "best", device=device), student_tokenizer, teacher, teacher_tokenizer, autocast)
+
+
+# ----------------------------------------------------------------------------------------------------- around the loop
+
+def count(module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M"
+
+
+def append_line(path: Path, record: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def keep_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with hub.atomic_write(path) as file:
+        file.writelines(lines)
+
+
+def recommend_sft(config: Config, teacher) -> None:
+    if not hub.same_data(config.data, hub.trained_on(teacher.source)):
+        print(f"note: the teacher was not fine-tuned on {config.data} by this script, as the papers do first:\n"
+              f"      python train.py --method sft --student {config.teacher} --data {config.data} --lr 2e-5 --epochs 3 --out_dir out/teacher\n"
+              f"      and then --teacher out/teacher")
+
+
+def final_table(config, rows, student, student_tokenizer, teacher, teacher_tokenizer, autocast) -> None:
+    """Score teacher and student greedily on dev and, where there is one, test; print the table, write results.json."""
+    splits = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
+    results = {}
+    for name, model, tokenizer in (("teacher", teacher, teacher_tokenizer), ("student", student, student_tokenizer)):
+        for split, rows in splits.items():
+            if model is not None:
+                with autocast():
+                    answers = answer(model, tokenizer, rows, config.max_length, config.max_prompt_length, temperature=0.0,
+                                     desc=f"scoring the {name} on {split}")
+                results.setdefault(name, {})[split] = 100 * sum(rouge_l(answers, [row.outputs for row in rows])) / len(rows)
+    with hub.atomic_write(Path(config.out_dir) / "results.json") as file:
+        json.dump(results, file, indent=2)
+    print(f"\n{'ROUGE-L, greedy':<40}" + "".join(f"{split:>8}" for split in splits))
+    for name, scores in results.items():
+        print(f"{name + ' ' + getattr(config, name):<40.40}" + "".join(f"{score:8.2f}" for score in scores.values()))
+    more = " ".join(toy.SETS) if config.data == "toy" else "dolly self-inst vicuna sinst uinst" if config.data == "dolly" else config.data
+    print(f"\nscore it further:  python eval_rouge.py {config.out_dir} --data {more} --max_length {config.max_length} "
+          f"--max_prompt_length {config.max_prompt_length}\n"
+          f"talk to it:        python sample.py {config.out_dir} \"your instruction\"")
+
+
+if __name__ == "__main__":
+    hub.run(main)

@@ -13,9 +13,9 @@ import typing
 from hub import InputError
 
 
-def flag(default, help: str, choices=None, at_least=None):
-    """A dataclass field that is also a command-line flag. `help` names the unit."""
-    metadata = dict(help=help, choices=choices, at_least=at_least)
+def flag(default, help: str, choices=None, at_least=None, at_most=None):
+    """A dataclass field that is also a command-line flag. `help` names the unit; every number must be in its range."""
+    metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -41,26 +41,22 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
             options["action"] = "store_true"
         else:
             is_list = typing.get_origin(kind) is list
-            options |= dict(type=_scalar_type(kind), choices=field.metadata["choices"], metavar=field.name.upper())
+            options |= dict(type=typing.get_args(kind)[0] if is_list else kind, choices=field.metadata["choices"], metavar=field.name.upper())
             if field.name in positional:
-                has_default = dataclasses.MISSING not in (field.default,)
-                options |= dict(nargs="?" if has_default else None)
+                options |= dict(nargs="?")
             elif is_list:
                 options |= dict(nargs="+")
         parser.add_argument(field.name if field.name in positional else f"--{field.name}", **options)
     given = vars(parser.parse_args(argv))
     config = cls(**{**presets(given), **given})
     for field in dataclasses.fields(cls):
-        value, at_least = getattr(config, field.name), field.metadata["at_least"]
-        if at_least is not None and value is not None and not value >= at_least:
-            raise InputError(f"--{field.name} {value}: must be at least {at_least}")
+        value, at_least, at_most = getattr(config, field.name), field.metadata["at_least"], field.metadata["at_most"]
+        for number in value if isinstance(value, list) else [value]:
+            if at_least is not None and not at_least <= number:
+                raise InputError(f"--{field.name} {number}: must be at least {at_least}")
+            if at_most is not None and not number <= at_most:
+                raise InputError(f"--{field.name} {number}: must be at most {at_most}")
     return config
-
-
-def _scalar_type(kind):
-    """int for int, list[int] and int | None."""
-    arguments = [a for a in typing.get_args(kind) if a is not type(None)]
-    return arguments[0] if arguments else kind
 
 
 def _help(field) -> str:

@@ -93,8 +93,8 @@ def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: 
     temperature 0 is greedy; the same seed and batch size give the same answers."""
     device = decoder.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    max_length = min(max_length, decoder.config.max_positions)
-    prompts = [encode_prompt(row.prompt, tokenizer, min(max_prompt_length, max_length - 1))[0] for row in rows]
+    limit = min(max_prompt_length, max_length - 1)
+    prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
     new_tokens = max_length - max(map(len, prompts))            # what the longest prompt leaves, for every row
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(rows)
@@ -111,18 +111,24 @@ def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: 
     return answers
 
 
+def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
+    """Say how many prompts of a set exceed the limit, in tokens, where any does."""
+    if cut := sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows):
+        print(f"{name}: {cut} of {len(rows)} prompts cut to {limit} tokens")
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 @dataclass
 class Config:
     model: str = flag("", "checkpoint folder, a run's out_dir, or a model's name")
     data: list[str] = flag(["toy"], "data sets by name, folder or .jsonl file (their test split is scored)")
-    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass over the data each")
+    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass over the data each", at_least=0, at_most=2**40)
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     greedy: bool = flag(False, "take the likeliest token instead of sampling; one pass")
     temperature: float = flag(1.0, "sampling temperature", at_least=1e-6)
     batch_size: int = flag(32, "prompts answered together", at_least=1)
-    max_length: int = flag(512, "prompt and answer together, in tokens", at_least=2)
+    max_length: int = flag(0, "prompt and answer together, in tokens (0: 512, or all positions of a smaller model)", at_least=0)
     max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
     out_dir: str = flag("", "where rouge.json and the answers go (default: the checkpoint folder, or out/eval for a name)")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -138,28 +144,34 @@ def main() -> None:
     device, dtype = hub.pick_device(config.device, config.dtype)
     decoder, tokenizer = load(config.model, dtype=dtype, device=device), load_tokenizer(config.model)
     hub.check_vocabulary(config.model, decoder.config.vocab_size, tokenizer.vocab_size)
+    max_length = config.max_length or min(512, decoder.config.max_positions)
+    if not 2 <= max_length <= decoder.config.max_positions:
+        raise InputError(f"--max_length {max_length}: {config.model} has {decoder.config.max_positions} positions, and 2 is the least")
+    trained_on = hub.trained_on(decoder.source)
+    labels = {name: re.sub(r"[^\w.-]+", "_", name).strip("_") for name in sets}
+    if len(set(labels.values())) < len(labels):
+        raise InputError(f"--data {' '.join(sets)}: the files of answers would have the same name {labels}; rename a set")
     out_dir = Path(config.out_dir or (decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")))
     out_dir.mkdir(parents=True, exist_ok=True)
 
     passes = [None] if config.greedy else config.seeds
     results = {}
     for name, rows in sets.items():
+        tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, max_length - 1))
         scores, matches = [], []
         for seed in passes:
-            answers = answer(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, config.batch_size,
+            answers = answer(decoder, tokenizer, rows, max_length, config.max_prompt_length, config.batch_size,
                              0.0 if seed is None else config.temperature, seed or 0, f"{name}, {'greedy' if seed is None else f'seed {seed}'}")
             each = rouge_l(answers, [row.outputs for row in rows])
             scores.append(100 * statistics.mean(each))
             matches.append(100 * statistics.mean(exact_match(answers, [row.outputs for row in rows])))
-            label = re.sub(r"[^\w.-]+", "_", name).strip("_")
-            with hub.atomic_write(out_dir / f"answers-{label}-{'greedy' if seed is None else f'seed{seed}'}.jsonl") as file:
+            with hub.atomic_write(out_dir / f"answers-{labels[name]}-{'greedy' if seed is None else f'seed{seed}'}.jsonl") as file:
                 for row, text, score in zip(rows, answers, each):
                     file.write(json.dumps({"prompt": row.prompt, "answer": text, "output": row.outputs,
                                            "rouge_l": round(100 * score, 2)}, ensure_ascii=False) + "\n")
         results[name] = {"rows": len(rows), "rouge_l": statistics.mean(scores), "std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
                          "exact_match": statistics.mean(matches), "rouge_l_by_seed": scores}
 
-    trained_on = hub.trained_on(decoder.source)
     others = [r["rouge_l"] for name, r in results.items() if not hub.same_data(name, trained_on)]
     summary = {"model": config.model, "seeds": passes, "trained_on": trained_on, "sets": results,
                "ood_mean": statistics.mean(others) if others and trained_on else None}

@@ -58,10 +58,12 @@ class InputError(Exception):
 
 
 def run(main) -> None:
-    """Run a script's main(). An InputError becomes one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2; Ctrl-C exits with 130."""
     try:
         main()
-    except InputError as error:
+    except BrokenPipeError:                     # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:      # OSError: a folder that cannot be written, a full disk
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -70,11 +72,11 @@ def run(main) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w"):
-    """Open a file that appears under its name only when whole: written beside, flushed to disk, renamed."""
+def atomic_write(path: Path):
+    """Open a text file that appears under its name only when whole: written beside, flushed to disk, renamed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -98,15 +100,15 @@ def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
     repo = MODELS.get(name, name)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
         raise InputError(f"{name}: not a folder, not a hub id (owner/name) and not one of {', '.join(MODELS)}")
-    return _download_model(repo, weights)
+    return _download_model(name, repo, weights)
 
 
-def _download_model(repo: str, weights: bool) -> Path:
+def _download_model(name: str, repo: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download       # imported here: slow, and a folder needs none of it
 
     advice = f"pass a folder that holds the files of https://huggingface.co/{repo} instead of a name"
     try:
-        files = HfApi().list_repo_files(repo)
+        files = [file.rfilename for file in HfApi().model_info(repo, timeout=20).siblings]
         return Path(snapshot_download(repo, allow_patterns=_wanted(files, weights)))
     except Exception as error:      # the hub's client raises its own, httpx's, urllib3's or OS errors: all end here
         try:                        # without network a model that was downloaded once is still in the client's cache
@@ -118,7 +120,9 @@ def _download_model(repo: str, weights: bool) -> Path:
         reason = {"GatedRepoError": "the repository is gated: accept its terms and run `hf auth login`, or",
                   "RepositoryNotFoundError": "the hub has no such public repository:"}.get(
                       type(error).__name__, f"the hub cannot be reached ({type(error).__name__}):")
-        raise InputError(f"{repo}: {reason} {advice}") from error
+        if repo == name:
+            reason = f"no such folder here, and {reason}"
+        raise InputError(f"{name}: {reason} {advice}") from error
 
 
 def _wanted(files: list[str], weights: bool) -> list[str]:
@@ -226,9 +230,13 @@ def check_vocabulary(name: str, model_size: int, tokenizer_size: int) -> None:
 def trained_on(folder: Path) -> str | None:
     """The data a checkpoint of train.py was trained on, or None for any other model."""
     path = folder / "training.json"
-    return json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["data"]) if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not what train.py writes ({error!r})") from error
 
 
 def same_data(name: str, other: str | None) -> bool:
-    """Whether two values of --data mean the same set."""
-    return other is not None and (name == other or Path(name).resolve() == Path(other).resolve())
+    """Whether two values of --data mean the same set; a file belongs to its folder's set."""
+    folder = lambda value: Path(value).resolve().parent if Path(value).is_file() else Path(value).resolve()
+    return other is not None and (name == other or folder(name) == folder(other))

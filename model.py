@@ -194,6 +194,8 @@ class Decoder(nn.Module):
         config["dtype" if "dtype" in config else "torch_dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
         with hub.atomic_write(folder / "config.json") as file:
             json.dump(config, file, indent=2)
+        if self.source and not self.source.is_dir():
+            raise InputError(f"{self.source}: this folder is gone, and with it the tokenizer that belongs into {folder}")
         for name in hub.TOKENIZER_FILES:
             if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
                 shutil.copyfile(self.source / name, folder / name)
@@ -408,6 +410,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
     """The folder's tensors under our names, checked one by one against what the config asks for."""
     found = {}
     for name, tensor in _read_weights(folder).items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__}, where named tensors are wanted")
         if isinstance(decoder, GPT2) and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"            # the hub's own gpt2 was saved without the prefix
         if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # constants, not weights
@@ -427,6 +431,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
         tensor = tensor.t() if name.endswith(decoder.transposed) and tensor.dim() == 2 else tensor
         if tensor.shape != ours.shape:
             problems.append(f"{hub_name} is {list(tensor.shape)}, the config wants {list(ours.shape)}")
+        if not tensor.is_floating_point():
+            problems.append(f"{hub_name} is {tensor.dtype}, quantized weights are not implemented")
         state[name] = tensor.to(dtype).contiguous()
     problems += [f"extra {name}" for name in found]
     if problems:

@@ -21,7 +21,7 @@ HARMLESS = set("""architectures model_type dtype torch_dtype transformers_versio
     pretraining_tp max_window_layers is_llama_config transformers.js_config keys_to_ignore_at_inference
     return_dict output_hidden_states output_attentions chunk_size_feed_forward id2label label2id problem_type
     reorder_and_upcast_attn attn_implementation _attn_implementation max_length num_labels finetuning_task license
-    gradient_checkpointing""".split())
+    gradient_checkpointing predict_special_tokens n_special output_past""".split())
 
 
 @dataclasses.dataclass
@@ -90,6 +90,18 @@ class _Fields:
             raise InputError(f'{self.path}: "{name}" is {value!r}, but must be a positive whole number')
         return value
 
+    def number(self, name, default: float, low: float, high: float = math.inf) -> float:
+        value = self(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise InputError(f'{self.path}: "{name}" is {value!r}, but must be a number from {low} to {high}')
+        return value
+
+    def switch(self, name, default: bool) -> bool:
+        value = self(name, default)
+        if not isinstance(value, bool):
+            raise InputError(f'{self.path}: "{name}" is {value!r}, but must be true or false')
+        return value
+
     def only(self, name, allowed: tuple) -> None:
         """A field whose other values are not implemented."""
         self.used.add(name)
@@ -110,13 +122,15 @@ def read_config(path: Path) -> ModelConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path.parent}: no config.json in this folder") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold a JSON object")
     architectures = values.get("architectures") or [None]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str | None):
+        raise InputError(f'{path}: "architectures" is {architectures!r}, but must be a list of names')
     family = ARCHITECTURES.get(architectures[0], values.get("model_type") if architectures == [None] else None)
-    if family not in ARCHITECTURES.values():
+    if family not in list(ARCHITECTURES.values()):
         raise InputError(f"{path}: the architecture {architectures[0] or values.get('model_type')!r} is not implemented "
                          f"(implemented: {', '.join(ARCHITECTURES)})")
     get = _Fields(path, values)
@@ -125,6 +139,8 @@ def read_config(path: Path) -> ModelConfig:
     get.refuse_unknown()
     if config.num_heads % config.num_kv_heads:
         raise InputError(f"{path}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key-value heads")
+    if family != "gpt2" and config.head_dim % 2:
+        raise InputError(f"{path}: rotary embeddings need an even head size, not {config.head_dim}")
     return config
 
 
@@ -140,10 +156,10 @@ def _gpt2(get: _Fields) -> ModelConfig:
     return ModelConfig(
         family="gpt2", vocab_size=get.size("vocab_size"), hidden_size=hidden, num_layers=layers, num_heads=heads,
         num_kv_heads=heads, head_dim=hidden // heads, intermediate_size=get.size("n_inner", 4 * hidden),
-        max_positions=get.size("n_positions", 1024), norm_eps=get("layer_norm_epsilon", 1e-5),
-        tie_head=get("tie_word_embeddings", True), activation=get("activation_function", "gelu_new"),
-        initializer_range=get("initializer_range", 0.02), attention_dropout=get("attn_pdrop", 0.1),
-        embed_dropout=get("embd_pdrop", 0.1), residual_dropout=get("resid_pdrop", 0.1), sliding_layers=[False] * layers)
+        max_positions=get.size("n_positions", 1024), norm_eps=get.number("layer_norm_epsilon", 1e-5, 0),
+        tie_head=get.switch("tie_word_embeddings", True), activation=get("activation_function", "gelu_new"),
+        initializer_range=get.number("initializer_range", 0.02, 0), attention_dropout=get.number("attn_pdrop", 0.1, 0, 1),
+        embed_dropout=get.number("embd_pdrop", 0.1, 0, 1), residual_dropout=get.number("resid_pdrop", 0.1, 0, 1), sliding_layers=[False] * layers)
 
 
 def _llama(get: _Fields, family: str) -> ModelConfig:
@@ -151,42 +167,57 @@ def _llama(get: _Fields, family: str) -> ModelConfig:
     get.only("rope_interleaved", (False, None))
     get.only("partial_rotary_factor", (1.0, None))
     hidden, heads, layers = get.size("hidden_size"), get.size("num_attention_heads"), get.size("num_hidden_layers")
-    # dialect 5 holds theta and scaling in one rope_parameters; dialect 4 in rope_theta and rope_scaling
-    rope = {**get("rope_parameters", {}), **get("rope_scaling", {})}
-    theta = rope.pop("rope_theta", None) or get("rope_theta", 10000.0)
-    get("rope_theta", None)
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    needed = {"default": set(), "linear": {"factor"}, "llama3": {
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
-    if rope["rope_type"] not in needed or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{get.path}: the rotary scaling {rope} is not implemented (implemented: {', '.join(needed)})")
-    if missing := needed[rope["rope_type"]] - rope.keys():
-        raise InputError(f"{get.path}: rotary scaling {rope['rope_type']} without {', '.join(sorted(missing))}")
-    attention_bias = get("attention_bias", False) and family in ("llama", "qwen3")
+    theta, rope = _rope(get)
+    attention_bias = get.switch("attention_bias", False) and family in ("llama", "qwen3")
     window, sliding_layers = _sliding_layers(get, family, layers)
     head_dim = get.size("head_dim", 128 if family == "qwen3" else hidden // heads)
     return ModelConfig(
         family=family, vocab_size=get.size("vocab_size"), hidden_size=hidden, num_layers=layers, num_heads=heads,
         num_kv_heads=get.size("num_key_value_heads", 8 if family == "mistral" else 32 if family in ("qwen2", "qwen3") else heads),
         head_dim=head_dim, intermediate_size=get.size("intermediate_size"),
-        max_positions=get.size("max_position_embeddings"), norm_eps=get("rms_norm_eps", 1e-6),
-        tie_head=get("tie_word_embeddings", False), activation="silu", initializer_range=get("initializer_range", 0.02),
-        attention_dropout=get("attention_dropout", 0.0), qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=attention_bias, mlp_bias=get("mlp_bias", False) and family == "llama", qk_norm=family == "qwen3",
+        max_positions=get.size("max_position_embeddings"), norm_eps=get.number("rms_norm_eps", 1e-6, 0),
+        tie_head=get.switch("tie_word_embeddings", False), activation="silu", initializer_range=get.number("initializer_range", 0.02, 0),
+        attention_dropout=get.number("attention_dropout", 0.0, 0, 1), qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias, mlp_bias=get.switch("mlp_bias", False) and family == "llama", qk_norm=family == "qwen3",
         rope_theta=theta, rope_scaling=rope, sliding_window=window, sliding_layers=sliding_layers)
+
+
+def _rope(get: _Fields) -> tuple[float, dict]:
+    """The base of the rotary angles and their scaling: dialect 5 has both in rope_parameters, dialect 4 in two fields."""
+    parts = get("rope_parameters", {}), get("rope_scaling", {})
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{get.path}: rope_parameters and rope_scaling must be JSON objects")
+    rope = {**parts[0], **parts[1]}
+    theta = rope.pop("rope_theta", None) or get("rope_theta", 10000.0)
+    get("rope_theta", None)
+    kind = rope["rope_type"] = str(rope.pop("type", None) or rope.get("rope_type", "default"))
+    needed = {"default": [], "linear": ["factor"],
+              "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    if kind not in needed or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{get.path}: the rotary scaling {rope} is not implemented (implemented: {', '.join(needed)})")
+    for name, value in [("rope_theta", theta), *((name, rope.get(name)) for name in needed[kind])]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise InputError(f"{get.path}: rotary embeddings want a positive number as {name}, found {value!r}")
+    return theta, rope
 
 
 def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None, list[bool]]:
     """The window in tokens, and for each layer whether it slides: Mistral's all do; Qwen's upper ones, when switched on."""
-    window, types = get("sliding_window", None), get("layer_types", None)
-    switched_on = get("use_sliding_window", family == "mistral")
-    first = get("max_window_layers", 0)
+    # a window that is absent has the family's default in transformers, one that is null is off
+    present = "sliding_window" in get.values or family != "mistral"
+    window, types = get("sliding_window", None if present else 4096), get("layer_types", None)
+    if window is not None:
+        window = get.size("sliding_window", window)
+    switched_on = get.switch("use_sliding_window", family == "mistral")
+    first = get.number("max_window_layers", 28, 0)
+    if types is not None and not isinstance(types, list):
+        raise InputError(f"{get.path}: layer_types must be a list")
     if family == "llama" or window is None or not switched_on:
         if types and "sliding_attention" in types and family != "llama":
             raise InputError(f"{get.path}: layer_types name sliding_attention, but the sliding window is off")
         return None, [False] * layers
     if types is None:
         return window, [family == "mistral" or i >= first for i in range(layers)]
-    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    if len(types) != layers or not set(map(str, types)) <= {"full_attention", "sliding_attention"}:
         raise InputError(f"{get.path}: layer_types must name full_attention or sliding_attention for each of {layers} layers")
     return window, [family == "mistral" or kind == "sliding_attention" for kind in types]

@@ -6,6 +6,7 @@
 
 The instruction is put into Alpaca's template, as in training.
 """
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Config:
     top_p: float = flag(1.0, "sample from the likeliest tokens with this probability together", at_least=1e-6)
     top_k: int = flag(0, "sample from the k likeliest tokens (0: all)", at_least=0)
     max_new_tokens: int = flag(256, "longest answer, in tokens", at_least=1)
-    seed: int = flag(1, "of the sampling", at_least=0)
+    seed: int = flag(1, "of the sampling", at_least=0, at_most=2**40)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
 
@@ -34,7 +35,11 @@ class Config:
 def tell(decoder, tokenizer, config: Config, instruction: str, generator: torch.Generator) -> None:
     """Print the answer to one instruction, token by token; a character split over tokens waits until it is whole."""
     device = decoder.embed.weight.device
-    prompt, _ = encode_prompt(make_prompt(instruction, config.input), tokenizer, decoder.config.max_positions - 1)
+    text = make_prompt(instruction, config.input).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    limit = decoder.config.max_positions - min(config.max_new_tokens, decoder.config.max_positions // 2)
+    prompt, was_cut = encode_prompt(text, tokenizer, limit)
+    if was_cut:
+        print(f"(the prompt is cut to {limit} tokens)", file=sys.stderr)
     ids, mask = left_pad([prompt], tokenizer.eos_id)
     tokens, shown = [], ""
     for new in decoder.stream(ids.to(device), mask.to(device), config.max_new_tokens, config.temperature, config.top_p,

@@ -307,6 +307,19 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     close(decoder.logits(decoder(ids)).detach(), reference(ids).logits.detach())
 
 
+def test_defaults_of_absent_fields_are_transformers(tmp_path):
+    reference_model("mistral", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value, window in ((5, 5), (None, None), ("absent", 4096)):
+        config["sliding_window"] = value
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+        assert model.load(tmp_path).config.sliding_window == window
+    extra = dict(predict_special_tokens=True, output_past=True, n_special=0, task_specific_params={"text-generation": {}})     # gpt2-medium … xl have these
+    reference_model("gpt2", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | extra))
+    model.load(tmp_path)
+
+
 def test_random_init_has_the_config_and_its_own_weights(tmp_path):
     reference_model("gpt2", tmp_path)
     torch.manual_seed(3)
@@ -342,7 +355,8 @@ def test_rows_end_at_eos_and_leave(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM"), (dict(activation_function="relu"), "relu"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"), (dict(n_embd=-3), "n_embd"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"), (dict(n_embd=-3), "n_embd"), (dict(attn_pdrop=2.0), "attn_pdrop"),
+    (dict(layer_norm_epsilon="1e-5"), "layer_norm_epsilon"), (dict(tie_word_embeddings="false"), "true or false"), (dict(architectures="GPT2"), "list of names"),
     (dict(n_embd=30), "n_head"), (dict(rotary_pct=0.25), "rotary_pct"), (dict(n_layer=None), "n_layer"), (dict(n_layer=3), "missing"),
     (dict(n_layer=1), "extra"), (dict(vocab_size=98), "wte"), (dict(quantization_config={"bits": 4}), "quantization_config")])
 def test_configs_that_are_not_implemented(change, message, tmp_path):
@@ -355,6 +369,8 @@ def test_configs_that_are_not_implemented(change, message, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"), (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "low_freq_factor"),
+    (dict(rope_parameters=[1]), "JSON objects"), (dict(rope_scaling={"type": "linear", "factor": "2"}), "positive number as factor"),
+    (dict(rope_scaling={"type": "linear", "factor": 0}), "positive number"), (dict(head_dim=7), "even head size"), (dict(rms_norm_eps=-1), "rms_norm_eps"),
     (dict(hidden_act="gelu"), "gelu"), (dict(num_key_value_heads=3), "key-value heads"), (dict(partial_rotary_factor=0.5), "partial_rotary")])
 def test_llama_configs_that_are_not_implemented(change, message, tmp_path):
     reference_model("llama2", tmp_path)
@@ -372,6 +388,9 @@ def test_damaged_weights(tmp_path):
         file.write_bytes(content[:cut])
         with pytest.raises(InputError, match="model.safetensors"):
             model.load(tmp_path)
+    save_file({name: x.to(torch.int8) for name, x in reference_model("gpt2", tmp_path).state_dict().items() if "lm_head" not in name}, file)
+    with pytest.raises(InputError, match="quantized"):
+        model.load(tmp_path)
     file.unlink()
     with pytest.raises(InputError, match="no weights"):
         model.load(tmp_path)
@@ -507,6 +526,23 @@ def test_split_patterns_come_from_the_file(kind, tmp_path):
         assert ids == reference.encode(text).ids, repr(text)
 
 
+def test_what_a_pattern_leaves_out_is_a_piece(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words_only = dict(type="Sequence", pretokenizers=[SPLIT | dict(pattern={"Regex": r"\p{L}+"}), BYTE_LEVEL | dict(use_regex=False)])
+    content = byte_level_json(words_only)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    ours, reference = ta.load_tokenizer(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(content))
+    for text in ("ab 12 cd", "!!hello  12"):
+        assert assert_spans_tile(ours, text)[0] == reference.encode(text).ids and ours.decode(ours.encode(text)) == text
+
+
+def test_end_of_sequence_must_be_a_piece(world, tmp_path):
+    folder = damaged(world, tmp_path, "teacher", tokenizer_config__json='{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match="im_end"):
+        ta.load_tokenizer(folder)
+
+
 def test_nfc_spans_point_into_the_original(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level_json(BYTE_LEVEL, {"type": "NFC"})))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
@@ -626,13 +662,19 @@ def test_toy_worlds_are_apart(world):
         if key[1] != "train" and key[0] != "toy-world":
             assert not content & rows["toy-world", "train"], key
     assert rows["toy", "train"] <= rows["toy-world", "train"] and not rows["toy", "dev"] & rows["toy", "test"]
-    phrasings = {" ".join(w for w in json.loads(line)["instruction"].split() if w.islower()) for line in (world / "toy-phrasings/test.jsonl").read_text().splitlines()}
-    assert len(phrasings) > 10
+    fillers = {*toy.WORDS, *toy.TOWNS, *toy.people(), *map(str, range(13))}
+    shapes = {name: {tuple(w for w in json.loads(line)["instruction"].translate(str.maketrans("", "", "?.,")).split() if w not in fillers)
+                     for line in (world / f"{name}/{split}.jsonl").read_text().splitlines()} for name, split in
+              (("toy-world", "train"), ("toy", "test"), ("toy-phrasings", "test"), ("toy-kinds", "test"), ("toy-asides", "test"))}
+    assert shapes["toy"] <= shapes["toy-world"]
+    for name in ("toy-phrasings", "toy-kinds", "toy-asides"):
+        assert len(shapes[name]) > 3 and not shapes[name] & shapes["toy-world"], name
     student, teacher = (ta.load_tokenizer(world / side) for side in ("student", "teacher"))
     assert student.vocab_size == 600 and 900 <= teacher.vocab_size <= 1000 and student.bos_id is teacher.bos_id is None
     text = "Below is an instruction: 你好 \n"
     assert student.decode(student.encode(text)) == text == teacher.decode(teacher.encode(text))
-    assert student.encode_with_spans(text)[1] != teacher.encode_with_spans(text)[1]
+    differ = [student.encode_with_spans(output)[1] != teacher.encode_with_spans(output)[1] for _, output in rows["toy", "test"]]
+    assert 0.2 < sum(differ) / len(differ), "the two tokenizers cut the same text alike"
 
 
 def test_batches(world):
@@ -663,7 +705,7 @@ def test_batches(world):
 
 @pytest.mark.parametrize("method", ("sft", "dskd_cma", "dskd_cma_ga"))
 def test_training_lowers_the_loss(method, world, tmp_path, monkeypatch, capsys):
-    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "6", "--grad_accum", "2", method=method))
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "6", "--grad_accum", "2", "--lr", "1e-2", "--projector_lr", "1e-2", method=method))
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == list(range(1, 19)) and records[-1]["loss"] < 0.8 * records[0]["loss"]
     assert ("ga_key_loss" in records[0]) == (method == "dskd_cma_ga") and ("t2s_ce_loss" in records[0]) == (method != "sft")
@@ -688,7 +730,8 @@ def test_one_vocabulary(method, world, tmp_path, monkeypatch):
 
 def test_who_learns(world, tmp_path, monkeypatch):
     """The discriminator and the projectors change from checkpoint to checkpoint; the teacher never does."""
-    before = hashlib.sha256((world / "teacher/model.safetensors").read_bytes()).digest()
+    digest = lambda: [hashlib.sha256((world / side / "model.safetensors").read_bytes()).digest() for side in ("teacher", "student")]
+    before = digest()
     seen = {}
     real_distill = train.distill
 
@@ -704,7 +747,7 @@ def test_who_learns(world, tmp_path, monkeypatch):
         a, b = (load_file(tmp_path / run / "last" / f"{part}.safetensors") for run in "ab")
         matrices = [name for name in a if a[name].dim() > 1 and "position" not in name and "wpe" not in name]
         assert matrices and all(not torch.equal(a[name], b[name]) for name in matrices), part
-    assert before == hashlib.sha256((world / "teacher/model.safetensors").read_bytes()).digest()
+    assert before == digest()
 
 
 def test_accumulation_equals_one_batch(world, tmp_path, monkeypatch):
@@ -715,6 +758,33 @@ def test_accumulation_equals_one_batch(world, tmp_path, monkeypatch):
         run_main(train, monkeypatch, *flags(world, tmp_path / name, *more, "--max_steps", "3", method="sft"))
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
         close(a["loss"], b["loss"], 1e-5)
+
+
+def test_resume_before_the_first_checkpoint(world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "3", method="sft"))
+    whole = stable(metrics(tmp_path / "run"))
+    for folder in ("best", "last"):
+        (tmp_path / "run" / folder).rename(tmp_path / folder)
+    run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
+    assert stable(metrics(tmp_path / "run")) == whole
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("config.json", "{}", "not the folder of a run"), ("config.json", "[", "not the folder of a run"), ("last/training.json", "{", "damaged"),
+    ("last/resume.safetensors", "xx", "damaged"), ("last/model.safetensors", "xx", "cut or damaged"), ("metrics.jsonl", None, "metrics.jsonl is missing")])
+def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1", method="sft"))
+    (tmp_path / "run" / file).unlink() if content is None else (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(InputError, match=message):
+        run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
+    with pytest.raises(InputError, match="not the folder of a run"):
+        run_main(train, monkeypatch, "--out_dir", tmp_path / "run/best", "--resume")
+
+
+def test_a_step_that_explodes_is_not_taken(world, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="step 2: the loss is .* was not taken"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--lr", "1e30", "--save_interval", "1", "--max_steps", "9", method="sft"))
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 def test_resume_is_exact(world, tmp_path, monkeypatch):
@@ -735,15 +805,18 @@ def test_resume_is_exact(world, tmp_path, monkeypatch):
     (tmp_path / "cut/last").rename(tmp_path / "cut/last.old")          # as if it had died while renaming
     run_main(train, monkeypatch, "--out_dir", tmp_path / "cut", "--resume")
     assert stable(metrics(tmp_path / "whole")) == stable(metrics(tmp_path / "cut"))
-    for file in ("last/model.safetensors", "last/projectors.safetensors", "last/discriminator.safetensors", "last/resume.safetensors", "best/model.safetensors", "results.json"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+    files = [{str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()} for name in ("whole", "cut")]
+    assert files[0].keys() == files[1].keys() and {"last/vocab.json", "last/resume.safetensors", "best/merges.txt"} <= files[0].keys()
+    for file in files[0].keys() - {"config.json", "metrics.jsonl"}:
+        assert files[0][file] == files[1][file], file
     assert not list((tmp_path / "cut").glob("*.tmp")) + list((tmp_path / "cut").glob("*.old"))
 
 
 def test_learning_rate():
     rate = lambda step: train.learning_rate(1e-3, step, 10, 110)
     assert rate(0) == 1e-4 and rate(9) == rate(10) == 1e-3
-    close(rate(60), (1e-3 + 1e-7) / 2) or close(rate(110), 1e-7)
+    close(rate(109), 1e-7)
+    close(train.learning_rate(1e-3, 50, 0, 101), (1e-3 + 1e-7) / 2)
 
 
 def test_bfloat16(world, tmp_path, monkeypatch):
@@ -811,6 +884,9 @@ def test_a_folder_with_a_run_is_refused(world, tmp_path, monkeypatch):
     assert content == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     run_main(train, monkeypatch, *flags(world, out, "--max_steps", "2", "--overwrite", method="sft"))
     assert len(metrics(out)) == 2
+    with pytest.raises(InputError, match="which this run reads"):
+        run_main(train, monkeypatch, *flags(world, out, "--student", str(out / "best"), "--overwrite", method="sft"))
+    assert len(metrics(out)) == 2
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("mine")
@@ -819,10 +895,13 @@ def test_a_folder_with_a_run_is_refused(world, tmp_path, monkeypatch):
     assert (precious / "thesis.txt").read_text() == "mine"
 
 
-def test_errors_are_one_line_and_exit_2():
-    for script, argv in (("train.py", ["--student", "nobody", "--method", "sft"]), ("eval_rouge.py", ["nobody"]), ("sample.py", []), ("train.py", ["--teacher", "gpt2"])):
+def test_errors_are_one_line_and_exit_2(world):
+    data = ["--data", str(world / "data")]
+    for script, argv, word in (("train.py", ["--student", "nobody", "--method", "sft", *data], "nobody"), ("eval_rouge.py", ["nobody", *data], "nobody"),
+                               ("sample.py", [], "name a model"), ("train.py", ["--teacher", "gpt2"], "without --student"),
+                               ("train.py", flags(world, "/dev/null/x", method="sft"), "/dev/null/x")):
         result = subprocess.run([sys.executable, HERE / script, *argv], capture_output=True, text=True, cwd=HERE)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and word in result.stderr, result.stderr
 
 
 def test_toy_settings_are_the_toys_and_paper_settings_the_papers():
@@ -844,17 +923,19 @@ def rouge_pairs():
     if (FIXTURES / "data").is_dir():
         outputs = [o for name in ("dolly/train", "dolly/test") for row in ta.read_rows(FIXTURES / f"data/{name}.jsonl") for o in row.outputs]
         mixed = [" ".join(rng.sample(o.split(), len(o.split()) // 2)) for o in outputs]
-        pairs += list(zip(outputs, outputs[1:])) + list(zip(mixed, outputs))
+        real = list(zip(outputs, outputs[1:])) + list(zip(mixed, outputs))
+        pairs += rng.sample(real, 1200)
     return pairs
 
 
 @pytest.mark.parametrize("use_stemmer", (True, False))
 def test_rouge_l_equals_rouge_score(use_stemmer):
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=use_stemmer)
-    pairs = [(p[:1500], r[:1500]) for p, r in rouge_pairs()][:1500]
+    pairs = [(p[:1500], r[:1500]) for p, r in rouge_pairs()]
     ours = eval_rouge.rouge_l([p for p, _ in pairs], [[r] for _, r in pairs], use_stemmer)
     theirs = [scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs]
-    assert np.abs(np.array(ours) - theirs).max() <= 1e-9 and len(pairs) >= 300
+    assert np.abs(np.array(ours) - theirs).max() <= 1e-9 and len(pairs) == (1500 if (FIXTURES / "data").is_dir() else 300)
+    assert 0.1 < np.mean(theirs) < 0.9
     several = [[r, "the cat", ""] for _, r in pairs[:100]]
     ours = eval_rouge.rouge_l([p for p, _ in pairs[:100]], several, use_stemmer)
     assert np.abs(np.array(ours) - [scorer.score_multi(r, p)["rougeL"].fmeasure for r, (p, _) in zip(several, pairs)]).max() <= 1e-9
@@ -894,9 +975,10 @@ def test_sample(world, monkeypatch, capsys):
     decoder, tokenizer = model.load(world / "student"), ta.load_tokenizer(world / "student")
     ids, mask = ta.left_pad([tokenizer.encode(ta.make_prompt("Spell the word plums."))], 0)
     assert printed == tokenizer.decode(decoder.generate(ids, mask, 20, temperature=0, eos_id=tokenizer.eos_id)[0].tolist()) + "\n"
-    questions = iter(["Sing.", ""])
+    questions = iter(["Spell the word plums.", "Sing.", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
-    run_main(sample, monkeypatch, world / "student", "--max_new_tokens", "3")
+    run_main(sample, monkeypatch, world / "student", "--max_new_tokens", "20", "--temperature", "0")
+    assert capsys.readouterr().out.startswith(printed) and next(questions, "none left") == "none left"
 
 
 # --------------------------------------------------------------------------------------------------- names and downloads
@@ -939,9 +1021,9 @@ def test_model_names(monkeypatch, tmp_path):
 
     def unreachable(*args, **kwargs):
         raise OSError("no network")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(InputError, match="Qwen/Qwen1.5-1.8B: the hub cannot be reached .* pass a folder"):
+    with pytest.raises(InputError, match="qwen: the hub cannot be reached .* pass a folder .*Qwen/Qwen1.5-1.8B"):
         hub.model_dir("qwen")
     with pytest.raises(InputError, match="not a folder"):
         hub.model_dir("no-such-name")

@@ -72,6 +72,8 @@ class ByteLevelBPE(Tokenizer):
         in that order, and a whole word that is a token is taken as it is. nfc: text is NFC-normalized first."""
         self.name, self.nfc, self.eos_id, self.bos_id = name, nfc, eos_id, bos_id
         self.control = set(control.values())
+        if not all(type(i) is int and 0 <= i < 10_000_000 for i in (*vocabulary.values(), *self.control)):
+            raise InputError(f"{name}: the vocabulary holds ids that are not whole numbers from 0 to 10 million")
         byte_tokens = {_from_alphabet(token): i for token, i in vocabulary.items() if i not in self.control}
         self.vocab_size = max(*vocabulary.values(), *control.values(), 0) + 1
         self.bytes_of = [b""] * self.vocab_size
@@ -81,6 +83,8 @@ class ByteLevelBPE(Tokenizer):
             self.bytes_of[i] = token.encode()
         if merges is None:
             order = sorted(byte_tokens, key=byte_tokens.get)
+            if not all(bytes([b]) in byte_tokens for b in range(256)):
+                raise InputError(f"{name}: a vocabulary without merges must hold all 256 bytes")
         else:
             # tiktoken takes ids for priorities, so it is given priorities: first the bytes, then the merges in order
             order = dict.fromkeys(bytes([b]) for b in range(256)) | dict.fromkeys(
@@ -90,7 +94,8 @@ class ByteLevelBPE(Tokenizer):
         self.length_of_rank = np.array([len(token) for token in order])
         if not (self.id_of_rank[256:] >= 0).all():
             raise InputError(f"{name}: a merge makes a token that the vocabulary lacks")
-        self.encoding = tiktoken.Encoding(name, pat_str=split, special_tokens={},
+        # what the pattern leaves out is a piece of its own, as in the reference; most patterns leave nothing out
+        self.encoding = tiktoken.Encoding(name, pat_str=rf"{split}|(?:(?!{split})[\s\S])+", special_tokens={},
                                           mergeable_ranks={token: rank for rank, token in enumerate(order)})
 
     def encode(self, text):
@@ -120,13 +125,16 @@ class ByteLevelBPE(Tokenizer):
 class SentencePiece(Tokenizer):
     """A tokenizer.model with byte fallback and without normalization, as Llama 2, TinyLlama and Mistral have it."""
 
-    def __init__(self, name: str, path: Path, eos_id: int | None, add_bos: bool):
+    def __init__(self, name: str, path: Path, eos: str | None, add_bos: bool):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise InputError(f"{path}: not a SentencePiece model ({error})") from error
         self.name, self.vocab_size = name, self.model.vocab_size()
-        self.eos_id = self.model.eos_id() if eos_id is None else eos_id
+        self.eos_id = self.model.eos_id() if eos is None else self.model.piece_to_id(eos)
+        if self.eos_id < 0 or eos is not None and self.model.id_to_piece(self.eos_id) != eos:
+            raise InputError(f"{path}: the end-of-sequence token {eos!r} is not one of its pieces; tokens added beside a "
+                             "SentencePiece model are not implemented")
         self.bos_id = self.model.bos_id() if add_bos and self.model.bos_id() >= 0 else None
         is_byte = [self.model.is_byte(i) for i in range(self.vocab_size)]
         self.control = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
@@ -205,17 +213,17 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json") or {}
     try:
         if (folder / "tokenizer.model").exists():
-            eos = settings.get("eos_token")
-            tokenizer = SentencePiece(str(name_or_dir), folder / "tokenizer.model", None, settings.get("add_bos_token", True))
-            eos = eos.get("content") if isinstance(eos, dict) else eos
-            if eos is not None:
-                tokenizer.eos_id = tokenizer.model.piece_to_id(eos)
-            if tokenizer.eos_id not in tokenizer.control:
-                raise InputError(f"{folder}: the end-of-sequence token {eos!r} is not in tokenizer.model")
-            return tokenizer
+            return SentencePiece(str(name_or_dir), folder / "tokenizer.model", _token_text(settings, "eos_token"),
+                                 settings.get("add_bos_token", True))
         return _byte_level(str(name_or_dir), folder, settings)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise InputError(f"{folder}: the tokenizer's files are damaged or of an unknown make ({error!r})") from error
+
+
+def _token_text(settings: dict, name: str) -> str | None:
+    """A control token of tokenizer_config.json, which writes it as text or as {"content": text, …}."""
+    token = settings.get(name)
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _byte_level(name: str, folder: Path, settings: dict) -> ByteLevelBPE:
@@ -227,6 +235,9 @@ def _byte_level(name: str, folder: Path, settings: dict) -> ByteLevelBPE:
         model = whole["model"]
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             raise InputError(f"{folder}/tokenizer.json: only byte-level BPE is implemented; pass SentencePiece models as tokenizer.model")
+        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(field):
+                raise InputError(f"{folder}/tokenizer.json: the model's {field} {model[field]!r} is not implemented")
         vocabulary = model["vocab"]
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         control |= {t["content"]: t["id"] for t in whole.get("added_tokens") or []}
@@ -245,8 +256,7 @@ def _byte_level(name: str, folder: Path, settings: dict) -> ByteLevelBPE:
             split, nfc = QWEN_SPLIT, True
         else:
             raise InputError(f"{folder}: vocab.json does not say how text is split, and the tokenizer class {kind!r} is unknown; add tokenizer.json")
-    eos = settings.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    eos = _token_text(settings, "eos_token")
     eos_id = control.get(eos, vocabulary.get(eos)) if eos is not None else config.get("eos_token_id")
     eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
     if eos_id is None:
@@ -266,8 +276,8 @@ def _bos_id(whole: dict | None, settings: dict, control: dict[str, int]) -> int 
         first = (processor.get("single") or [{}])[0] if processor.get("type") == "TemplateProcessing" else {}
         if "SpecialToken" in first:
             return control[first["SpecialToken"]["id"]]
-    bos = settings.get("bos_token")
-    return control[bos["content"] if isinstance(bos, dict) else bos] if settings.get("add_bos_token") and bos else None
+    bos = _token_text(settings, "bos_token")
+    return control[bos] if settings.get("add_bos_token") and bos else None
 
 
 def _split_pattern(path: Path, pre_tokenizer: dict | None) -> str:
@@ -429,7 +439,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_length: int) -> 
 
 
 def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int):
-    """Tokenize every row twice → (examples, rows whose prompt was cut, rows dropped for want of a valid token).
+    """Tokenize every row twice → (examples, rows whose prompt was cut, rows dropped for want of a prompt or valid token).
 
     Prompt and response are tokenized apart, as at generation time; EOS is appended, then everything cut to max_length
     tokens. Texts that both sides share a tokenizer for are tokenized once.
@@ -446,7 +456,7 @@ def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_len
             was_cut |= prompt_cut
         example = Example(number, sides[0], sides[-1])
         cut += was_cut
-        if example.student.valid and example.teacher.valid:
+        if all(side.valid and side.prompt_length for side in (example.student, example.teacher)):
             examples.append(example)
         else:
             dropped += 1

@@ -256,16 +256,18 @@ def write_data_for(names: list[str]) -> None:
     mark.write_text(made_by)
 
 
-def prepare(sides: list[str]) -> None:
-    """Write data and tokenizers, and pretrain the sides with train.py unless that was done before (minutes, once)."""
-    write_data_for(["toy"])
+def prepare(sides: list[str], machine: list[str]) -> None:
+    """Write data and tokenizers, and pretrain the sides with train.py unless that was done before (minutes, once).
+    machine: flags of train.py that say where."""
+    if sides:
+        write_data_for(["toy"])
     for side in sides:
         run = hub.DATA_DIR / "toy" / f"{side}-run"
         if folder(side).exists():
             continue
         print(f"preparing the toy {side}, once; it is kept in {folder(side)}", flush=True)
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run)]
-        if (run / "last" / "training.json").exists():
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run), *machine]
+        if (run / "last").exists() or (run / "last.old").exists():
             command += ["--resume"]
         else:
             command += ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data", "toy-world",

@@ -15,12 +15,14 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -29,7 +31,7 @@ import toy
 from cma import DIVERGENCES, METHODS, Projectors, distill
 from config import flag, parse
 from discriminator import Discriminator, gan
-from eval_rouge import answer, rouge_l
+from eval_rouge import answer, rouge_l, tell_cut_prompts
 from hub import InputError
 from model import load
 from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
@@ -45,14 +47,14 @@ class Config:
     student_init: str = flag("pretrained", "the student's first weights", choices=("pretrained", "random"))
     out_dir: str = flag("", "where everything is written (default: a new folder under out/)")
     epochs: int = flag(20, "passes over the training data", at_least=1)
-    max_steps: int = flag(0, "stop after this many optimizer steps (0: after all epochs)", at_least=0)
+    max_steps: int = flag(0, "optimizer steps, in place of --epochs (0: all epochs)", at_least=0)
     batch_size: int = flag(32, "rows a forward pass", at_least=1)
     grad_accum: int = flag(1, "forward passes an optimizer step", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the student, cosine to 1e-7", at_least=0)
     projector_lr: float = flag(1e-3, "the same for the projectors", at_least=0)
     ga_lr: float = flag(1e-3, "the same for the discriminator", at_least=0)
     ga_weight: float = flag(0.1, "λ_GA, weight of key-query matching (a number)", at_least=0)
-    kd_rate: float = flag(0.5, "α, share of distillation in the loss (0 to 1)", at_least=0)
+    kd_rate: float = flag(0.5, "α, share of distillation in the loss (0 to 1)", at_least=0, at_most=1)
     temperature: float = flag(2.0, "T of the divergences (a number)", at_least=1e-3)
     weight_decay: float = flag(0.01, "AdamW's decay of matrices, per unit of learning rate", at_least=0)
     warmup_steps: int = flag(0, "optimizer steps until the peak learning rate", at_least=0)
@@ -62,10 +64,10 @@ class Config:
     eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
     eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
     save_interval: int = flag(0, "optimizer steps between checkpoints (0: at every scoring)", at_least=0)
-    seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0)
+    seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0, at_most=2**40)
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA", choices=("auto", "float32", "bfloat16"))
-    num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0)
+    num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0, at_most=1024)
     resume: bool = flag(False, "go on with the run in --out_dir; its own settings are taken")
     overwrite: bool = flag(False, "delete the run in --out_dir first")
 
@@ -97,8 +99,6 @@ def read_config(argv: list[str] | None = None) -> Config:
         config.teacher = "toy"
     if config.method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
-    if config.kd_rate > 1:
-        raise InputError(f"--kd_rate {config.kd_rate}: must be at most 1")
     return config
 
 
@@ -124,7 +124,13 @@ def saved_config(out_dir: Path, given: dict) -> dict:
     path = out_dir / "config.json"
     if not path.exists():
         raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        complete = saved.keys() == {field.name for field in dataclasses.fields(Config)} and (out_dir / "metrics.jsonl").exists()
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's, or metrics.jsonl is missing)")
     for name, value in given.items():
         if name not in FREE and value != saved[name]:
             raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; "
@@ -132,8 +138,9 @@ def saved_config(out_dir: Path, given: dict) -> dict:
     return {**saved, "out_dir": str(out_dir)}
 
 
-def open_out_dir(config: Config) -> Path:
-    """Make the run's folder and write config.json. Refuses a folder that holds another run."""
+def check_out_dir(config: Config, inputs: list[Path]) -> Path:
+    """Choose or check the run's folder and touch nothing yet. Raises InputError where it holds another run, or where
+    --overwrite would delete one of the inputs."""
     if not config.out_dir:
         number = 1
         while not config.overwrite and (numbered(run_name(config), number) / "config.json").exists():
@@ -150,12 +157,20 @@ def open_out_dir(config: Config) -> Path:
         if not config.overwrite:
             raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete it, "
                              "or another folder")
+        for path in inputs:
+            if path.resolve().is_relative_to(out_dir.resolve()):
+                raise InputError(f"--overwrite would delete {path}, which this run reads; pass another --out_dir")
+    return out_dir
+
+
+def start_run(config: Config, out_dir: Path) -> None:
+    """Make the run's folder, empty, and write config.json."""
+    if out_dir.exists():
         shutil.rmtree(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir.mkdir(parents=True)
     (out_dir / "metrics.jsonl").touch()
     with hub.atomic_write(out_dir / "config.json") as file:
         json.dump(dataclasses.asdict(config), file, indent=2)
-    return out_dir
 
 
 # -------------------------------------------------------------------------------------------------------- the models
@@ -192,10 +207,10 @@ def parameter_groups(config: Config, student, projectors, discriminator) -> list
 
 
 def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then a cosine from the peak down to 1e-7 at the last step."""
+    """Linear warm-up, then a cosine from the peak down to 1e-7 at the last step, total − 1."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = (step - warmup) / max(1, total - 1 - warmup)
     return min(peak, 1e-7) + 0.5 * (1 + math.cos(math.pi * progress)) * max(0.0, peak - 1e-7)
 
 
@@ -235,8 +250,27 @@ def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> None:
-    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model."""
+def last_checkpoint(out_dir: Path) -> Path | None:
+    """The checkpoint to go on with, or None where the run had none yet. A run that died between the two renames of
+    save_checkpoint has left the one before as last.old."""
+    last, previous = out_dir / "last", out_dir / "last.old"
+    if previous.exists() and not last.exists():
+        previous.rename(last)
+    return last if last.exists() else None
+
+
+def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> tuple[int, float]:
+    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → (steps done, best
+    score so far). Raises InputError where a file is damaged."""
+    try:
+        _load_checkpoint(folder, projectors, discriminator, optimizer)
+        state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return state["step"], state["best_dev_rouge_l"]
+    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder}: this checkpoint is damaged ({error}); best/ beside it may still be whole") from error
+
+
+def _load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> None:
     for name, module in (("projectors", projectors), ("discriminator", discriminator)):
         if module is not None:
             module.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -261,19 +295,16 @@ def main() -> None:
     device, dtype = hub.pick_device(config.device, config.dtype)
     autocast = lambda: torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     toy.write_data_for([config.data])
-    if "toy" in (config.teacher, config.student):
-        toy.prepare([side for side in ("student", "teacher") if getattr(config, side) == "toy"])
     files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
     rows = {split: read_rows(file) for split, file in files.items() if file}
 
-    # the last checkpoint of the run, when there is one to go on with
-    last = None
-    if config.resume:
-        kept = [Path(config.out_dir) / name for name in ("last", "last.old")]
-        last = next((folder for folder in kept if (folder / "training.json").exists()), None)
+    sides = [side for side in ("student", "teacher") if getattr(config, side)]
+    folders = {side: toy.folder(side) if getattr(config, side) == "toy" else Path(getattr(config, side)) for side in sides}
+    out_dir = check_out_dir(config, [*(file for file in files.values() if file), *folders.values()])
+    toy.prepare([side for side in sides if getattr(config, side) == "toy"], ["--device", config.device, "--num_threads", str(config.num_threads)])
+    last = last_checkpoint(out_dir) if config.resume else None
 
     torch.manual_seed(config.seed)
-    folders = {side: toy.folder(side) if getattr(config, side) == "toy" else getattr(config, side) for side in ("student", "teacher")}
     student_tokenizer = load_tokenizer(folders["student"])
     student = load(last or folders["student"], init="pretrained" if last else config.student_init, device=device)
     teacher = teacher_tokenizer = projectors = discriminator = None
@@ -290,22 +321,23 @@ def main() -> None:
     examples, cut, dropped = encode_rows(rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
                                          config.max_length, config.max_prompt_length)
     if cut or dropped:
-        print(f"{config.data}/train: {len(rows['train'])} rows; {cut} prompts cut to {config.max_prompt_length} tokens, "
+        print(f"{config.data}, train: {cut} of {len(rows['train'])} prompts cut to {config.max_prompt_length} tokens, "
               f"{dropped} rows dropped, because no response token fits into {config.max_length}")
     if not examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
 
-    out_dir = open_out_dir(config)
+    if not config.resume:
+        start_run(config, out_dir)
     optimizer = torch.optim.AdamW(parameter_groups(config, student, projectors, discriminator), betas=(0.9, 0.999))
     steps_per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.grad_accum)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     eval_interval = config.eval_interval or steps_per_epoch
     start_step, best = 0, -1.0
     if last:
-        load_checkpoint(last, projectors, discriminator, optimizer)
-        state = json.loads((last / "training.json").read_text())
-        start_step, best = state["step"], state["best_dev_rouge_l"]
-        keep_metrics(out_dir / "metrics.jsonl", start_step)
+        start_step, best = load_checkpoint(last, projectors, discriminator, optimizer)
+    keep_metrics(out_dir / "metrics.jsonl", start_step)
+
+    tell_cut_prompts(f"{config.data}, dev", rows["dev"][:config.eval_num or None], student_tokenizer, config.max_prompt_length)
 
     def dev_score() -> float:
         with autocast():
@@ -342,14 +374,14 @@ def main() -> None:
             loss.backward()
             for name, value in {**parts, "loss": loss.detach() * n["student"]}.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach())
-        if not math.isfinite(totals["loss"]):
-            bar.close()
-            raise InputError(f"step {step + 1}: the loss is {totals['loss']}; try a lower --lr. The last checkpoint in {out_dir} is intact")
-
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
         learners = [p for module in (student, projectors) if module is not None for p in module.parameters()]
-        grad_norm = torch.nn.utils.clip_grad_norm_(learners, config.clip_grad)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(learners, config.clip_grad))
+        if not math.isfinite(totals["loss"] + grad_norm):
+            bar.close()
+            raise InputError(f"step {step + 1}: the loss is {totals['loss']} and its gradient's norm {grad_norm}; the step was not "
+                             f"taken. Try a lower --lr, or a higher --warmup_steps; {out_dir / 'last'} holds the last checkpoint")
         if discriminator is not None:       # the adversary's gradient must not shorten the student's
             torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip_grad)
         optimizer.step()
@@ -359,7 +391,7 @@ def main() -> None:
         tokens = sum(len(e.student.ids) for part in batches[first:first + config.grad_accum] for e in part)
         of_teacher = ("s2t_acc", "ga_key_loss", "ga_key_acc") if config.method != "dskd" else ()
         record = {"step": step + 1, **{name: value / n["teacher" if name in of_teacher else "student"] for name, value in totals.items()},
-                  "grad_norm": float(grad_norm), "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds}
+                  "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds}
         bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
         bar.update()
 
@@ -411,21 +443,23 @@ def final_table(config, rows, student, student_tokenizer, teacher, teacher_token
     splits = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
     results = {}
     for name, model, tokenizer in (("teacher", teacher, teacher_tokenizer), ("student", student, student_tokenizer)):
-        for split, rows in splits.items():
+        for split, scored in splits.items():
             if model is not None:
                 with autocast():
-                    answers = answer(model, tokenizer, rows, config.max_length, config.max_prompt_length, temperature=0.0,
+                    answers = answer(model, tokenizer, scored, config.max_length, config.max_prompt_length, temperature=0.0,
                                      desc=f"scoring the {name} on {split}")
-                results.setdefault(name, {})[split] = 100 * sum(rouge_l(answers, [row.outputs for row in rows])) / len(rows)
+                results.setdefault(name, {})[split] = 100 * sum(rouge_l(answers, [row.outputs for row in scored])) / len(scored)
     with hub.atomic_write(Path(config.out_dir) / "results.json") as file:
         json.dump(results, file, indent=2)
-    print(f"\n{'ROUGE-L, greedy':<40}" + "".join(f"{split:>8}" for split in splits))
+    columns = [f"{split} ({len(scored)} of {len(rows[split])} rows)" for split, scored in splits.items()]
+    print(f"\n{'ROUGE-L, greedy':<32}" + "".join(f"{column:>26}" for column in columns))
     for name, scores in results.items():
-        print(f"{name + ' ' + getattr(config, name):<40.40}" + "".join(f"{score:8.2f}" for score in scores.values()))
-    more = " ".join(toy.SETS) if config.data == "toy" else "dolly self-inst vicuna sinst uinst" if config.data == "dolly" else config.data
-    print(f"\nscore it further:  python eval_rouge.py {config.out_dir} --data {more} --max_length {config.max_length} "
-          f"--max_prompt_length {config.max_prompt_length}\n"
-          f"talk to it:        python sample.py {config.out_dir} \"your instruction\"")
+        print(f"{name + ' ' + getattr(config, name):<32.32}" + "".join(f"{score:26.2f}" for score in scores.values()))
+    more = {"toy": toy.SETS, "dolly": ("dolly", "self-inst", "vicuna", "sinst", "uinst")}.get(
+        config.data, [config.data if "test" in rows else str(Path(config.data) / "dev.jsonl")])
+    print("\nscore it further:  python eval_rouge.py " + shlex.join([config.out_dir, "--data", *more, "--max_length", str(config.max_length),
+                                                                     "--max_prompt_length", str(config.max_prompt_length)]))
+    print(f"talk to it:        python sample.py {shlex.quote(config.out_dir)} \"your instruction\"")
 
 
 if __name__ == "__main__":

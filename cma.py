@@ -209,7 +209,7 @@ def keys_and_queries(batch, student_embed, teacher_embed, projectors, student_va
                                   student_embed(student_valid.grid(batch["student_labels"]))], -1)
         label_embed = teacher_embed(teacher_valid.grid(batch["teacher_labels"]))
         keys = torch.cat([teacher_embed(teacher_valid.grid(batch["teacher_ids"])), label_embed], -1)
-        keys = keys / teacher_valid.pack(keys).std()
+        keys = keys / teacher_valid.pack(keys).float().std()
     return keys, projectors.query(student_pair), label_embed
 
 
@@ -233,7 +233,7 @@ def dskd_cma(batch, student_hidden, student_embed, student_head, teacher_hidden,
     keys, queries, label_embed = keys_and_queries(batch, student_embed, teacher_embed, projectors, student_valid, teacher_valid)
     scores = attention_scores(queries, keys, student_valid, teacher_valid)
 
-    deviation = lambda grid: teacher_valid.pack(grid).std()
+    deviation = lambda grid: teacher_valid.pack(grid).float().std()
     values = projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))
     t2s_hidden = scores.softmax(-1) @ values                                             # (B, S, d_s)
     s2t_hidden = scores.transpose(1, 2).softmax(-1) @ projectors.s2t(h_s)                # (B, T, d_t)

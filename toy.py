@@ -272,7 +272,7 @@ def prepare(sides: list[str], machine: list[str]) -> None:
         else:
             command += ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data", "toy-world",
                         "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
-        result = subprocess.run(command)
+        result = subprocess.run(command, stdout=subprocess.DEVNULL)        # its table says nothing here; its progress bar stays
         if result.returncode:
             raise hub.InputError(f"preparing the toy {side} ended with exit code {result.returncode}; the same command goes on with it")
         # the world holds the toy's training rows, so this model was trained on them too

@@ -456,7 +456,7 @@ def final_table(config, rows, student, student_tokenizer, teacher, teacher_token
     for name, scores in results.items():
         print(f"{name + ' ' + getattr(config, name):<32.32}" + "".join(f"{score:26.2f}" for score in scores.values()))
     more = {"toy": toy.SETS, "dolly": ("dolly", "self-inst", "vicuna", "sinst", "uinst")}.get(
-        config.data, [config.data if "test" in rows else str(Path(config.data) / "dev.jsonl")])
+        config.data, [config.data if "test" in rows else str(hub.data_file(config.data, "dev"))])
     print("\nscore it further:  python eval_rouge.py " + shlex.join([config.out_dir, "--data", *more, "--max_length", str(config.max_length),
                                                                      "--max_prompt_length", str(config.max_prompt_length)]))
     print(f"talk to it:        python sample.py {shlex.quote(config.out_dir)} \"your instruction\"")

@@ -944,7 +944,7 @@ def test_rouge_l_equals_rouge_score(use_stemmer):
 def test_porter_equals_nltk():
     reference = pytest.importorskip("nltk.stem.porter").PorterStemmer()
     rng = random.Random(0)
-    suffixes = [s for s, _ in porter.STEP2 + porter.STEP3] + porter.STEP4 + "s es ies ed ing eed ied y e ll logi alli sses ss".split() + [""]
+    suffixes = [s for s, _ in porter.STEP2 + porter.STEP3] + porter.STEP4 + "s es ies ed ing eed ied y e ll logi alli fulli biliti ization sses ss".split() + [""]
     words = {"".join(rng.choices("abcdelsyzxtoiu1", k=rng.randint(1, 5))) + rng.choice(suffixes) + rng.choice(suffixes) for _ in range(20000)}
     for word in words | set(porter.IRREGULAR):
         assert porter.stem(word) == reference.stem(word), word

@@ -198,14 +198,26 @@ def test_heads_run_on_valid_positions_only(monkeypatch):
             return result
 
     torch.manual_seed(0)
-    batch = pad_batch(load_file(GOLDEN / "batch_full.safetensors"), 40)
-    monkeypatch.setattr(cma, "CHUNK", 8)
-    with Largest() as largest:
-        all_parts("dskd_cma", batch)
-    heads = 97 * 24, 131 * 40, 80 * 80, 131 * 72             # weights; the critic's highway
-    activations = 3 * (17 + 40) * 3 * 72                     # a layer's widest activation
-    assert largest.elements <= max(*heads, activations, 8 * 131)
-    assert largest.elements < 3 * (17 + 40) * 131
+    rows, length, vocabulary, size = 4, 60, 5000, 8
+    batch = {}
+    for side in ("student", "teacher"):
+        batch[f"{side}_ids"] = torch.randint(0, vocabulary, (rows, length))
+        batch[f"{side}_labels"] = torch.where(torch.arange(length) < 40, -100, torch.randint(0, vocabulary, (rows, length)))
+    hidden = [torch.randn(rows, length, size, requires_grad=True) for _ in range(2)]
+    embeds, heads = ([make() for _ in range(2)] for make in (lambda: torch.nn.Embedding(vocabulary, size), lambda: torch.randn(vocabulary, size)))
+    monkeypatch.setattr(cma, "CHUNK", 7)
+    for method in ("sft", "kd", "dskd_cma"):
+        with Largest() as largest:
+            if method == "dskd_cma":
+                parts, _, _ = cma.dskd_cma(batch, hidden[0], embeds[0], heads[0], hidden[1].detach(), embeds[1], heads[1], cma.Projectors(size, size, True), "adaptive_kl", 2.0)
+                loss = parts["nll_loss"] + parts["t2s_ce_loss"] + parts["t2s_kd_loss"] + parts["s2t_kd_loss"]
+            else:
+                valid = cma.Valid(batch["student_labels"])
+                h_s, h_t, labels = (valid.pack(valid.grid(x)) for x in (*hidden, batch["student_labels"]))
+                parts = cma.sft(h_s, heads[0], labels) if method == "sft" else cma.kd(h_s, heads[0], h_t, heads[1], labels, "forward_kl", 2.0)
+                loss = parts["nll_loss"] + parts.get("kd_loss", 0)
+            loss.backward()
+        assert largest.elements == vocabulary * size, f"{method}: larger than a head's weight and than 7 positions of logits"
 
 
 def test_queries_projector_gets_the_reversed_gradient():
@@ -803,8 +815,10 @@ def test_resume_is_exact(world, tmp_path, monkeypatch):
         run_main(train, monkeypatch, *flags(world, tmp_path / "cut", "--save_interval", "2", "--eval_interval", "4"))
     monkeypatch.setattr(train, "append_line", real_append)
     (tmp_path / "cut/last").rename(tmp_path / "cut/last.old")          # as if it had died while renaming
+    steps, real_distill = [], train.distill
+    monkeypatch.setattr(train, "distill", lambda *args: steps.append(1) or real_distill(*args))
     run_main(train, monkeypatch, "--out_dir", tmp_path / "cut", "--resume")
-    assert stable(metrics(tmp_path / "whole")) == stable(metrics(tmp_path / "cut"))
+    assert stable(metrics(tmp_path / "whole")) == stable(metrics(tmp_path / "cut")) and len(steps) == len(metrics(tmp_path / "whole")) - 6
     files = [{str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()} for name in ("whole", "cut")]
     assert files[0].keys() == files[1].keys() and {"last/vocab.json", "last/resume.safetensors", "best/merges.txt"} <= files[0].keys()
     for file in files[0].keys() - {"config.json", "metrics.jsonl"}:

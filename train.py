@@ -90,7 +90,8 @@ def read_config(argv: list[str] | None = None) -> Config:
         is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
         return {**(TOY if is_toy else {}), **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"})}
 
-    config = parse(Config, __doc__, argv, presets=presets)
+    toy_defaults = " ".join(f"--{name} {value}" for name, value in TOY.items())
+    config = parse(Config, f"{__doc__}\nThe toy's defaults: {toy_defaults}", argv, presets=presets)
     if not config.student:
         raise InputError("--teacher without --student: name the student too (without either, the toy is trained)")
     if config.method != "sft" and not config.teacher:

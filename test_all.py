@@ -488,6 +488,17 @@ def test_tokenizers_equal_the_reference(name):
     assert ours.decode([ours.eos_id]) == ""
 
 
+def test_smollm2_equals_the_reference():
+    """Its digits stand alone, and 21 of the 256 bytes have no token."""
+    folder = Path(os.environ.get("NANODSKD_SMOLLM2", FIXTURES / "models/smollm2"))
+    if not (folder / "tokenizer.json").exists():
+        pytest.skip(f"no SmolLM2 in {folder} (NANODSKD_SMOLLM2 names another folder)")
+    ours, reference = ta.load_tokenizer(folder), pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    for text in texts():
+        assert assert_spans_tile(ours, text)[0] == reference.encode(text).ids, repr(text)
+
+
 @real_vocabularies
 def test_sentencepiece_splits_characters_into_bytes():
     tokenizer = ta.load_tokenizer(FIXTURES / "tokenizers/llama2")
@@ -981,6 +992,10 @@ def test_eval_rouge(world, tmp_path, monkeypatch, capsys):
     close(100 * sum(scores) / 5, sets[0]["rouge_l_by_seed"][0], 1e-6)
     run_main(eval_rouge, monkeypatch, *argv)
     assert json.loads((tmp_path / "run/best/rouge.json").read_text()) == result       # the same seeds, the same answers
+    run_main(eval_rouge, monkeypatch, *argv, "--greedy", "--out_dir", tmp_path / "greedy")
+    assert json.loads((tmp_path / "greedy/rouge.json").read_text())["seeds"] == [None] and len(list((tmp_path / "greedy").glob("*-greedy.jsonl"))) == 2
+    with pytest.raises(InputError, match="256 positions"):
+        run_main(eval_rouge, monkeypatch, *argv, "--max_length", "300")
 
 
 def test_sample(world, monkeypatch, capsys):
@@ -989,6 +1004,10 @@ def test_sample(world, monkeypatch, capsys):
     decoder, tokenizer = model.load(world / "student"), ta.load_tokenizer(world / "student")
     ids, mask = ta.left_pad([tokenizer.encode(ta.make_prompt("Spell the word plums."))], 0)
     assert printed == tokenizer.decode(decoder.generate(ids, mask, 20, temperature=0, eos_id=tokenizer.eos_id)[0].tolist()) + "\n"
+    run_main(sample, monkeypatch, world / "student", "Spell the word plums.", "--max_new_tokens", "20", "--top_k", "1", "--seed", "4")
+    assert capsys.readouterr().out == printed            # the likeliest token alone is greedy
+    run_main(sample, monkeypatch, world / "student", "Spell the word plums.", "--max_new_tokens", "20", "--top_p", "0.0001")
+    assert capsys.readouterr().out == printed
     questions = iter(["Spell the word plums.", "Sing.", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
     run_main(sample, monkeypatch, world / "student", "--max_new_tokens", "20", "--temperature", "0")

@@ -63,6 +63,7 @@ def run(main) -> None:
         main()
     except BrokenPipeError:                     # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)                             # a run that ends here is not finished, but can be resumed
     except (InputError, OSError) as error:      # OSError: a folder that cannot be written, a full disk
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,8 @@ Notable here:
 - attention lives on (B, S, T) of valid positions only; the heads run on packed valid positions, a chunk at a time,
   recomputed in the backward pass: no tensor of shape (B, T, V) ever exists.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,7 +52,7 @@ def _kl(a_log, b_log):
 
 def _mixture_log(weight, a_log, b_log):
     """log(weight · a + (1 − weight) · b)"""
-    return torch.logaddexp(a_log + torch.tensor(weight).log(), b_log + torch.tensor(1 - weight).log())
+    return torch.logaddexp(a_log + math.log(weight), b_log + math.log(1 - weight))
 
 
 def _js(p_log, q_log, skew, head_mass):
@@ -90,7 +92,6 @@ class Valid:
 
     def __init__(self, labels: torch.Tensor):
         is_valid = labels != -100
-        self.count = int(is_valid.sum())
         lengths = is_valid.sum(1)
         longest = int(lengths.max())
         self.index = is_valid.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
@@ -239,9 +240,9 @@ def dskd_cma(batch, student_hidden, student_embed, student_head, teacher_hidden,
     s2t_hidden = scores.transpose(1, 2).softmax(-1) @ projectors.s2t(h_s)                # (B, T, d_t)
 
     parts = student_space(student_valid.pack(h_s), student_valid.pack(t2s_hidden), student_head,
-                          student_valid.pack(student_valid.grid(batch["student_labels"])), name, temperature, gate=True)
+                          batch["student_labels"][batch["student_labels"] != -100], name, temperature, gate=True)
     parts |= teacher_space(teacher_valid.pack(s2t_hidden), teacher_valid.pack(h_t), teacher_head,
-                           teacher_valid.pack(teacher_valid.grid(batch["teacher_labels"])), temperature)
+                           batch["teacher_labels"][batch["teacher_labels"] != -100], temperature)
     return parts, teacher_valid.pack(keys), student_valid.pack(queries)
 
 
@@ -254,19 +255,18 @@ def distill(method, batch, student, teacher, projectors, name, temperature):
     kd_loss are always among them.
     """
     student_hidden = student(batch["student_ids"])
+    valid = batch["student_labels"] != -100
+    labels = batch["student_labels"][valid]
     if method == "sft":
-        valid = Valid(batch["student_labels"])
-        packed = valid.pack(valid.grid(student_hidden))
-        return sft(packed, student.head.weight, valid.pack(valid.grid(batch["student_labels"]))), None, None
+        return sft(student_hidden[valid], student.head.weight, labels), None, None
     with torch.no_grad():
         teacher_hidden = teacher(batch["teacher_ids"])
-    if method in ("kd", "dskd"):
-        valid = Valid(batch["student_labels"])
-        h_s, h_t, labels = (valid.pack(valid.grid(x)) for x in (student_hidden, teacher_hidden, batch["student_labels"]))
-        if method == "kd":
-            return kd(h_s, student.head.weight, h_t, teacher.head.weight, labels, name, temperature), None, None
-        parts, keys, queries = dskd(h_s, student.head.weight, h_t, teacher.head.weight, labels, projectors, name,
-                                    temperature), None, None
+    if method == "kd":
+        return kd(student_hidden[valid], student.head.weight, teacher_hidden[valid], teacher.head.weight, labels, name,
+                  temperature), None, None
+    if method == "dskd":
+        parts, keys, queries = dskd(student_hidden[valid], student.head.weight, teacher_hidden[valid], teacher.head.weight,
+                                    labels, projectors, name, temperature), None, None
     else:
         parts, keys, queries = dskd_cma(batch, student_hidden, student.embed, student.head.weight, teacher_hidden,
                                         teacher.embed, teacher.head.weight, projectors, name, temperature)

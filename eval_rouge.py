@@ -1,6 +1,6 @@
 """Score a model's answers: ROUGE-L and exact match over sampled (or greedy) generations.
 
-    python eval_rouge.py out/toy --data toy toy-compose --seeds 10 20 30
+    python eval_rouge.py out/toy-dskd_cma_ga --data toy toy-phrasings --seeds 10 20 30
 
 As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over references;
 mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.

@@ -73,17 +73,32 @@ def run(main) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
-    """Open a text file that appears under its name only when whole: written beside, flushed to disk, renamed."""
+def whole_file(path: Path):
+    """Give a name beside `path` to write to. What stands there when the block ends well is flushed to disk and renamed
+    to `path`, so that the file appears whole or not at all; when the block raises, nothing is left behind."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Open a text file that appears under its name only when whole."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yield file
+
+
+def flush(path: Path) -> None:
+    """Make sure a file's (or folder's) contents are on the disk, not only in the system's cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
@@ -174,23 +189,18 @@ def _download_data(name: str, split: str) -> Path:
     path = DATA_DIR / name / f"{split}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            with urllib.request.urlopen(RELEASE + remote, timeout=60) as response, open(temporary, "wb") as file, \
-                    tqdm.wrapattr(response, "read", desc=f"{name}/{split}.jsonl",
-                                  total=int(response.headers.get("Content-Length") or 0) or None) as source:
-                shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if git_blob_id(temporary) != blob_id:
-                raise InputError(f"{RELEASE}{remote}: the download is cut or was changed (expected git blob {blob_id}); "
-                                 "nothing was kept, try again")
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                with urllib.request.urlopen(RELEASE + remote, timeout=60) as response, open(temporary, "wb") as file, \
+                        tqdm.wrapattr(response, "read", desc=f"{name}/{split}.jsonl",
+                                      total=int(response.headers.get("Content-Length") or 0) or None) as source:
+                    shutil.copyfileobj(source, file)
+                if git_blob_id(temporary) != blob_id:
+                    raise InputError(f"{RELEASE}{remote}: the download is cut or was changed (expected git blob {blob_id}); "
+                                     "nothing was kept, try again")
         except OSError as error:
             raise InputError(f"--data {name}: cannot download {RELEASE}{remote} ({error}); "
                              f"pass a folder with {split}.jsonl instead") from error
-        finally:
-            temporary.unlink(missing_ok=True)
     if git_blob_id(path) != blob_id:
         raise InputError(f"{path}: not the published file (expected git blob {blob_id}); delete it to download it again")
     return path
@@ -200,15 +210,6 @@ def git_blob_id(path: Path) -> str:
     """The id git gives a file's contents: SHA-1 over "blob <size>\\0" and the bytes."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Make sure a file's (or folder's) contents are on the disk, not only in the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def pick_device(device: str, dtype: str):

@@ -185,11 +185,8 @@ class Decoder(nn.Module):
                 continue
             tensor = tensor.t() if name.endswith(self.transposed) else tensor
             state[self._hub_name(name)] = tensor.detach().cpu().contiguous()
-        # save_file writes the bytes straight from the tensors; renaming makes the file appear whole or not at all
-        temporary = folder / "model.safetensors.tmp"
-        save_file(state, temporary, metadata={"format": "pt"})
-        hub.flush(temporary)
-        temporary.replace(folder / "model.safetensors")
+        with hub.whole_file(folder / "model.safetensors") as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
         config = copy.deepcopy(self.config.hub)
         config["dtype" if "dtype" in config else "torch_dtype"] = str(self.embed.weight.dtype).removeprefix("torch.")
         with hub.atomic_write(folder / "config.json") as file:

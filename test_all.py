@@ -327,8 +327,7 @@ def test_defaults_of_absent_fields_are_transformers(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
         assert model.load(tmp_path).config.sliding_window == window
     extra = dict(predict_special_tokens=True, output_past=True, n_special=0, task_specific_params={"text-generation": {}})     # gpt2-medium … xl have these
-    reference_model("gpt2", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | extra))
+    changed_config("gpt2", extra, tmp_path)
     model.load(tmp_path)
 
 
@@ -365,6 +364,12 @@ def test_rows_end_at_eos_and_leave(tmp_path):
         decoder.generate(torch.zeros(1, 65, dtype=torch.long), None, 1)
 
 
+def changed_config(family, change, folder):
+    """A model of transformers whose config.json says something else."""
+    reference_model(family, folder)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM"), (dict(activation_function="relu"), "relu"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"), (dict(n_embd=-3), "n_embd"), (dict(attn_pdrop=2.0), "attn_pdrop"),
@@ -372,9 +377,7 @@ def test_rows_end_at_eos_and_leave(tmp_path):
     (dict(n_embd=30), "n_head"), (dict(rotary_pct=0.25), "rotary_pct"), (dict(n_layer=None), "n_layer"), (dict(n_layer=3), "missing"),
     (dict(n_layer=1), "extra"), (dict(vocab_size=98), "wte"), (dict(quantization_config={"bits": 4}), "quantization_config")])
 def test_configs_that_are_not_implemented(change, message, tmp_path):
-    reference_model("gpt2", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    changed_config("gpt2", change, tmp_path)
     with pytest.raises(InputError, match=message):
         model.load(tmp_path)
 
@@ -385,9 +388,7 @@ def test_configs_that_are_not_implemented(change, message, tmp_path):
     (dict(rope_scaling={"type": "linear", "factor": 0}), "positive number"), (dict(head_dim=7), "even head size"), (dict(rms_norm_eps=-1), "rms_norm_eps"),
     (dict(hidden_act="gelu"), "gelu"), (dict(num_key_value_heads=3), "key-value heads"), (dict(partial_rotary_factor=0.5), "partial_rotary")])
 def test_llama_configs_that_are_not_implemented(change, message, tmp_path):
-    reference_model("llama2", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    changed_config("llama2", change, tmp_path)
     with pytest.raises(InputError, match=message):
         model.load(tmp_path)
 

@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import hub
-from tokenize_align import ALPHABET, make_prompt
+from tokenize_align import ALPHABET, GPT2_SPLIT, make_prompt
 
 SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")
 WORLD_ROWS, TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 6000, 800, 100, 300, 200
@@ -204,7 +204,6 @@ def _train_byte_level_bpe(words: Counter, size: int) -> tuple[dict[str, int], li
 
 def _write_student(folder: Path, texts: list[str]) -> None:
     import regex                        # comes with tiktoken, whose patterns need it
-    from tokenize_align import GPT2_SPLIT
     character = {byte: c for c, byte in ALPHABET.items()}
     words = Counter(word for text in texts for word in regex.findall(GPT2_SPLIT, text))
     vocabulary, merges = _train_byte_level_bpe(

@@ -338,13 +338,14 @@ def main() -> None:
         start_step, best = load_checkpoint(last, projectors, discriminator, optimizer)
     keep_metrics(out_dir / "metrics.jsonl", start_step)
 
-    tell_cut_prompts(f"{config.data}, dev", rows["dev"][:config.eval_num or None], student_tokenizer, config.max_prompt_length)
+    scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
+    tell_cut_prompts(f"{config.data}, dev", scored["dev"], student_tokenizer, config.max_prompt_length)
 
-    def dev_score() -> float:
+    def score(model, tokenizer, split: str, desc: str) -> float:
+        """ROUGE-L × 100 of a model's greedy answers, the mean over the scored rows of a split."""
         with autocast():
-            answers = answer(student, student_tokenizer, rows["dev"][:config.eval_num or None], config.max_length,
-                             config.max_prompt_length, temperature=0.0, desc="scoring dev")
-        return 100 * sum(rouge_l(answers, [row.outputs for row in rows["dev"][:len(answers)]])) / len(answers)
+            answers = answer(model, tokenizer, scored[split], config.max_length, config.max_prompt_length, temperature=0.0, desc=desc)
+        return 100 * sum(rouge_l(answers, [row.outputs for row in scored[split]])) / len(answers)
 
     print(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, {count(student)} parameters, "
           f"{len(examples)} rows, {total_steps} steps on {device}, into {out_dir}" + (f", from step {start_step}" if start_step else ""))
@@ -398,7 +399,7 @@ def main() -> None:
 
         done = step + 1 == total_steps
         if (step + 1) % eval_interval == 0 or done:
-            record["dev_rouge_l"] = dev_score()
+            record["dev_rouge_l"] = score(student, student_tokenizer, "dev", "scoring dev")
             tqdm.write(f"step {step + 1:>6}   loss {record['loss']:.4f}   dev ROUGE-L {record['dev_rouge_l']:.2f}")
         append_line(out_dir / "metrics.jsonl", record)
         state = {"step": step + 1, "data": config.data, "method": config.method, "best_dev_rouge_l": max(best, record.get("dev_rouge_l", -1.0))}
@@ -411,7 +412,12 @@ def main() -> None:
             started = time.perf_counter()
     bar.close()
 
-    final_table(config, rows, load(out_dir / "best", device=device), student_tokenizer, teacher, teacher_tokenizer, autocast)
+    best_student = load(out_dir / "best", device=device)
+    results = {name: {split: score(model, tokenizer, split, f"scoring the {name} on {split}") for split in scored}
+               for name, model, tokenizer in (("teacher", teacher, teacher_tokenizer), ("student", best_student, student_tokenizer)) if model is not None}
+    with hub.atomic_write(out_dir / "results.json") as file:
+        json.dump(results, file, indent=2)
+    print_table(config, results, {split: f"{split} ({len(scored[split])} of {len(rows[split])} rows)" for split in scored})
 
 
 # ----------------------------------------------------------------------------------------------------- around the loop
@@ -439,25 +445,13 @@ def recommend_sft(config: Config, teacher) -> None:
               f"      and then --teacher out/teacher")
 
 
-def final_table(config, rows, student, student_tokenizer, teacher, teacher_tokenizer, autocast) -> None:
-    """Score teacher and student greedily on dev and, where there is one, test; print the table, write results.json."""
-    splits = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
-    results = {}
-    for name, model, tokenizer in (("teacher", teacher, teacher_tokenizer), ("student", student, student_tokenizer)):
-        for split, scored in splits.items():
-            if model is not None:
-                with autocast():
-                    answers = answer(model, tokenizer, scored, config.max_length, config.max_prompt_length, temperature=0.0,
-                                     desc=f"scoring the {name} on {split}")
-                results.setdefault(name, {})[split] = 100 * sum(rouge_l(answers, [row.outputs for row in scored])) / len(scored)
-    with hub.atomic_write(Path(config.out_dir) / "results.json") as file:
-        json.dump(results, file, indent=2)
-    columns = [f"{split} ({len(scored)} of {len(rows[split])} rows)" for split, scored in splits.items()]
-    print(f"\n{'ROUGE-L, greedy':<32}" + "".join(f"{column:>26}" for column in columns))
+def print_table(config: Config, results: dict[str, dict[str, float]], columns: dict[str, str]) -> None:
+    """results: "teacher" and "student" → split → ROUGE-L × 100; columns: split → its heading. Then the commands that go on."""
+    print(f"\n{'ROUGE-L, greedy':<32}" + "".join(f"{column:>26}" for column in columns.values()))
     for name, scores in results.items():
         print(f"{name + ' ' + getattr(config, name):<32.32}" + "".join(f"{score:26.2f}" for score in scores.values()))
     more = {"toy": toy.SETS, "dolly": ("dolly", "self-inst", "vicuna", "sinst", "uinst")}.get(
-        config.data, [config.data if "test" in rows else str(hub.data_file(config.data, "dev"))])
+        config.data, [config.data if "test" in columns else str(hub.data_file(config.data, "dev"))])
     print("\nscore it further:  python eval_rouge.py " + shlex.join([config.out_dir, "--data", *more, "--max_length", str(config.max_length),
                                                                      "--max_prompt_length", str(config.max_prompt_length)]))
     print(f"talk to it:        python sample.py {shlex.quote(config.out_dir)} \"your instruction\"")

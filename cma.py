@@ -5,28 +5,26 @@ way; h: final hidden states; W: head; z = W h: logits; "valid" positions have a 
 
     Q = P_q([E_s(x_s); E_s(y_s)])    K = [E_t(x_t); E_t(y_t)] / σ_K    A = Q Kᵀ / √(2 d_t)
     z_t2s = sg(W_s) softmax_rows(A) P_t2s(h_t/σ_h + E_t(y_t)/σ_y)      z_s2t = W_t softmax_rows(Aᵀ) P_s2t(h_s)
+    KD = CE(z_t2s, y_s) + Σ g · D(z_s, sg z_t2s) + Σ w_t · KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
+    g = 1[argmax z_t2s = y_s], w_t = 1;   DWA-KD (arXiv 2602.21669): g = ramp · max softmax(z_t2s) · w_s, entropy weights w
 
 Notable here:
 - every loss is returned by name as a SUM over valid positions; the caller divides by n, the number of valid student
   tokens in the whole optimizer step, so that neither padding nor the split into micro-batches changes a token's weight;
 - attention lives on (B, S, T) of valid positions only; the heads run on packed valid positions, a chunk at a time,
-  recomputed in the backward pass: no tensor of shape (B, T, V) ever exists.
+  recomputed in the backward pass: no tensor of shape (B, T, V) ever exists;
+- the probes CLP and CLA are the same loss with chunks of text in place of attention, or around it (`mixing_weights`).
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-METHODS = {
-    "sft": "cross-entropy on the data, no teacher",
-    "kd": "divergence between the two models' outputs (same vocabulary)",
-    "dskd": "distillation in both models' spaces (same vocabulary)",
-    "dskd_cma": "dskd over cross-model attention (any two vocabularies)",
-    "dskd_cma_ga": "dskd_cma with keys and queries matched by an adversary",
-}
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
+ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean")
 CHUNK = 512         # positions whose logits exist at one time
 
 
@@ -107,87 +105,102 @@ class Valid:
         """(B, L, ...) → (N, ...), the valid positions of all rows one after the other."""
         return grid[self.mask]
 
+    def mean_one(self, weights: torch.Tensor) -> torch.Tensor:
+        """Rescale weights (N,) of the packed positions so that each row's positions have the mean 1."""
+        grid = torch.zeros_like(self.mask, dtype=weights.dtype).masked_scatter(self.mask, weights)
+        mean = grid.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True)
+        return self.pack(grid / mean.clamp(min=1e-12))
+
 
 # ------------------------------------------------------------------------------------------------------- projectors
 
 class Projectors(nn.Module):
-    """P_t2s: d_t → d_s, P_s2t: d_s → d_t and, with query=True, P_q: 2 d_s → 2 d_t. Linear layers with bias."""
+    """P_t2s: d_t → d_s, P_s2t: d_s → d_t and, where asked for, P_q: 2 d_s → 2 d_t (query) and DWA-KD's P_e: d_t → d_s
+    (dtw_embed). Linear layers with bias."""
 
-    def __init__(self, student_size: int, teacher_size: int, query: bool):
+    def __init__(self, student_size: int, teacher_size: int, query: bool, dtw_embed: bool = False):
         super().__init__()
         self.t2s = nn.Linear(teacher_size, student_size)
         self.s2t = nn.Linear(student_size, teacher_size)
         self.query = nn.Linear(2 * student_size, 2 * teacher_size) if query else None
+        self.dtw_embed = nn.Linear(teacher_size, student_size) if dtw_embed else None
 
 
 # ----------------------------------------------------------------------------------------------- the heads, chunked
 
-def _in_chunks(function, *tensors) -> dict[str, torch.Tensor]:
-    """Sum function(*chunk) over chunks of CHUNK positions, each recomputed in the backward pass."""
-    total = {}
-    for parts in zip(*(t.split(CHUNK) for t in tensors)):
-        # a single chunk is not worth computing twice
-        result = function(*parts) if len(tensors[0]) <= CHUNK else checkpoint(function, *parts, use_reentrant=False)
-        for name, value in result.items():
-            total[name] = total[name] + value if name in total else value
-    return total
+def in_chunks(function, *tensors) -> dict[str, torch.Tensor]:
+    """function(*tensors), a dictionary of values per position (N,), from CHUNK positions at a time, each chunk recomputed
+    in the backward pass. tensors: (N, ...)."""
+    if len(tensors[0]) <= CHUNK:                # a single chunk is not worth computing twice
+        return function(*tensors)
+    results = [checkpoint(function, *parts, use_reentrant=False) for parts in zip(*(t.split(CHUNK) for t in tensors))]
+    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def _sums(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.sum() for name, value in values.items()}
 
 
 def _nll(z, labels):
-    """Cross-entropy and the number of right first guesses, both summed over the positions."""
-    return {"nll_loss": F.cross_entropy(z, labels, reduction="sum"), "accuracy": (z.argmax(-1) == labels).sum()}
+    """Cross-entropy, and whether the first guess is right, at each position."""
+    return {"nll_loss": F.cross_entropy(z, labels, reduction="none"), "accuracy": z.argmax(-1) == labels}
+
+
+@torch.no_grad()
+def entropy(z: torch.Tensor) -> torch.Tensor:
+    """H(softmax z) in nats: (N, V) → (N,)."""
+    log_p = z.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def sft(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """CE(W h, y), summed: hidden (N, d), head (V, d), labels (N,) → nll_loss, accuracy (a count)."""
-    return _in_chunks(lambda h, y: _nll(F.linear(h, head).float(), y), hidden, labels)
+    return _sums(in_chunks(lambda h, y: _nll(F.linear(h, head).float(), y), hidden, labels))
 
 
 def kd(student_hidden, student_head, teacher_hidden, teacher_head, labels, name, temperature):
     """CE and D(z_s, sg z_t) over a shared vocabulary, summed → nll_loss, accuracy, kd_loss.
 
-    student_hidden (N, d_s), student_head (V, d_s), teacher_hidden (N, d_t), teacher_head (V_t, d_t), labels (N,).
+    student_hidden (N, d_s), student_head (V_s, d_s), teacher_hidden (N, d_t), teacher_head (V_t, d_t), labels (N,).
     """
     def chunk(h_s, h_t, y):
         z_s = F.linear(h_s, student_head).float()
         z_t = F.linear(h_t, teacher_head).detach()
         vocabulary = min(z_s.size(-1), z_t.size(-1))        # one may be padded beyond the tokenizer
-        kd_loss = divergence(name, z_s[:, :vocabulary], z_t[:, :vocabulary], temperature).sum()
-        return _nll(z_s, y) | {"kd_loss": kd_loss}
-    return _in_chunks(chunk, student_hidden, teacher_hidden, labels)
+        return _nll(z_s, y) | {"kd_loss": divergence(name, z_s[:, :vocabulary], z_t[:, :vocabulary], temperature)}
+    return _sums(in_chunks(chunk, student_hidden, teacher_hidden, labels))
 
 
-def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, gate: bool):
-    """What is learned in the student's space, summed: CE of the student, CE of z_t2s, and D(z_s, sg z_t2s).
+def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, entropies: bool = False):
+    """What is learned in the student's space, at each position: CE of the student, CE of z_t2s, and D(z_s, sg z_t2s).
 
     student_hidden, t2s_hidden: (N, d_s); head (V_s, d_s) gets no gradient through z_t2s; labels (N,).
-    gate: D counts only where z_t2s ranks the label first (METHODS, dskd_cma).
-    → nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc (a count), max_t2s_prob (a sum)
+    → nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc, max_t2s_prob and, on request, student_entropy; all (N,)
     """
     def chunk(h_s, h_t2s, y):
         z_s = F.linear(h_s, head).float()
         z_t2s = F.linear(h_t2s, head.detach()).float()
-        right = z_t2s.argmax(-1) == y
-        distance = divergence(name, z_s, z_t2s.detach(), temperature)
         return _nll(z_s, y) | {
-            "t2s_ce_loss": F.cross_entropy(z_t2s, y, reduction="sum"),
-            "t2s_kd_loss": (distance * right if gate else distance).sum(),
-            "t2s_acc": right.sum(),
-            "max_t2s_prob": z_t2s.detach().softmax(-1).amax(-1).sum()}
-    return _in_chunks(chunk, student_hidden, t2s_hidden, labels)
+            "t2s_ce_loss": F.cross_entropy(z_t2s, y, reduction="none"),
+            "t2s_kd_loss": divergence(name, z_s, z_t2s.detach(), temperature),
+            "t2s_acc": z_t2s.argmax(-1) == y,
+            "max_t2s_prob": z_t2s.detach().softmax(-1).amax(-1),
+            **({"student_entropy": entropy(z_s)} if entropies else {})}
+    return in_chunks(chunk, student_hidden, t2s_hidden, labels)
 
 
-def teacher_space(s2t_hidden, teacher_hidden, head, labels, temperature):
-    """KL(softmax(z_t/T) ‖ softmax(z_s2t/T)), summed over the teacher's valid positions.
+def teacher_space(s2t_hidden, teacher_hidden, head, labels, temperature, entropies: bool = False):
+    """KL(softmax(z_t/T) ‖ softmax(z_s2t/T)) at each of the teacher's valid positions.
 
-    s2t_hidden, teacher_hidden: (N_t, d_t); head (V_t, d_t); labels (N_t,) → s2t_kd_loss, s2t_acc (a count)
+    s2t_hidden, teacher_hidden: (N_t, d_t); head (V_t, d_t); labels (N_t,).
+    → s2t_kd_loss, s2t_acc and, on request, teacher_entropy as a share of ln V_t; all (N_t,)
     """
     def chunk(h_s2t, h_t, y):
         z_s2t = F.linear(h_s2t, head).float()
         z_t = F.linear(h_t, head).detach()
-        return {"s2t_kd_loss": divergence("forward_kl", z_s2t, z_t, temperature).sum(),
-                "s2t_acc": (z_s2t.argmax(-1) == y).sum()}
-    return _in_chunks(chunk, s2t_hidden, teacher_hidden, labels)
+        return {"s2t_kd_loss": divergence("forward_kl", z_s2t, z_t, temperature), "s2t_acc": z_s2t.argmax(-1) == y,
+                **({"teacher_entropy": entropy(z_t.float()) / math.log(len(head))} if entropies else {})}
+    return in_chunks(chunk, s2t_hidden, teacher_hidden, labels)
 
 
 def dskd(student_hidden, student_head, teacher_hidden, teacher_head, labels, projectors, name, temperature):
@@ -195,80 +208,77 @@ def dskd(student_hidden, student_head, teacher_hidden, teacher_head, labels, pro
 
     student_hidden (N, d_s), teacher_hidden (N, d_t), labels (N,) → the parts of student_space and teacher_space.
     """
-    parts = student_space(student_hidden, projectors.t2s(teacher_hidden), student_head, labels, name, temperature, gate=False)
-    return parts | teacher_space(projectors.s2t(student_hidden), teacher_hidden, teacher_head, labels, temperature)
+    parts = student_space(student_hidden, projectors.t2s(teacher_hidden), student_head, labels, name, temperature)
+    return _sums(parts | teacher_space(projectors.s2t(student_hidden), teacher_hidden, teacher_head, labels, temperature))
 
 
-# -------------------------------------------------------------------------------------------- cross-model attention
+# ------------------------------------------------------------------------------- cross-model attention, and the probes
 
-def keys_and_queries(batch, student_embed, teacher_embed, projectors, student_valid, teacher_valid):
-    """K = [E_t(x_t); E_t(y_t)] / σ_K, (B, T, 2 d_t), a constant, and Q = P_q([E_s(x_s); E_s(y_s)]), (B, S, 2 d_t), on the
-    grids of valid positions. The embeddings are detached; σ_K is taken over valid positions and all features.
-    Also returns E_t(y_t), (B, T, d_t)."""
+class Aligned(NamedTuple):
+    """Both sides of a batch on their grids of valid positions, and what was found between them."""
+    student_valid: Valid
+    teacher_valid: Valid
+    student_hidden: torch.Tensor            # (B, S, d_s)
+    teacher_hidden: torch.Tensor            # (B, T, d_t)
+    teacher_label_embed: torch.Tensor       # (B, T, d_t), E_t(y_t)
+    weights: torch.Tensor                   # (B, S, T), how much of each teacher position a student position takes
+    queries: torch.Tensor | None            # (B, S, 2 d_t); None for chunk_mean
+    keys: torch.Tensor                      # (B, T, 2 d_t)
+
+
+def mixing_weights(alignment: str, queries, keys, student_valid: Valid, teacher_valid: Valid, same_chunk=None):
+    """How positions are mixed → student from teacher (B, S, T), teacher from student (B, T, S); each row sums to 1.
+
+    attention (CMA): softmax over the rows of A, and of Aᵀ; A = Q Kᵀ / √(2 d_t), −1e5 where either side is not valid.
+    chunk_attention (CLA): A is also −1e5 outside same_chunk, M (B, S, T). chunk_mean (CLP): M over its rows' sums.
+    A row whose chunk has nothing on the other side (a text that was cut there) is all zeros.
+    """
+    both = student_valid.mask[:, :, None] & teacher_valid.mask[:, None, :]
+    allowed = both if alignment == "attention" else both & same_chunk
+    if alignment == "chunk_mean":
+        inside = allowed.to(keys.dtype)
+        return tuple(m / m.sum(-1, keepdim=True).clamp(min=1) for m in (inside, inside.transpose(1, 2)))
+    scores = (queries @ keys.transpose(1, 2) / keys.size(-1) ** 0.5).masked_fill(~allowed, -1e5)
+    weights, back = scores.softmax(-1), scores.transpose(1, 2).softmax(-1)
+    return (weights, back) if alignment == "attention" else (weights * allowed, back * allowed.transpose(1, 2))
+
+
+def dskd_cma(batch, student_hidden, student_embed, student_head, teacher_hidden, teacher_embed, teacher_head, projectors,
+             name, temperature, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
+    """Dual-space distillation across tokenizers, summed → the loss parts, Aligned.
+
+    batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T) and, for the chunk alignments,
+    student_chunks and teacher_chunks, the number of each valid position's chunk. student_hidden (B, S, d_s) and
+    teacher_hidden (B, T, d_t) after the final norm, the teacher's without gradient; embeddings are modules, heads are
+    weights (V, d). The embeddings are detached; standard deviations are over valid positions and all features.
+    entropy_weights: DWA-KD's gate and weights, the former times `ramp`.
+    """
+    student_valid, teacher_valid = Valid(batch["student_labels"]), Valid(batch["teacher_labels"])
+    h_s, h_t = student_valid.grid(student_hidden), teacher_valid.grid(teacher_hidden)
+    deviation = lambda grid: teacher_valid.pack(grid).float().std()
     with torch.no_grad():
         student_pair = torch.cat([student_embed(student_valid.grid(batch["student_ids"])),
                                   student_embed(student_valid.grid(batch["student_labels"]))], -1)
         label_embed = teacher_embed(teacher_valid.grid(batch["teacher_labels"]))
         keys = torch.cat([teacher_embed(teacher_valid.grid(batch["teacher_ids"])), label_embed], -1)
-        keys = keys / teacher_valid.pack(keys).float().std()
-    return keys, projectors.query(student_pair), label_embed
+        keys = keys / deviation(keys)
+    queries = same_chunk = None
+    if alignment != "chunk_mean":
+        queries = projectors.query(student_pair)
+    if alignment != "attention":
+        same_chunk = student_valid.grid(batch["student_chunks"])[:, :, None] == teacher_valid.grid(batch["teacher_chunks"])[:, None, :]
+    weights, back = mixing_weights(alignment, queries, keys, student_valid, teacher_valid, same_chunk)
 
-
-def attention_scores(queries: torch.Tensor, keys: torch.Tensor, student_valid: "Valid", teacher_valid: "Valid"):
-    """A = Q Kᵀ / √(2 d_t), (B, S, T), −1e5 where either side has no position."""
-    scores = queries @ keys.transpose(1, 2) / keys.size(-1) ** 0.5
-    both = student_valid.mask[:, :, None] & teacher_valid.mask[:, None, :]
-    return scores.masked_fill(~both, -1e5)
-
-
-def dskd_cma(batch, student_hidden, student_embed, student_head, teacher_hidden, teacher_embed, teacher_head, projectors,
-             name, temperature):
-    """DSKD with cross-model attention, summed → the loss parts, the packed keys (N_t, 2 d_t) and queries (N_s, 2 d_t).
-
-    batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T). student_hidden (B, S, d_s) and
-    teacher_hidden (B, T, d_t) after the final norm, the teacher's without gradient; embeddings are modules, heads are
-    weights (V, d).
-    """
-    student_valid, teacher_valid = Valid(batch["student_labels"]), Valid(batch["teacher_labels"])
-    h_s, h_t = student_valid.grid(student_hidden), teacher_valid.grid(teacher_hidden)
-    keys, queries, label_embed = keys_and_queries(batch, student_embed, teacher_embed, projectors, student_valid, teacher_valid)
-    scores = attention_scores(queries, keys, student_valid, teacher_valid)
-
-    deviation = lambda grid: teacher_valid.pack(grid).float().std()
-    values = projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))
-    t2s_hidden = scores.softmax(-1) @ values                                             # (B, S, d_s)
-    s2t_hidden = scores.transpose(1, 2).softmax(-1) @ projectors.s2t(h_s)                # (B, T, d_t)
-
-    parts = student_space(student_valid.pack(h_s), student_valid.pack(t2s_hidden), student_head,
-                          batch["student_labels"][batch["student_labels"] != -100], name, temperature, gate=True)
-    parts |= teacher_space(teacher_valid.pack(s2t_hidden), teacher_valid.pack(h_t), teacher_head,
-                           batch["teacher_labels"][batch["teacher_labels"] != -100], temperature)
-    return parts, teacher_valid.pack(keys), student_valid.pack(queries)
-
-
-# ------------------------------------------------------------------------------------------------------- the method
-
-def distill(method, batch, student, teacher, projectors, name, temperature):
-    """Forward both models and compute a method's loss parts → (parts, keys or None, queries or None).
-
-    student and teacher have .embed, .head and forward(ids) → hidden. The parts are sums; nll_loss and, but for sft,
-    kd_loss are always among them.
-    """
-    student_hidden = student(batch["student_ids"])
-    valid = batch["student_labels"] != -100
-    labels = batch["student_labels"][valid]
-    if method == "sft":
-        return sft(student_hidden[valid], student.head.weight, labels), None, None
-    with torch.no_grad():
-        teacher_hidden = teacher(batch["teacher_ids"])
-    if method == "kd":
-        return kd(student_hidden[valid], student.head.weight, teacher_hidden[valid], teacher.head.weight, labels, name,
-                  temperature), None, None
-    if method == "dskd":
-        parts, keys, queries = dskd(student_hidden[valid], student.head.weight, teacher_hidden[valid], teacher.head.weight,
-                                    labels, projectors, name, temperature), None, None
+    t2s_hidden = weights @ projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))     # (B, S, d_s)
+    s2t_hidden = back @ projectors.s2t(h_s)                                                                # (B, T, d_t)
+    at_student = student_space(student_valid.pack(h_s), student_valid.pack(t2s_hidden), student_head,
+                               batch["student_labels"][batch["student_labels"] != -100], name, temperature, entropy_weights)
+    at_teacher = teacher_space(teacher_valid.pack(s2t_hidden), teacher_valid.pack(h_t), teacher_head,
+                               batch["teacher_labels"][batch["teacher_labels"] != -100], temperature, entropy_weights)
+    if entropy_weights:         # w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t, each with mean 1 in a sequence
+        gate = ramp * at_student["max_t2s_prob"] * student_valid.mean_one(at_student.pop("student_entropy"))
+        at_teacher["s2t_kd_loss"] = at_teacher["s2t_kd_loss"] * teacher_valid.mean_one((1 - at_teacher.pop("teacher_entropy")).clamp(0, 1))
     else:
-        parts, keys, queries = dskd_cma(batch, student_hidden, student.embed, student.head.weight, teacher_hidden,
-                                        teacher.embed, teacher.head.weight, projectors, name, temperature)
-    parts["kd_loss"] = parts["t2s_ce_loss"] + parts["t2s_kd_loss"] + parts["s2t_kd_loss"]
-    return parts, keys, queries
+        gate = at_student["t2s_acc"]
+    at_student["t2s_kd_loss"] = at_student["t2s_kd_loss"] * gate
+    return _sums(at_student | at_teacher), Aligned(student_valid, teacher_valid, h_s, h_t, label_embed, weights, queries, keys)

@@ -8,10 +8,12 @@ mean ± standard deviation over seeds; "OOD" is the mean over every set but the 
 Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequences of all pairs are
 computed together, a row of the dynamic program at a time, as tensor operations.
 """
+import itertools
 import json
 import re
 import statistics
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,28 +89,33 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> list[boo
 
 # ---------------------------------------------------------------------------------------------------------- answers
 
-def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
-           batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
-    """Generate an answer to every row's prompt, in the rows' order. Prompts are batched by length; limits in tokens;
-    temperature 0 is greedy; the same seed and batch size give the same answers."""
+def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, batch_size: int,
+                   temperature: float, seed: int = 0, desc: str = "answering", done=()) -> Iterator[list[tuple[int, str]]]:
+    """Generate answers, a batch of prompts of like length at a time → lists of (number of the row, answer). Limits in
+    tokens; temperature 0 is greedy. done: numbers of rows that need no answer any more."""
     device = decoder.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
     prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
     new_tokens = max_length - max(map(len, prompts))            # what the longest prompt leaves, for every row
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    answers = [""] * len(rows)
-    with tqdm(total=len(rows), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:
+    order = sorted(set(range(len(rows))) - set(done), key=lambda i: -len(prompts[i]))
+    with tqdm(total=len(rows), initial=len(rows) - len(order), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start:start + batch_size]
             ids, mask = left_pad([prompts[i] for i in part], tokenizer.eos_id)
             new = decoder.generate(ids.to(device), mask.to(device), new_tokens, temperature,
                                    eos_id=tokenizer.eos_id, generator=generator)
-            for i, tokens in zip(part, new.tolist()):
-                end = tokens.index(tokenizer.eos_id) if tokenizer.eos_id in tokens else len(tokens)
-                answers[i] = tokenizer.decode(tokens[:end]).strip()
+            answers = [tokens[:tokens.index(tokenizer.eos_id)] if tokenizer.eos_id in tokens else tokens for tokens in new.tolist()]
+            yield [(i, tokenizer.decode(tokens).strip()) for i, tokens in zip(part, answers)]
             bar.update(len(part))
-    return answers
+
+
+def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
+           batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
+    """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers."""
+    batches = answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature, seed, desc)
+    answers = dict(itertools.chain.from_iterable(batches))
+    return [answers[i] for i in range(len(rows))]
 
 
 def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:

@@ -212,6 +212,18 @@ def git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def fingerprint(*paths: Path) -> str:
+    """A hash of the contents of files and of folders' files that make a model: weights, config, tokenizer."""
+    digest = hashlib.sha256()
+    for path in paths:
+        files = [path] if path.is_file() else sorted(
+            f for f in path.iterdir() if f.name in ("config.json", *TOKENIZER_FILES) or f.suffix in (".safetensors", ".bin"))
+        for file in files:
+            with open(file, "rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
 def pick_device(device: str, dtype: str):
     """("auto", "auto") → (torch device name, torch dtype): CUDA and bfloat16 where there is a GPU, else CPU and float32.
     Raises InputError where CUDA is asked for and there is none."""

@@ -21,13 +21,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import baselines
 import cma
 import discriminator
+import distill
 import eval_rouge
 import hub
 import model
 import porter
 import sample
+import seqkd
+import soft_dtw
 import tokenize_align as ta
 import toy
 import train
@@ -53,18 +57,35 @@ EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 BATCHES = ("full", "ragged")
 
 
-def golden_run(batch_name, method, name="forward_kl"):
-    """Models, projectors and the loss parts of a golden batch."""
+def options(method, **more):
+    return distill.Options(method=method, **{**distill.METHODS[method], **more})
+
+
+def chunk_numbers(batch):
+    """student_chunks and teacher_chunks from a stored M: a chunk is named by its first teacher position."""
+    student_chunks = batch["chunk_mask"].argmax(2)
+    return {"student_chunks": student_chunks, "teacher_chunks": student_chunks.gather(1, batch["chunk_mask"].argmax(1))}
+
+
+def golden_run(batch_name, method, **more):
+    """Models, projectors and the loss parts of a golden batch. The stored values have DWA-KD's ramp at its end."""
     batch = load_file(GOLDEN / f"batch_{batch_name}.safetensors")
+    batch |= chunk_numbers(batch)
     same = method in ("kd", "dskd")
     student = model.load(GOLDEN / "student")
     teacher = model.load(GOLDEN / ("teacher_same_vocab" if same else "teacher")).requires_grad_(False)
-    projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=not same)
+    projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=not same, dtw_embed=method == "dwa_kd")
     if method != "kd":
-        projectors.load_state_dict(load_file(GOLDEN / ("projectors_same_vocab.safetensors" if same else "projectors.safetensors")))
+        stored = load_file(GOLDEN / ("projectors_same_vocab.safetensors" if same else "projectors.safetensors"))
+        stored |= {name.replace("dtw_embed_t2s", "dtw_embed"): x for name, x in load_file(GOLDEN / "projectors_dwa.safetensors").items()} if method == "dwa_kd" else {}
+        projectors.load_state_dict(stored)
     if same:
-        batch["teacher_ids"] = batch["student_ids"]
-    return (batch, student, projectors, *cma.distill(method, batch, student, teacher, projectors, name, 2.0))
+        batch["teacher_ids"], batch["teacher_labels"] = batch["student_ids"], batch["student_labels"]
+    adversary = more.pop("critic", None)
+    chosen = options(method, ramp_steps=0, **more)
+    parts = distill.distill(chosen, batch, student, teacher, projectors, adversary, 0)
+    n = {side: (batch[f"{side}_labels"] != -100).sum() for side in ("student", "teacher")}
+    return chosen, batch, student, projectors, parts, n
 
 
 @pytest.mark.parametrize("batch_name", BATCHES)
@@ -77,54 +98,83 @@ def test_golden_forward(batch_name):
         close(decoder.logits(hidden)[real], stored[f"{side}_logits"][real])
 
 
-@pytest.mark.parametrize("name", cma.DIVERGENCES)
-@pytest.mark.parametrize("method", ("kd", "dskd", "dskd_cma"))
+STORED_METHODS = [*((method, name) for method in ("kd", "dskd", "dskd_cma") for name in cma.DIVERGENCES), ("dskd_clp", "forward_kl"),
+                  ("dskd_cla", "forward_kl"), ("dwa_kd", ""), ("uld", "")]
+
+
+@pytest.mark.parametrize("method, name", STORED_METHODS)
 @pytest.mark.parametrize("batch_name", BATCHES)
 def test_golden_losses_and_gradients(batch_name, method, name):
-    batch, student, projectors, parts, _, _ = golden_run(batch_name, method, name)
-    n = {side: (batch[f"{side}_labels"] != -100).sum() for side in ("student", "teacher")}
-    parts["loss"] = 0.5 * parts["nll_loss"] + 0.5 * parts["kd_loss"]
-    (parts["loss"] / n["student"]).backward()
-    key = f"{batch_name}/{method}/{name}"
-    for part, value in EXPECTED[key].items():
-        by_teacher = part == "s2t_acc" and method == "dskd_cma"
-        close(parts[part] / n["teacher" if by_teacher else "student"], value)
-    gradients = {"student.wte": student.embed.weight.grad, "student.h.0.attn.c_attn": student.layers[0].attn.c_attn.weight.grad.t()}
-    if method != "kd":
-        gradients |= {"t2s.weight": projectors.t2s.weight.grad, "s2t.weight": projectors.s2t.weight.grad}
-    if method == "dskd_cma":
-        gradients["query.weight"] = projectors.query.weight.grad
-    stored = load_file(GOLDEN / "expected_grads.safetensors")
-    for parameter, gradient in gradients.items():
-        close(gradient, stored[f"{key}/{parameter}"])
+    chosen, batch, student, projectors, parts, n = golden_run(batch_name, method, **({"divergence": name} if name else {}))
+    loss = distill.total(chosen, parts, n)
+    loss.backward()
+    parts |= {"loss": loss * n["student"], "uld_loss": parts["kd_loss"]}
+    key = "/".join(filter(None, (batch_name, method, name)))
+    stored_parts = {part: value for part, value in EXPECTED[key].items() if "_weight_" not in part}
+    assert {"nll_loss", "loss"} <= stored_parts.keys()
+    for part, value in stored_parts.items():
+        close(parts[part] / n["teacher" if part == "s2t_acc" else "student"], value)
+    gradients = {"student.wte": student.embed.weight.grad, "student.h.0.attn.c_attn": student.layers[0].attn.c_attn.weight.grad.t(),
+                 "t2s.weight": projectors.t2s.weight.grad, "s2t.weight": projectors.s2t.weight.grad}
+    gradients |= {"query.weight": projectors.query.weight.grad} if projectors.query is not None else {}
+    gradients |= {"dtw_embed_t2s.weight": projectors.dtw_embed.weight.grad} if projectors.dtw_embed is not None else {}
+    stored = {name.removeprefix(f"{key}/"): x for name, x in load_file(GOLDEN / "expected_grads.safetensors").items() if name.startswith(f"{key}/")}
+    assert "student.wte" in stored
+    for parameter, gradient in stored.items():
+        close(gradients[parameter], gradient)
+    # the stored ones are all there are, but that two methods store fewer of the student's
+    assert {p for p, gradient in gradients.items() if gradient is not None} - {"student.h.0.attn.c_attn"} == stored.keys() - {"student.h.0.attn.c_attn"}
+
+
+@pytest.mark.parametrize("batch_name", BATCHES)
+def test_golden_entropy_weights(batch_name):
+    """The weights of the first example, which the losses above only show mixed together."""
+    batch = load_file(GOLDEN / f"batch_{batch_name}.safetensors")
+    for side in ("student", "teacher"):
+        decoder, valid = model.load(GOLDEN / side), cma.Valid(batch[f"{side}_labels"])
+        z = valid.pack(valid.grid(decoder.logits(decoder(batch[f"{side}_ids"]))))
+        raw = cma.entropy(z) if side == "student" else 1 - cma.entropy(z) / np.log(z.size(-1))
+        weights = torch.zeros(valid.mask.shape).masked_scatter(valid.mask, valid.mean_one(raw))[0][valid.mask[0]]
+        expected = torch.tensor(EXPECTED[f"{batch_name}/dwa_kd"][f"{side}_weight_0"])
+        close(weights, expected[batch[f"{side}_labels"][0] != -100])
 
 
 @pytest.mark.parametrize("batch_name", BATCHES)
 def test_golden_sft(batch_name):
-    batch, _, _, parts, _, _ = golden_run(batch_name, "sft")
-    n = (batch["student_labels"] != -100).sum()
-    close(parts["nll_loss"] / n, EXPECTED[f"{batch_name}/kd/forward_kl"]["nll_loss"])
-    close(parts["accuracy"] / n, EXPECTED[f"{batch_name}/kd/forward_kl"]["accuracy"])
+    _, _, _, _, parts, n = golden_run(batch_name, "sft")
+    close(parts["nll_loss"] / n["student"], EXPECTED[f"{batch_name}/kd/forward_kl"]["nll_loss"])
+    close(parts["accuracy"] / n["student"], EXPECTED[f"{batch_name}/kd/forward_kl"]["accuracy"])
+
+
+ADVERSARY_NAMES = {"gan": {"highway.linear": "kq_highway1", "linear1": "kq_linear1", "linear2": "kq_linear2"},
+                   "ct": {"highway.linear": "kq_highway1", "feature1": "kq_linear3", "feature2": "kq_linear4", "navigator1": "kq_linear5", "navigator2": "kq_linear6"}}
+
+
+@pytest.mark.parametrize("batch_name, kind", [("full", "gan"), ("ragged", "gan"), ("full", "ct")])
+def test_golden_adversary(batch_name, kind):
+    """The stored value of gan calls queries 1 and keys 0, ours is the other way round: C with its last layer negated."""
+    stored = load_file(GOLDEN / "adversary.safetensors")
+    hidden, size = stored["kq_linear1.weight"].shape
+    critic = distill.ADVERSARIES[kind](size, hidden).eval()
+    sign = lambda ours: -1 if ours == "linear2" else 1
+    critic.load_state_dict({f"{ours}.{part}": stored[f"{theirs}.{part}"] * sign(ours)
+                            for ours, theirs in ADVERSARY_NAMES[kind].items() for part in ("weight", "bias")})
+    _, _, _, projectors, parts, n = golden_run(batch_name, "dskd_cma_ga", adversary=kind, critic=critic)
+    loss = parts["adversary_key_loss"] / n["teacher"] + parts["adversary_query_loss"] / n["student"]
+    close(loss, EXPECTED[f"{batch_name}/adversary/{kind}"]["kq_loss"])
+    loss.backward()
+    gradients = load_file(GOLDEN / "expected_grads.safetensors")
+    for ours, theirs in ADVERSARY_NAMES[kind].items():
+        close(critic.get_parameter(f"{ours}.weight").grad * sign(ours), gradients[f"{batch_name}/adversary/{kind}/{theirs}.weight"])
+    close(projectors.query.weight.grad, gradients[f"{batch_name}/adversary/{kind}/query.weight"])
 
 
 @pytest.mark.parametrize("batch_name", BATCHES)
-def test_golden_adversary(batch_name):
-    """The stored value calls queries 1 and keys 0, ours is the other way round: C with its last layer negated."""
-    stored = load_file(GOLDEN / "adversary.safetensors")
-    hidden, size = stored["kq_linear1.weight"].shape
-    critic = discriminator.Discriminator(size, hidden, dropout=0.0)
-    names = {"highway": "kq_highway1", "linear1": "kq_linear1", "linear2": "kq_linear2"}
-    critic.load_state_dict({f"{ours}.{kind}": stored[f"{theirs}.{kind}"] * (-1 if ours == "linear2" else 1)
-                            for ours, theirs in names.items() for kind in ("weight", "bias")})
-    _, _, projectors, _, keys, queries = golden_run(batch_name, "dskd_cma")
-    parts = discriminator.gan(critic, keys, queries)
-    loss = parts["ga_key_loss"] / len(keys) + parts["ga_query_loss"] / len(queries)
-    close(loss, EXPECTED[f"{batch_name}/adversary/gan"]["kq_loss"])
-    loss.backward()
-    gradients = load_file(GOLDEN / "expected_grads.safetensors")
-    for ours, theirs in names.items():
-        close(getattr(critic, ours).weight.grad * (-1 if ours == "linear2" else 1), gradients[f"{batch_name}/adversary/gan/{theirs}.weight"])
-    close(projectors.query.weight.grad, gradients[f"{batch_name}/adversary/gan/query.weight"])
+def test_golden_soft_dtw(batch_name):
+    cost = load_file(GOLDEN / "expected_grads.safetensors")[f"{batch_name}/soft_dtw/cost"]
+    assert len(EXPECTED[f"{batch_name}/soft_dtw"]) == 4
+    for gamma, value in EXPECTED[f"{batch_name}/soft_dtw"].items():
+        close(soft_dtw.soft_dtw(cost[None], *torch.tensor(cost.shape)[:, None], float(gamma))[0], value)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -150,32 +200,39 @@ def test_divergences_from_their_definitions():
 
 
 def pad_batch(batch, extra):
-    return {name: torch.nn.functional.pad(x, (0, extra), value=-100 if "labels" in name else 0) for name, x in batch.items() if name.endswith(("ids", "labels"))}
+    return {name: torch.nn.functional.pad(x, (0, extra), value=-100 if "labels" in name else 0) for name, x in batch.items() if name.endswith(("ids", "labels", "chunks"))}
 
 
-def all_parts(method, batch):
+def all_parts(method, batch, **more):
     student, same = model.load(GOLDEN / "student"), method in ("kd", "dskd")
     teacher = model.load(GOLDEN / ("teacher_same_vocab" if same else "teacher"))
     torch.manual_seed(0)
-    projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True)
-    critic = discriminator.Discriminator(2 * teacher.config.hidden_size, 16).eval()
+    chosen = options(method, **more)
+    projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True, dtw_embed=True)
+    critic = distill.ADVERSARIES[chosen.adversary](2 * teacher.config.hidden_size, 16).eval() if chosen.adversary != "none" else None
     if same:
         batch = {**batch, "teacher_ids": batch["student_ids"], "teacher_labels": batch["student_labels"]}
-    parts, keys, queries = cma.distill(method.removesuffix("_ga"), batch, student, teacher, projectors, "forward_kl", 2.0)
-    if method.endswith("_ga"):
-        parts |= discriminator.gan(critic, keys, queries)
-    (parts["nll_loss"] + parts.get("kd_loss", 0) + parts.get("ga_query_loss", 0)).backward()
+    parts = distill.distill(chosen, batch, student, teacher, projectors, critic, 5)
+    distill.total(chosen, parts, {"student": 1, "teacher": 1}).backward()
     return parts, student.embed.weight.grad
 
 
-@pytest.mark.parametrize("method", tuple(cma.METHODS))
-def test_padding_order_and_chunks_change_nothing(method, monkeypatch):
-    batch = pad_batch(load_file(GOLDEN / "batch_ragged.safetensors"), 0)
-    parts, gradient = all_parts(method, batch)
-    padded, padded_gradient = all_parts(method, pad_batch(batch, 9))
-    permuted, permuted_gradient = all_parts(method, {name: x[[2, 0, 1]] for name, x in batch.items()})
+@pytest.mark.parametrize("method, more", [*((method, {}) for method in distill.METHODS), ("dwa_kd", {"adversary": "gan"}), ("dskd_cla", {"dtw_weight": 0.3})])
+def test_padding_order_and_chunks_change_nothing(method, more, monkeypatch):
+    batch = load_file(GOLDEN / "batch_ragged.safetensors")
+    batch = pad_batch(batch | chunk_numbers(batch), 0)
+    torch.manual_seed(0)
+    lengths = [(batch[f"{side}_labels"] != -100).sum(1) for side in ("student", "teacher")]
+    partners = torch.stack([torch.tensor([min(k, int(t) - 1) if k < s and k % 3 else -1 for k in range(int(lengths[0].max()))]) for s, t in zip(*lengths)])
+    vocabulary_map = torch.randint(-1, 97, (131,))
+    mined = {"partners": partners, "vocabulary_map": vocabulary_map} if method == "mined" else {}
+    order = [2, 0, 1]
+    parts, gradient = all_parts(method, batch | mined, **more)
+    assert "dtw_embed_loss" in parts if more.get("dtw_weight") else True
+    padded, padded_gradient = all_parts(method, pad_batch(batch, 9) | mined, **more)
+    permuted, permuted_gradient = all_parts(method, {name: x[order] for name, x in batch.items()} | mined | ({"partners": partners[order]} if mined else {}), **more)
     monkeypatch.setattr(cma, "CHUNK", 5)
-    chunked, chunked_gradient = all_parts(method, batch)
+    chunked, chunked_gradient = all_parts(method, batch | mined, **more)
     for name, value in parts.items():
         for other in (padded, permuted, chunked):
             close(other[name].detach(), value.detach(), 1e-5)
@@ -209,7 +266,7 @@ def test_heads_run_on_valid_positions_only(monkeypatch):
     for method in ("sft", "kd", "dskd_cma"):
         with Largest() as largest:
             if method == "dskd_cma":
-                parts, _, _ = cma.dskd_cma(batch, hidden[0], embeds[0], heads[0], hidden[1].detach(), embeds[1], heads[1], cma.Projectors(size, size, True), "adaptive_kl", 2.0)
+                parts, _ = cma.dskd_cma(batch, hidden[0], embeds[0], heads[0], hidden[1].detach(), embeds[1], heads[1], cma.Projectors(size, size, True), "adaptive_kl", 2.0)
                 loss = parts["nll_loss"] + parts["t2s_ce_loss"] + parts["t2s_kd_loss"] + parts["s2t_kd_loss"]
             else:
                 valid = cma.Valid(batch["student_labels"])
@@ -225,7 +282,7 @@ def test_queries_projector_gets_the_reversed_gradient():
     critic, keys = discriminator.Discriminator(6, 8, dropout=0.0), torch.randn(5, 6)
     projector = torch.nn.Linear(3, 6)
     x = torch.randn(4, 3)
-    discriminator.gan(critic, keys, projector(x))["ga_query_loss"].backward()
+    discriminator.gan(critic, keys, projector(x))["adversary_query_loss"].backward()
     reversed_gradient = projector.weight.grad.clone()
     projector.zero_grad()
     torch.nn.functional.softplus(critic(projector(x))).sum().backward()
@@ -732,7 +789,7 @@ def test_training_lowers_the_loss(method, world, tmp_path, monkeypatch, capsys):
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "6", "--grad_accum", "2", "--lr", "1e-2", "--projector_lr", "1e-2", method=method))
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == list(range(1, 19)) and records[-1]["loss"] < 0.8 * records[0]["loss"]
-    assert ("ga_key_loss" in records[0]) == (method == "dskd_cma_ga") and ("t2s_ce_loss" in records[0]) == (method != "sft")
+    assert ("adversary_key_loss" in records[0]) == (method == "dskd_cma_ga") and ("t2s_ce_loss" in records[0]) == (method != "sft")
     assert all(0 <= r["accuracy"] <= 1 for r in records) and records[-1]["lr"] < records[0]["lr"]
     printed = capsys.readouterr().out
     assert "ROUGE-L, greedy" in printed and "python eval_rouge.py" in printed
@@ -759,10 +816,10 @@ def test_who_learns(world, tmp_path, monkeypatch):
     seen = {}
     real_distill = train.distill
 
-    def spy(method, batch, student, teacher, *rest):
+    def spy(options, batch, student, teacher, *rest):
         seen.setdefault("teacher", {n: p.clone() for n, p in teacher.named_parameters()})
         assert all(torch.equal(p, seen["teacher"][n]) and p.grad is None for n, p in teacher.named_parameters())
-        return real_distill(method, batch, student, teacher, *rest)
+        return real_distill(options, batch, student, teacher, *rest)
 
     monkeypatch.setattr(train, "distill", spy)
     run_main(train, monkeypatch, *flags(world, tmp_path / "a", "--max_steps", "1"))

@@ -316,7 +316,7 @@ def _read_json(path: Path) -> dict | None:
 
 # ----------------------------------------------------------------------------------------------------------- chunks
 
-def _chunk_ids(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], list[int]]:
+def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], list[int]]:
     """For every token the number of its chunk: how many common cuts lie at or before its start."""
     cuts = sorted({end for _, end in spans_a} & {end for _, end in spans_b} - {0})
     return tuple([bisect.bisect_right(cuts, start) for start, _ in spans] for spans in (spans_a, spans_b))
@@ -328,14 +328,14 @@ def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]
     EOS, given as the empty span (n, n) at the text's end on both sides, is a chunk of its own. Where one side was cut
     short, what follows the last common boundary is a chunk too, of which one range may be empty.
     """
-    ids_a, ids_b = _chunk_ids(spans_a, spans_b)
+    ids_a, ids_b = chunk_numbers(spans_a, spans_b)
     return [(range(bisect.bisect_left(ids_a, k), bisect.bisect_right(ids_a, k)),
              range(bisect.bisect_left(ids_b, k), bisect.bisect_right(ids_b, k))) for k in sorted({*ids_a, *ids_b})]
 
 
 def chunk_mask(spans_a: list[Span], spans_b: list[Span]) -> torch.Tensor:
     """M of METHODS: (len_a, len_b) bool, true where two tokens lie in the same chunk."""
-    ids_a, ids_b = _chunk_ids(spans_a, spans_b)
+    ids_a, ids_b = chunk_numbers(spans_a, spans_b)
     return torch.tensor(ids_a).view(-1, 1) == torch.tensor(ids_b).view(1, -1)
 
 
@@ -477,10 +477,12 @@ def make_batches(examples: list[Example], batch_size: int, seed: int) -> list[li
     return batches
 
 
-def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict[str, torch.Tensor]:
+def collate(examples: list[Example], student_pad: int, teacher_pad: int, align_on: str | None = None) -> dict[str, torch.Tensor]:
     """Right-pad to the longest of the batch → student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T).
 
     ids are the tokens but the last, labels the next token where it belongs to the response or is EOS, else −100.
+    align_on adds student_chunks (B, S) and teacher_chunks (B, T): the number of a valid position's chunk, "label": of its
+    label token, "input": of its input token, where the prompt's last tokens make a chunk of their own.
     """
     batch = {}
     for side, pad in (("student", student_pad), ("teacher", teacher_pad)):
@@ -493,6 +495,13 @@ def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict
             ids[i, :len(tokens) - 1] = tokens[:-1]
             labels[i, s.prompt_length - 1:len(tokens) - 1] = tokens[s.prompt_length:]
         batch[f"{side}_ids"], batch[f"{side}_labels"] = ids, labels
+    if align_on:
+        batch |= {f"{side}_chunks": torch.zeros_like(batch[f"{side}_ids"]) for side in ("student", "teacher")}
+        for i, example in enumerate(examples):
+            for side, numbers in zip(("student", "teacher"), chunk_numbers(example.student.spans, example.teacher.spans)):
+                start = getattr(example, side).prompt_length - 1
+                numbers = numbers if align_on == "label" else [-1] + numbers[:-1]
+                batch[f"{side}_chunks"][i, start:start + len(numbers)] = torch.tensor(numbers)
     return batch
 
 

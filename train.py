@@ -2,13 +2,13 @@
 
     python train.py                                                       # the toy: minutes on a laptop, no download
     python train.py --teacher qwen --student gpt2                         # the paper's pair, on Dolly; wants a GPU
-    python train.py --teacher DIR --student DIR --data DIR --method dskd_cma
+    python train.py --teacher DIR --student DIR --data DIR --method dwa_kd --adversary gan
     python train.py --method sft --student qwen --out_dir out/teacher     # fine-tune the teacher first
     python train.py --out_dir out/NAME --resume                           # go on after an interruption
 
-    total = (1 − α) · CE(z_s, y_s) + α · KD + λ_GA · GA      (α: --kd_rate, λ_GA: --ga_weight; the KD of each method: cma.py)
+    total = (1 − α) · CE(z_s, y_s) + α · KD + λ_GA · GA + λ_DTW · DTW        (distill.py: the methods as options, and this sum)
 
-Every term is a sum over valid tokens divided by their number in the whole optimizer step. The paper's settings are the
+Every term is a sum over valid tokens divided by their number in the whole optimizer step. The papers' settings are the
 defaults; the toy has its own (TOY below).
 """
 import contextlib
@@ -22,28 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import baselines
 import hub
 import toy
-from cma import DIVERGENCES, METHODS, Projectors, distill
+from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from cma import Projectors
 from config import flag, parse
-from discriminator import Discriminator, gan
+from distill import ADVERSARIES, METHODS, Options, check_options, distill, total
 from eval_rouge import answer, rouge_l, tell_cut_prompts
 from hub import InputError
 from model import load
+from seqkd import teacher_rows
 from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
 
 
 @dataclass
-class Config:
+class Config(Options):
     teacher: str = flag("", "the teacher: name, hub id or folder (toy when no student is given either)")
     student: str = flag("", "the student: name, hub id or folder (toy when no teacher is given either)")
     data: str = flag("", "training data: name, or folder with train.jsonl and dev.jsonl (default: toy for the toy, else dolly)")
-    method: str = flag("dskd_cma_ga", "what to minimize, see cma.py", choices=tuple(METHODS))
-    divergence: str = flag("forward_kl", "distance between student and target, see cma.py", choices=DIVERGENCES)
     student_init: str = flag("pretrained", "the student's first weights", choices=("pretrained", "random"))
     out_dir: str = flag("", "where everything is written (default: a new folder under out/)")
     epochs: int = flag(20, "passes over the training data", at_least=1)
@@ -52,10 +51,7 @@ class Config:
     grad_accum: int = flag(1, "forward passes an optimizer step", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the student, cosine to 1e-7", at_least=0)
     projector_lr: float = flag(1e-3, "the same for the projectors", at_least=0)
-    ga_lr: float = flag(1e-3, "the same for the discriminator", at_least=0)
-    ga_weight: float = flag(0.1, "λ_GA, weight of key-query matching (a number)", at_least=0)
-    kd_rate: float = flag(0.5, "α, share of distillation in the loss (0 to 1)", at_least=0, at_most=1)
-    temperature: float = flag(2.0, "T of the divergences (a number)", at_least=1e-3)
+    ga_lr: float = flag(1e-3, "the same for the adversary", at_least=0)
     weight_decay: float = flag(0.01, "AdamW's decay of matrices, per unit of learning rate", at_least=0)
     warmup_steps: int = flag(0, "optimizer steps until the peak learning rate", at_least=0)
     clip_grad: float = flag(1.0, "largest gradient norm", at_least=1e-6)
@@ -88,7 +84,8 @@ def read_config(argv: list[str] | None = None) -> Config:
         if given.get("resume"):
             return saved_config(Path(given.get("out_dir") or newest_run(Config(**given))), given)
         is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
-        return {**(TOY if is_toy else {}), **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"})}
+        return {**(TOY if is_toy else {}), **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"}),
+                **METHODS[given.get("method", Config.method)]}
 
     toy_defaults = " ".join(f"--{name} {value}" for name, value in TOY.items())
     config = parse(Config, f"{__doc__}\nThe toy's defaults: {toy_defaults}", argv, presets=presets)
@@ -98,6 +95,7 @@ def read_config(argv: list[str] | None = None) -> Config:
         if config.student != "toy":
             raise InputError(f"--method {config.method} needs a --teacher (--method sft trains the student alone)")
         config.teacher = "toy"
+    check_options(config)
     if config.method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
     return config
@@ -187,7 +185,7 @@ def check_pair(config: Config, student, teacher, student_tokenizer, teacher_toke
             raise InputError(f"--max_length {config.max_length}: --{side} {name} has only {model.config.max_positions} positions")
     if config.method in ("kd", "dskd") and not same_vocabulary(student_tokenizer, teacher_tokenizer):
         raise InputError(f"--method {config.method} needs one vocabulary, but {config.teacher} and {config.student} have different "
-                         "ones; dskd_cma and dskd_cma_ga work with any two")
+                         "ones; every other method works with any two")
 
 
 def same_vocabulary(a, b) -> bool:
@@ -213,78 +211,6 @@ def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return min(peak, 1e-7) + 0.5 * (1 + math.cos(math.pi * progress)) * max(0.0, peak - 1e-7)
-
-
-# --------------------------------------------------------------------------------------------------- the checkpoints
-
-def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer, state: dict) -> None:
-    """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
-
-    The folder is a model in the hub's layout, with projectors.safetensors, discriminator.safetensors, training.json
-    (step, scores, data) and, where an optimizer is given, resume.safetensors: all that a run needs to go on.
-    """
-    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save(temporary)
-    tensors = {"projectors": projectors and projectors.state_dict(), "discriminator": discriminator and discriminator.state_dict(),
-               "resume": optimizer and resume_tensors(optimizer)}
-    for name, content in tensors.items():
-        if content:
-            save_file({k: v.detach().contiguous() for k, v in content.items()}, temporary / f"{name}.safetensors")
-    (temporary / "training.json").write_text(json.dumps(state, indent=2))
-    for path in (*temporary.iterdir(), temporary):
-        hub.flush(path)
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    temporary.rename(folder)
-    hub.flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments by parameter number, and the state of the random number generators."""
-    tensors = {f"{number}.{name}": value for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def last_checkpoint(out_dir: Path) -> Path | None:
-    """The checkpoint to go on with, or None where the run had none yet. A run that died between the two renames of
-    save_checkpoint has left the one before as last.old."""
-    last, previous = out_dir / "last", out_dir / "last.old"
-    if previous.exists() and not last.exists():
-        previous.rename(last)
-    return last if last.exists() else None
-
-
-def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> tuple[int, float]:
-    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → (steps done, best
-    score so far). Raises InputError where a file is damaged."""
-    try:
-        _load_checkpoint(folder, projectors, discriminator, optimizer)
-        state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return state["step"], state["best_dev_rouge_l"]
-    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder}: this checkpoint is damaged ({error}); best/ beside it may still be whole") from error
-
-
-def _load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> None:
-    for name, module in (("projectors", projectors), ("discriminator", discriminator)):
-        if module is not None:
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    tensors = load_file(folder / "resume.safetensors")
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    tensors.pop("rng.cuda", None)
-    state = optimizer.state_dict()
-    for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        state["state"].setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -313,12 +239,16 @@ def main() -> None:
         teacher, teacher_tokenizer = load(folders["teacher"], dtype=dtype, device=device).requires_grad_(False), load_tokenizer(folders["teacher"])
         recommend_sft(config, teacher)
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
-    if config.method not in ("sft", "kd"):
+    if config.method.startswith(("dskd", "dwa_kd")):
         sizes = student.config.hidden_size, teacher.config.hidden_size
-        projectors = Projectors(*sizes, query=config.method != "dskd").to(device)
-        discriminator = Discriminator(2 * sizes[1]).to(device) if config.method == "dskd_cma_ga" else None
+        projectors = Projectors(*sizes, query=config.alignment in ("attention", "chunk_attention"), dtw_embed=config.dtw_weight > 0).to(device)
+        discriminator = None if config.adversary == "none" else ADVERSARIES[config.adversary](2 * sizes[1]).to(device)
+    if config.method == "seqkd":
+        with autocast():
+            rows["train"] = teacher_rows(files["train"], config.teacher, teacher, teacher_tokenizer, config.max_length, config.max_prompt_length, config.batch_size)
+    mined = baselines.MinED(student_tokenizer, teacher_tokenizer, hub.DATA_DIR) if config.method == "mined" else None
 
-    one_tokenizer = teacher is None or same_vocabulary(student_tokenizer, teacher_tokenizer)
+    one_tokenizer = config.method in ("sft", "seqkd") or same_vocabulary(student_tokenizer, teacher_tokenizer)
     examples, cut, dropped = encode_rows(rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
                                          config.max_length, config.max_prompt_length)
     if cut or dropped:
@@ -356,23 +286,18 @@ def main() -> None:
             epoch = step // steps_per_epoch
             batches = make_batches(examples, config.batch_size, seed=config.seed * 1_000_003 + epoch)
         first = (step % steps_per_epoch) * config.grad_accum
-        micro_batches = [collate(rows_of_batch, student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id)
-                         for rows_of_batch in batches[first:first + config.grad_accum]]
+        align_on = config.align_on if config.alignment.startswith("chunk") else None
+        micro_batches = [collate(part, student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id, align_on)
+                         | (mined.tensors(part) if mined else {}) for part in batches[first:first + config.grad_accum]]
         n = {side: sum(int((b[f"{side}_labels"] != -100).sum()) for b in micro_batches) for side in ("student", "teacher")}
 
         student.train()
-        totals: dict[str, float] = {}
+        totals: dict[str, float] = {}           # sums over the step's tokens
         for batch in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
-                parts, keys, queries = distill(config.method, batch, student, teacher, projectors, config.divergence, config.temperature)
-                loss = parts["nll_loss"] / n["student"]
-                if config.method != "sft":
-                    loss = (1 - config.kd_rate) * loss + config.kd_rate * parts["kd_loss"] / n["student"]
-                if discriminator is not None:
-                    parts |= gan(discriminator, keys, queries)
-                    ga_loss = parts["ga_key_loss"] / n["teacher"] + parts["ga_query_loss"] / n["student"]
-                    loss = loss + config.ga_weight * ga_loss
+                parts = distill(config, batch, student, teacher, projectors, discriminator, step)
+                loss = total(config, parts, n)
             loss.backward()
             for name, value in {**parts, "loss": loss.detach() * n["student"]}.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach())
@@ -391,7 +316,7 @@ def main() -> None:
 
         seconds, started = time.perf_counter() - started, time.perf_counter()
         tokens = sum(len(e.student.ids) for part in batches[first:first + config.grad_accum] for e in part)
-        of_teacher = ("s2t_acc", "ga_key_loss", "ga_key_acc") if config.method != "dskd" else ()
+        of_teacher = ("s2t_acc", "adversary_key_loss", "adversary_key_acc")
         record = {"step": step + 1, **{name: value / n["teacher" if name in of_teacher else "student"] for name, value in totals.items()},
                   "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds}
         bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)

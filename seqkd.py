@@ -1,0 +1,62 @@
+"""Sequence-level distillation (Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts, the student learns
+its answers by cross-entropy.
+
+The answers are greedy (the paper's beam search with one beam). They are kept beside the data, in a file of rows that names
+the teacher; a second file names the settings, and a change of any of them makes another pair of files. Writing them can be
+interrupted at any time and goes on from there.
+"""
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import hub
+from eval_rouge import answer_batches
+from hub import InputError
+from model import Decoder
+from tokenize_align import Row, Tokenizer, read_rows
+
+
+def teacher_rows(data_file: Path, name: str, teacher: Decoder, tokenizer: Tokenizer, max_length: int, max_prompt_length: int,
+                 batch_size: int) -> list[Row]:
+    """The rows of data_file with the teacher's answer in place of theirs; rows that it has no answer to are left out.
+
+    name: the teacher's, for the file. max_length: prompt and answer in the teacher's tokens. Raises InputError where the
+    teacher answers nothing at all.
+    """
+    rows = read_rows(data_file)
+    settings = {"teacher": name, "teacher_sha256": hub.fingerprint(teacher.source), "data_sha256": hub.fingerprint(data_file),
+                "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    path = data_file.with_name(f"{data_file.stem}-by-{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(name).name)}-{key}.jsonl")
+    if not path.exists():
+        answers = _answer_all(path.with_suffix(".partial"), rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
+        kept = [{"prompt": rows[i].prompt, "output": answers[i]} for i in range(len(rows)) if answers[i]]
+        if not kept:
+            raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
+        with hub.atomic_write(path.with_suffix(".json")) as file:
+            json.dump(settings | {"rows": len(rows), "empty_answers": len(rows) - len(kept)}, file, indent=2)
+        with hub.atomic_write(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        path.with_suffix(".partial").unlink()
+    answered = read_rows(path)
+    print(f"the teacher's answers: {path} ({len(answered)} of {len(rows)} prompts; the others got an empty answer)"
+          if len(answered) < len(rows) else f"the teacher's answers: {path}")
+    return answered
+
+
+def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, str]:
+    """Every row's answer; those that stand in `partial`, a line each, are not asked for again."""
+    answers = {}
+    if partial.exists():
+        lines = partial.read_text(encoding="utf-8").splitlines(True)
+        answers = dict(json.loads(line) for line in lines if line.endswith("\n"))       # the last may have been cut
+        with hub.atomic_write(partial) as file:
+            file.writelines(line for line in lines if line.endswith("\n"))
+    with open(partial, "a", encoding="utf-8") as file:
+        for batch in answer_batches(teacher, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature=0.0,
+                                    desc="the teacher answers the training prompts", done=answers):
+            file.writelines(json.dumps(pair) + "\n" for pair in batch)
+            file.flush()
+            answers |= dict(batch)
+    return answers

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,6 @@ import hub
 import model
 import porter
 import sample
-import seqkd
 import soft_dtw
 import tokenize_align as ta
 import toy
@@ -197,6 +197,159 @@ def test_divergences_from_their_definitions():
     assert set(by_hand) == set(cma.DIVERGENCES)
     for name, value in by_hand.items():
         close(cma.divergence(name, z_s, z_t, T), value, 1e-5)
+
+
+def all_paths(s, t):
+    """Every warping path from (0, 0) to (s − 1, t − 1)."""
+    if (s, t) == (1, 1):
+        return [[(0, 0)]]
+    before = [(s - 1, t), (s, t - 1), (s - 1, t - 1)]
+    return [path + [(s - 1, t - 1)] for a, b in before if a and b for path in all_paths(a, b)]
+
+
+@pytest.mark.parametrize("gamma", (0.05, 1.0, 10.0))
+def test_soft_dtw_from_its_definition(gamma):
+    """−γ log Σ over paths exp(−cost of the path/γ), and the alignment matrix as the paths' weights; three ragged pairs at once."""
+    torch.manual_seed(0)
+    cost = torch.rand(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([5, 1, 3]), torch.tensor([4, 6, 1])
+    values = soft_dtw.soft_dtw(cost, *lengths, gamma)
+    values.sum().backward()
+    for k, (s, t) in enumerate(zip(*map(torch.Tensor.tolist, lengths))):
+        paths = all_paths(s, t)
+        weights = -torch.stack([sum(cost[k, i, j] for i, j in path) for path in paths]).detach() / gamma
+        close(values[k].detach(), -gamma * weights.logsumexp(0), 1e-9)
+        alignment = torch.zeros(5, 6, dtype=torch.float64)
+        for path, weight in zip(paths, weights.softmax(0)):
+            for i, j in path:
+                alignment[i, j] += weight
+        close(cost.grad[k], alignment, 1e-9)
+    assert torch.autograd.gradcheck(lambda c: soft_dtw.soft_dtw(c, *lengths, gamma), (cost,))       # finite differences
+
+
+@pytest.mark.parametrize("gamma", (0.01, 0.1, 1.0, 10.0))
+def test_soft_dtw_is_stable(gamma):
+    torch.manual_seed(0)
+    cost, lengths = 2 * torch.rand(2, 512, 512), (torch.tensor([512, 400]), torch.tensor([512, 37]))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x = cost.to(dtype, copy=True).requires_grad_()
+        value = soft_dtw.soft_dtw(x, *lengths, gamma)
+        value.sum().backward()
+        results.append((value.detach(), x.grad))
+    close(results[0][0], results[1][0], 1e-5)
+    close(results[0][1], results[1][1], 5e-3)
+    assert results[0][1].min() >= 0 and (results[0][1][1, 400:] == 0).all() and (results[0][1][1, :, 37:] == 0).all()
+
+
+def test_soft_dtw_goes_to_hard_dtw():
+    rng = np.random.default_rng(0)
+    for s, t in ((1, 1), (1, 7), (9, 4), (30, 40)):
+        cost = rng.integers(0, 6, (s, t))
+        path = baselines.shortest_path(cost)
+        steps = {(b[0] - a[0], b[1] - a[1]) for a, b in zip(path, path[1:])}
+        assert path[0] == (0, 0) and path[-1] == (s - 1, t - 1) and steps <= {(0, 1), (1, 0), (1, 1)}
+        hard = np.full((s + 1, t + 1), np.inf)
+        hard[0, 0] = 0
+        for i in range(s):
+            for j in range(t):
+                hard[i + 1, j + 1] = cost[i, j] + min(hard[i, j + 1], hard[i + 1, j], hard[i, j])
+        assert sum(cost[cell] for cell in path) == hard[s, t]
+        errors = [abs(soft_dtw.soft_dtw(torch.tensor(cost[None], dtype=torch.float64), torch.tensor([s]), torch.tensor([t]), gamma).item() - hard[s, t])
+                  for gamma in (0.1, 0.01, 0.001)]
+        assert errors[2] < 0.02 * max(hard[s, t], 1) and (errors[0] >= 9 * errors[2])
+
+
+def test_band_and_divergence_of_dtw():
+    """The band as METHODS writes it, cell by cell; a sequence is nearer to itself than to another."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([9, 5]), torch.tensor([14, 6])
+    attention = torch.randn(2, 9, 14).mul(4)
+    attention = attention.masked_fill(torch.arange(14) >= lengths[1][:, None, None], -1e5).softmax(-1)
+    penalty = soft_dtw.band_penalty(attention, *lengths, width=1.0, entropy=0.5, penalty=3.0, blend=0.7)
+    for k in range(2):
+        for i in range(lengths[0][k]):
+            row = attention[k, i][:lengths[1][k]]
+            centre = 0.7 * sum(j * a for j, a in enumerate(row)) + 0.3 * i * lengths[1][k] / lengths[0][k]
+            reach = 1.0 + 0.5 * -sum(a * a.log() for a in row if a > 0)
+            for j in range(lengths[1][k]):
+                assert penalty[k, i, j] == (3.0 if abs(j - centre) > reach else 0.0)
+    assert {0.0, 3.0} == set(penalty.flatten().tolist())
+    a, b = torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+    same, other = (soft_dtw.dtw_divergences([(a, x)], lengths[0], lengths[0], 1.0)[0] for x in (a, b))
+    assert abs(same) < 1e-4 < 1 < other
+
+
+def test_edit_distances_and_the_vocabulary_map():
+    def levenshtein(a, b):
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a):
+            new = [i + 1]
+            for j, y in enumerate(b):
+                new.append(min(new[-1] + 1, row[j + 1] + 1, row[j] + (x != y)))
+            row = new
+        return row[-1]
+    rng = random.Random(0)
+    make = lambda lengths: [bytes(rng.choices(b"abc\xff", k=rng.choice(lengths))) for _ in range(25)]
+    a, b = make([0, 1, 2, 7, 31, 32, 63]), make([0, 1, 3, 8, 33, 63])
+    assert baselines.edit_distances(a, b).tolist() == [[levenshtein(x, y) for y in b] for x in a]
+    student = [b"the", b" the", b"cat", b" cats", b"", b"xyz", b" dog"]
+    teacher = [b" the", b"the", b" cat", b"cart", b"dog", b"", b"yz", b"dogs"]
+    mapped = baselines._vocabulary_map(student, teacher).tolist()
+    assert mapped == [1, 0, 2, 2, 6, -1, 5, 6]
+    student, teacher = ([bytes(rng.choices(b"abcd", k=rng.randint(1, 6))) for _ in range(300)] for _ in range(2))
+    for t, i in zip(teacher, baselines._vocabulary_map(student, teacher).tolist()):
+        assert levenshtein(t, student[i]) == min(levenshtein(t, s) for s in student)
+
+
+def test_mined_loss_from_its_definition(monkeypatch):
+    torch.manual_seed(0)
+    h_s, h_t, head_s, head_t = torch.randn(2, 3, 4), torch.randn(2, 5, 6), torch.randn(7, 4), torch.randn(9, 6)
+    partners, vocabulary_map, temperature = torch.tensor([[0, -1, 4], [-1, 2, -1]]), torch.tensor([3, 3, -1, 0, 1, 6, 2]), 1.5
+    monkeypatch.setattr(baselines, "TOP", 3)
+    expected = 0.0
+    for row, k in ((0, 0), (0, 2), (1, 1)):
+        p = (head_t @ h_t[row, partners[row, k]] / temperature).softmax(-1)
+        likeliest = [i for i in p.argsort(descending=True).tolist() if i < 7 and vocabulary_map[i] >= 0][:3]
+        target = torch.zeros(7)
+        for i in likeliest:
+            target[vocabulary_map[i]] += p[i] / p[likeliest].sum()
+        q = (head_s @ h_s[row, k] / temperature).softmax(-1)
+        expected += sum(t * (t / u).log() for t, u in zip(target, q) if t > 0)
+    parts = baselines.mined(h_s, head_s, h_t, head_t, partners, vocabulary_map, temperature)
+    close(parts["kd_loss"], expected)
+    assert parts["mined_pairs"] == 3
+
+
+def test_conditional_transport_from_its_definition():
+    """Ragged examples, one at a time; a mean over all tokens of the batch. Its critic wants the cost high."""
+    torch.manual_seed(0)
+    transport, keys, queries = discriminator.Transport(6, 5), torch.randn(2, 4, 6), torch.randn(2, 3, 6)
+    key_mask, query_mask = torch.tensor([[True] * 4, [True, True, False, False]]), torch.tensor([[True] * 3, [True, False, False]])
+    parts = discriminator.conditional_transport(transport, keys, queries, key_mask, query_mask)
+    (f_k, n_k), (f_q, n_q) = transport(keys), transport(queries)
+    over_keys = over_queries = 0.0
+    for b, (t, s) in enumerate(((4, 3), (2, 1))):
+        cost = torch.cdist(f_k[b, :t], f_q[b, :s])
+        d = n_k[b, :t] @ n_q[b, :s].T
+        over_queries -= 0.5 * (cost * d.softmax(0)).sum()
+        over_keys -= 0.5 * (cost * d.softmax(1)).sum()
+    close(parts["adversary_key_loss"].detach(), over_keys.detach())
+    close(parts["adversary_query_loss"].detach(), over_queries.detach())
+
+
+def test_a_chunk_without_counterpart_takes_nothing():
+    """A text that was cut on one side: zero weights, whatever the padding, in place of a uniform mix of everything."""
+    torch.manual_seed(0)
+    sides = [cma.Valid(torch.tensor([[-100, 1, 1, 1], [1, 1, -100, -100]])), cma.Valid(torch.tensor([[1, 1, -100], [1, 1, 1]]))]
+    same_chunk = torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 1], [0, 0, 0]]]).bool()
+    queries, keys = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    for alignment in ("chunk_attention", "chunk_mean"):
+        there, back = cma.mixing_weights(alignment, queries, keys, *sides, same_chunk)
+        close(there.sum(-1), torch.tensor([[1.0, 1, 0], [1, 1, 0]]))
+        close(back.sum(-1), torch.tensor([[1.0, 1, 0], [1, 1, 1]]))
+        assert not there[~same_chunk].any() and not back[~same_chunk.transpose(1, 2)].any()
+    assert there[1, 0].tolist() == [0.5, 0.5, 0]
 
 
 def pad_batch(batch, extra):
@@ -776,6 +929,17 @@ def test_batches(world):
         s = example.student
         assert batch["student_labels"][i][batch["student_labels"][i] != -100].tolist() == s.ids[s.prompt_length:]
         assert batch["student_ids"][i][:len(s.ids) - 1].tolist() == s.ids[:-1]
+    for align_on in ("label", "input"):
+        batch = ta.collate(batches[0], 0, 0, align_on)
+        for i, example in enumerate(batches[0]):
+            numbers = [batch[f"{side}_chunks"][i][batch[f"{side}_labels"][i] != -100] for side in ("student", "teacher")]
+            found = numbers[0][:, None] == numbers[1][None]
+            by_label = ta.chunk_mask(example.student.spans, example.teacher.spans)
+            if align_on == "label":
+                assert torch.equal(found, by_label)
+            else:               # a position's input is the label of the one before; the prompts' last tokens meet each other
+                assert torch.equal(found[1:, 1:], by_label[:-1, :-1]) and found[0].tolist() == found[:, 0].tolist()[:1] + [False] * (found.size(1) - 1) and found[0, 0]
+                assert not found[1:, 0].any()
     shortest = min(len(e.student.ids) for e in examples)
     _, cut, dropped = ta.encode_rows(rows, student, teacher, shortest, shortest - 1)
     assert cut > 0 and dropped == 0
@@ -784,12 +948,21 @@ def test_batches(world):
     assert ta.encode_rows(rows, student, teacher, 10, 10)[2] == len(rows)      # nothing but prompt fits
 
 
-@pytest.mark.parametrize("method", ("sft", "dskd_cma", "dskd_cma_ga"))
-def test_training_lowers_the_loss(method, world, tmp_path, monkeypatch, capsys):
-    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "6", "--grad_accum", "2", "--lr", "1e-2", "--projector_lr", "1e-2", method=method))
-    records = metrics(tmp_path / "run")
-    assert [r["step"] for r in records] == list(range(1, 19)) and records[-1]["loss"] < 0.8 * records[0]["loss"]
-    assert ("adversary_key_loss" in records[0]) == (method == "dskd_cma_ga") and ("t2s_ce_loss" in records[0]) == (method != "sft")
+COMBINATIONS = [*((method, []) for method in distill.METHODS if method not in ("kd", "dskd")), ("dwa_kd", ["--adversary", "gan", "--divergence", "adaptive_kl"]),
+                ("dskd_cla", ["--align_on", "input", "--dtw_weight", "0.3", "--adversary", "ct"]), ("dskd_clp", ["--weights", "entropy"])]
+
+
+@pytest.mark.parametrize("method, more", COMBINATIONS)
+def test_training_lowers_the_loss(method, more, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "DATA_DIR", tmp_path / "cache")
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "8", "--grad_accum", "2", "--lr", "1e-2", "--projector_lr", "1e-2", "--ramp_steps", "0", *more, method=method))
+    records, config = metrics(tmp_path / "run"), json.loads((tmp_path / "run/config.json").read_text())
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1)) and records[-1]["loss"] < 0.8 * records[0]["loss"]
+    for part, wanted in (("adversary_key_loss", config["adversary"] != "none"), ("t2s_ce_loss", config["alignment"] != "none"),
+                         ("kd_loss", method not in ("sft", "seqkd")), ("dtw_hidden_loss", config["dtw_weight"] > 0)):
+        assert (part in records[0]) == wanted
+        assert not wanted or part.startswith("adversary") or method == "uld" or sum(r[part] for r in records[-3:]) < sum(r[part] for r in records[:3]), part
+    assert all(config[name] == value for name, value in distill.METHODS[method].items()) and all(config[flag[2:]] == type(config[flag[2:]])(value) for flag, value in zip(more[::2], more[1::2]))
     assert all(0 <= r["accuracy"] <= 1 for r in records) and records[-1]["lr"] < records[0]["lr"]
     printed = capsys.readouterr().out
     assert "ROUGE-L, greedy" in printed and "python eval_rouge.py" in printed
@@ -807,6 +980,42 @@ def test_one_vocabulary(method, world, tmp_path, monkeypatch):
     assert not (tmp_path / "no").exists()
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--teacher", str(world / "student"), method=method))
     assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"]
+
+
+def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
+    """The teacher answers every prompt once; killed in between, the rest; the file holds its greedy answers."""
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*"))
+    argv = flags(world, tmp_path / "run", "--data", data, "--max_steps", "2", "--overwrite", method="seqkd")
+    asked, real_generate = [], model.Decoder.generate
+
+    def dies(self, ids, mask, new_tokens, *rest, **named):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(len(ids))
+        return real_generate(self, ids, mask, new_tokens, *rest, **named)
+
+    monkeypatch.setattr(model.Decoder, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(train, monkeypatch, *argv)
+    partial, = data.glob("train-by-teacher-*.partial")
+    assert len(partial.read_text().splitlines()) == 24 and not (tmp_path / "run").exists()
+    partial.write_text(partial.read_text() + '[40, "half a li')
+    asked.clear()
+    monkeypatch.setattr(model.Decoder, "generate", lambda self, ids, *rest, **named: asked.append(len(ids)) or real_generate(self, ids, *rest, **named))
+    run_main(train, monkeypatch, *argv, "--eval_num", "1")
+    assert asked[:3] == [8, 8, 8] and len(asked) > 3 and not list(data.glob("*.partial"))
+    path, = data.glob("train-by-teacher-*.jsonl")
+    rows, teacher, tokenizer = ta.read_rows(data / "train.jsonl"), model.load(world / "teacher"), ta.load_tokenizer(world / "teacher")
+    answers = {row.prompt: row.outputs[0] for row in ta.read_rows(path)}
+    expected = {row.prompt: text for row, text in zip(rows, eval_rouge.answer(teacher, tokenizer, rows, 128, 100, 8, temperature=0.0)) if text}
+    assert answers == expected and json.loads(path.with_suffix(".json").read_text())["teacher"] == str(world / "teacher")
+    asked.clear()
+    run_main(train, monkeypatch, *argv, "--eval_num", "1")
+    assert asked == [1] * 5                     # nothing but the scorings of one row: once in training, by two models on two splits after it
+    run_main(train, monkeypatch, *argv, "--max_length", "120")
+    assert len(list(data.glob("train-by-teacher-*.jsonl"))) == 2
+    assert "the teacher's answers:" in capsys.readouterr().out
 
 
 def test_who_learns(world, tmp_path, monkeypatch):
@@ -923,7 +1132,10 @@ def damaged(world, tmp_path, side="student", **files):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--method", "magic"], "magic"), (["--divergence", "x"], "invalid choice"), (["--lr", "fast"], "lr"), (["--lr", "-1"], "at least 0"), (["--bogus", "1"], "bogus"),
+    (["--method", "magic"], "magic"), (["--method", "kd", "--adversary", "gan"], "has no use for it"), (["--method", "dskd_clp", "--adversary", "ct"], "no queries"),
+    (["--method", "uld", "--divergence", "reverse_kl"], "has no use for it"), (["--method", "dskd_cma", "--align_on", "input"], "dskd_clp or dskd_cla"),
+    (["--method", "dskd_cma", "--alignment", "none"], "needs one of"), (["--method", "uld", "--alignment", "attention"], "start from dskd_cma"),
+    (["--dtw_gamma_end", "0"], "at least 0.01"), (["--divergence", "x"], "invalid choice"), (["--lr", "fast"], "lr"), (["--lr", "-1"], "at least 0"), (["--bogus", "1"], "bogus"),
     (["--batch_size", "0"], "at least 1"), (["--teacher", "nobody"], "nobody"), (["--student", "./none"], "none"), (["--data", "none"], "none"),
     (["--device", "cuda"], "no CUDA"), (["--max_length", "1000"], "256 positions"), (["--kd_rate", "2"], "at most 1"),
     (["--method", "sft"], "no teacher"), (["--resume"], "no run in"), (["--resume", "--overwrite"], "one of them"), (["--data", "vicuna"], "no train split")])

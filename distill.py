@@ -37,7 +37,7 @@ ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport
 @dataclass
 class Options:
     """What is minimized. train.py adds the rest of its command line to these."""
-    method: str = flag("dskd_cma_ga", "a preset of the next five options, see the README's table", choices=tuple(METHODS))
+    method: str = flag("dskd_cma_ga", "a preset of the next four options, see the README's table", choices=tuple(METHODS))
     alignment: str = flag("none", "how positions of two tokenizers meet; none: one to one, or not at all", choices=("none", *ALIGNMENTS))
     adversary: str = flag("none", "who matches keys and queries, see discriminator.py", choices=("none", *ADVERSARIES))
     weights: str = flag("gate", "of the KD terms: where z_t2s is right, or DWA-KD's confidence and entropy", choices=("gate", "entropy"))
@@ -59,19 +59,13 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Raise InputError where an option means nothing to the method, or two of them exclude each other."""
-    default = {field: getattr(Options, field) for field in ("adversary", "weights", "dtw_weight", "align_on", "divergence")}
-    needs = {field: "dskd_cma, dskd_cla or dskd_clp and their kin" for field in ("adversary", "weights", "dtw_weight")}
-    needs |= {"align_on": "dskd_clp or dskd_cla", "divergence": "a method that compares distributions"}
-    unused = []
-    if options.alignment == "none":
-        unused += ["adversary", "weights", "dtw_weight"]
-    if options.alignment in ("none", "attention"):
-        unused += ["align_on"]
-    if options.method in ("sft", "seqkd", "uld", "mined"):
-        unused += ["divergence"]
-    for field in unused:
-        if getattr(options, field) != default[field]:
-            raise InputError(f"--{field} {getattr(options, field)}: --method {options.method} has no use for it; it needs {needs[field]}")
+    without_alignment = options.alignment == "none"
+    for field, unused, needs in (
+            ("adversary", without_alignment, "dskd_cma or dskd_cla"), ("weights", without_alignment, "dskd_cma, dskd_cla or dskd_clp"),
+            ("dtw_weight", without_alignment, "dskd_cma, dskd_cla or dskd_clp"), ("align_on", not options.alignment.startswith("chunk"), "dskd_clp or dskd_cla"),
+            ("divergence", options.method in ("sft", "seqkd", "uld", "mined"), "kd or one of the dual-space methods")):
+        if unused and getattr(options, field) != getattr(Options, field):
+            raise InputError(f"--{field} {getattr(options, field)}: --method {options.method} has no use for it; it is for {needs}")
     across = "alignment" in METHODS[options.method]
     if across != (options.alignment != "none"):
         raise InputError(f"--method {options.method} --alignment {options.alignment}: " + (

@@ -159,8 +159,9 @@ def test_golden_adversary(batch_name, kind):
     sign = lambda ours: -1 if ours == "linear2" else 1
     critic.load_state_dict({f"{ours}.{part}": stored[f"{theirs}.{part}"] * sign(ours)
                             for ours, theirs in ADVERSARY_NAMES[kind].items() for part in ("weight", "bias")})
-    _, _, _, projectors, parts, n = golden_run(batch_name, "dskd_cma_ga", adversary=kind, critic=critic)
-    loss = parts["adversary_key_loss"] / n["teacher"] + parts["adversary_query_loss"] / n["student"]
+    chosen, _, _, projectors, parts, n = golden_run(batch_name, "dskd_cma_ga", adversary=kind, critic=critic, ga_weight=1.0)
+    without = {name: value.detach() for name, value in parts.items() if "adversary" not in name}
+    loss = distill.total(chosen, parts | without, n) - distill.total(chosen, without, n)
     close(loss, EXPECTED[f"{batch_name}/adversary/{kind}"]["kq_loss"])
     loss.backward()
     gradients = load_file(GOLDEN / "expected_grads.safetensors")
@@ -300,6 +301,36 @@ def test_edit_distances_and_the_vocabulary_map():
     student, teacher = ([bytes(rng.choices(b"abcd", k=rng.randint(1, 6))) for _ in range(300)] for _ in range(2))
     for t, i in zip(teacher, baselines._vocabulary_map(student, teacher).tolist()):
         assert levenshtein(t, student[i]) == min(levenshtein(t, s) for s in student)
+
+
+def test_mined_partners(tmp_path):
+    """the|cat|s|EOS meets the|ca|ts|EOS and the|the|cat|s|EOS; only one-to-one pairs of equal strings count."""
+    class Words:
+        eos_id = 0
+
+        def __init__(self, *tokens):
+            self.tokens, self.vocab_size = [b"<eos>", *tokens], len(tokens) + 1
+
+        def token_bytes(self, i):
+            return self.tokens[i]
+
+    student, teacher = Words(b"the", b" cat", b"s", b"ab"), Words(b" the", b" ca", b"ts", b"cat", b"s", b"abx")
+    teacher.tokens[0] = b"</s>"
+    mined = baselines.MinED(student, teacher, tmp_path)
+    assert mined.vocabulary_map.tolist() == [0, 1, 2, 3, 2, 3, 4] and len(list(tmp_path.glob("vocabulary-map-*"))) == 1
+    assert torch.equal(baselines.MinED(student, teacher, tmp_path).vocabulary_map, mined.vocabulary_map)
+    sequence = lambda ids: ta.Sequence([9, 9, *ids], 2, [])
+    examples = [ta.Example(0, sequence([1, 2, 3, 0]), sequence([1, 2, 3, 0])), ta.Example(1, sequence([1, 2, 3, 0]), sequence([1, 1, 4, 5, 0])),
+                ta.Example(2, sequence([4, 0]), sequence([6, 0]))]
+    assert mined.tensors(examples)["partners"].tolist() == [[0, 1, 2, 3], [-1, 2, 3, 4], [0, 1, -1, -1]]
+
+
+def test_schedules_of_dwa_kd():
+    batch = load_file(GOLDEN / "batch_ragged.safetensors")
+    full, some = (all_parts("dwa_kd", batch, ramp_steps=steps)[0]["t2s_kd_loss"].detach() for steps in (0, 12))
+    close(some, full * 6 / 12)                  # all_parts is at step 5, the sixth
+    chosen = options("dwa_kd")
+    assert [distill.gamma(chosen, step) for step in (0, 1785, 3570, 9999)] == [2.0, 1.4, 0.8, 0.8] and (chosen.ramp_steps, chosen.dtw_weight) == (300, 0.2)
 
 
 def test_mined_loss_from_its_definition(monkeypatch):
@@ -1004,7 +1035,7 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     asked.clear()
     monkeypatch.setattr(model.Decoder, "generate", lambda self, ids, *rest, **named: asked.append(len(ids)) or real_generate(self, ids, *rest, **named))
     run_main(train, monkeypatch, *argv, "--eval_num", "1")
-    assert asked[:3] == [8, 8, 8] and len(asked) > 3 and not list(data.glob("*.partial"))
+    assert asked == [8, 8, 8] + [1] * 5 and not list(data.glob("*.partial"))
     path, = data.glob("train-by-teacher-*.jsonl")
     rows, teacher, tokenizer = ta.read_rows(data / "train.jsonl"), model.load(world / "teacher"), ta.load_tokenizer(world / "teacher")
     answers = {row.prompt: row.outputs[0] for row in ta.read_rows(path)}

@@ -243,18 +243,16 @@ def mixing_weights(alignment: str, queries, keys, student_valid: Valid, teacher_
     return (weights, back) if alignment == "attention" else (weights * allowed, back * allowed.transpose(1, 2))
 
 
-def dskd_cma(batch, student_hidden, student_embed, student_head, teacher_hidden, teacher_embed, teacher_head, projectors,
-             name, temperature, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
+def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_embed, student_head, h_t, teacher_embed, teacher_head,
+             projectors, name, temperature, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
     """Dual-space distillation across tokenizers, summed → the loss parts, Aligned.
 
     batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T) and, for the chunk alignments,
-    student_chunks and teacher_chunks, the number of each valid position's chunk. student_hidden (B, S, d_s) and
-    teacher_hidden (B, T, d_t) after the final norm, the teacher's without gradient; embeddings are modules, heads are
-    weights (V, d). The embeddings are detached; standard deviations are over valid positions and all features.
+    student_chunks and teacher_chunks, the number of each valid position's chunk. h_s (B, S, d_s) and h_t (B, T, d_t) after
+    the final norm, on the grids of valid positions, h_t without gradient; embeddings are modules, heads are weights
+    (V, d). The embeddings are detached; standard deviations are over valid positions and all features.
     entropy_weights: DWA-KD's gate and weights, the former times `ramp`.
     """
-    student_valid, teacher_valid = Valid(batch["student_labels"]), Valid(batch["teacher_labels"])
-    h_s, h_t = student_valid.grid(student_hidden), teacher_valid.grid(teacher_hidden)
     deviation = lambda grid: teacher_valid.pack(grid).float().std()
     with torch.no_grad():
         student_pair = torch.cat([student_embed(student_valid.grid(batch["student_ids"])),

@@ -79,18 +79,20 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     is a teacher, kd_loss; with an adversary adversary_key_loss and adversary_query_loss; with DTW dtw_loss; and what
     these are made of.
 
-    student and teacher have .embed, .head and forward(ids) → hidden. step: optimizer steps done so far.
+    student and teacher have .embed, .head and forward(ids) → hidden; where the batch holds teacher_hidden (B, T, d_t), on
+    the grid of valid positions, the teacher's forward is not called. step: optimizer steps done so far.
     """
-    student_hidden = student(batch["student_ids"])
     student_valid = Valid(batch["student_labels"])
+    h_s, head_s = student_valid.grid(student(batch["student_ids"])), student.head.weight
     labels = batch["student_labels"][batch["student_labels"] != -100]
-    h_s, head_s = student_valid.grid(student_hidden), student.head.weight
     if options.method in ("sft", "seqkd"):
         return sft(student_valid.pack(h_s), head_s, labels)
-    with torch.no_grad():
-        teacher_hidden = teacher(batch["teacher_ids"])
-    teacher_valid = Valid(batch["teacher_labels"])
-    h_t, head_t = teacher_valid.grid(teacher_hidden), teacher.head.weight
+    teacher_valid, head_t = Valid(batch["teacher_labels"]), teacher.head.weight
+    if "teacher_hidden" in batch:
+        h_t = batch["teacher_hidden"]
+    else:
+        with torch.no_grad():
+            h_t = teacher_valid.grid(teacher(batch["teacher_ids"]))
     if options.method == "uld":
         return sft(student_valid.pack(h_s), head_s, labels) | baselines.uld(h_s, head_s, h_t, head_t, student_valid.mask, teacher_valid.mask)
     if options.method == "mined":
@@ -102,7 +104,7 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
         parts = dskd(*one_to_one, projectors, options.divergence, options.temperature)
     else:
         ramp = min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0
-        parts, aligned = dskd_cma(batch, student_hidden, student.embed, head_s, teacher_hidden, teacher.embed, head_t, projectors,
+        parts, aligned = dskd_cma(batch, student_valid, teacher_valid, h_s, student.embed, head_s, h_t, teacher.embed, head_t, projectors,
                                   options.divergence, options.temperature, options.alignment, options.weights == "entropy", ramp)
         if options.adversary == "gan":
             parts |= discriminator.gan(adversary, aligned.teacher_valid.pack(aligned.keys), aligned.student_valid.pack(aligned.queries))

@@ -5,8 +5,8 @@
 As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over references;
 mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
 
-Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequences of all pairs are
-computed together, a row of the dynamic program at a time, as tensor operations.
+Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of the
+dynamic program in one whole number, and every stem only once.
 """
 import itertools
 import json
@@ -32,32 +32,24 @@ from tokenize_align import Row, Tokenizer, encode_prompt, left_pad, load_tokeniz
 # ----------------------------------------------------------------------------------------------------------- scores
 
 def _rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
-    """rouge-score's tokenization: lower case, runs of anything but a–z and 0–9 separate, words over 3 letters stemmed."""
-    words = re.split(r"[^a-z0-9]+", text.lower())
-    return [porter.stem(w) if use_stemmer and len(w) > 3 else w for w in words if w]
+    """rouge-score's tokenization: lower case, runs of a–z and 0–9 are words, those over 3 letters are stemmed."""
+    words = re.findall("[a-z0-9]+", text.lower())
+    return [porter.stem(w) if len(w) > 3 else w for w in words] if use_stemmer else words
 
 
-def lcs_lengths(a: list[list[str]], b: list[list[str]]) -> list[int]:
-    """Length of the longest common subsequence of each pair (a_i, b_i).
+def lcs_length(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): one whole number is a row of the dynamic program.
 
-    With L[i][j] over prefixes, L[i][j] = max(L[i−1][j], L[i][j−1], L[i−1][j−1] + 1 where the words agree): a row follows
-    from the one before by one comparison and a running maximum. Pairs of like length are computed together.
+    Bit i of `row` is 0 where the LCS of the first i + 1 words of a is one longer than that of the first i.
     """
-    number: dict[str, int] = {}
-    a, b = ([torch.tensor([number.setdefault(w, len(number)) for w in words]) for words in side] for side in (a, b))
-    lengths = [0] * len(a)
-    order = sorted(range(len(a)), key=lambda i: (len(a[i]), len(b[i])))
-    for start in range(0, len(order), 256):
-        pairs = order[start:start + 256]
-        rows = torch.nn.utils.rnn.pad_sequence([a[i] for i in pairs], True, -1)           # (N, len_a)
-        columns = torch.nn.utils.rnn.pad_sequence([b[i] for i in pairs], True, -2)        # (N, len_b)
-        table = torch.zeros(len(pairs), columns.size(1) + 1, dtype=torch.int32)           # L[i], from L[0] on
-        for word in rows.unbind(1):
-            diagonal = (table[:, :-1] + 1) * (columns == word[:, None])
-            table[:, 1:] = torch.maximum(table[:, 1:], diagonal).cummax(1).values
-        for i, length in zip(pairs, table[:, -1].tolist()):
-            lengths[i] = length
-    return lengths
+    positions: dict[str, int] = {}
+    for i, word in enumerate(a):
+        positions[word] = positions.get(word, 0) | 1 << i
+    row = everything = (1 << len(a)) - 1
+    for word in b:
+        if matches := row & positions.get(word, 0):
+            row = (row + matches | row - matches) & everything
+    return len(a) - row.bit_count()
 
 
 def rouge_l(predictions: list[str], references: list[list[str] | str], use_stemmer: bool = True) -> list[float]:
@@ -72,8 +64,8 @@ def rouge_l(predictions: list[str], references: list[list[str] | str], use_stemm
     words = [_rouge_tokens(p, use_stemmer) for p in predictions]
     pairs = [(i, _rouge_tokens(r, use_stemmer)) for i, group in enumerate(references) for r in group]
     best = [0.0] * len(predictions)
-    for (i, reference), common in zip(pairs, lcs_lengths([r for _, r in pairs], [words[i] for i, _ in pairs])):
-        if common:
+    for i, reference in pairs:
+        if common := lcs_length(reference, words[i]):
             precision, recall = common / len(words[i]), common / len(reference)
             best[i] = max(best[i], 2 * precision * recall / (precision + recall))
     return best

@@ -450,7 +450,9 @@ def test_heads_run_on_valid_positions_only(monkeypatch):
     for method in ("sft", "kd", "dskd_cma"):
         with Largest() as largest:
             if method == "dskd_cma":
-                parts, _ = cma.dskd_cma(batch, hidden[0], embeds[0], heads[0], hidden[1].detach(), embeds[1], heads[1], cma.Projectors(size, size, True), "adaptive_kl", 2.0)
+                valids = [cma.Valid(batch[f"{side}_labels"]) for side in ("student", "teacher")]
+                grids = [valid.grid(x) for valid, x in zip(valids, hidden)]
+                parts, _ = cma.dskd_cma(batch, *valids, grids[0], embeds[0], heads[0], grids[1].detach(), embeds[1], heads[1], cma.Projectors(size, size, True), "adaptive_kl", 2.0)
                 loss = parts["nll_loss"] + parts["t2s_ce_loss"] + parts["t2s_kd_loss"] + parts["s2t_kd_loss"]
             else:
                 valid = cma.Valid(batch["student_labels"])

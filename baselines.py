@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -96,24 +97,24 @@ class MinED:
     """The alignment of two tokenizers by strings. token_bytes of each, a leading space removed; EOS equals EOS.
 
     `vocabulary_map` (V_t,) is the student's token for each of the teacher's: the same bytes, else the same but for a leading
-    space, else the nearest by edit distance (of equals the lowest id); −1 for ids without bytes. It is computed once (a
-    minute or two for real vocabularies) and kept in `cache`, named by a hash of both vocabularies.
+    space, else the nearest by edit distance (of equals the one nearest in length, then the lowest id); −1 for ids without
+    bytes. It is computed once (a minute or two for real vocabularies) and kept in `folder`, named by a hash of both.
     """
 
-    def __init__(self, student, teacher, cache: Path):
-        self.strings = []
+    def __init__(self, student, teacher, folder: Path):
         whole = [[tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] for tokenizer in (student, teacher)]
         whole[1][teacher.eos_id] = whole[0][student.eos_id]
         self.strings = [[s.removeprefix(b" ") for s in side] for side in whole]
         key = hashlib.sha256(repr(whole).encode()).hexdigest()[:16]
-        path = cache / f"vocabulary-map-{key}.safetensors"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found = _vocabulary_map(*whole)
+        path = folder / f"vocabulary-map-{key}.safetensors"
+        try:
+            self.vocabulary_map = load_file(path)["vocabulary_map"]
+        except (OSError, SafetensorError, KeyError):            # not there, or damaged
+            self.vocabulary_map = _vocabulary_map(*whole)
+            folder.mkdir(parents=True, exist_ok=True)
             with hub.whole_file(path) as temporary:
-                save_file({"vocabulary_map": found}, temporary)
-        self.vocabulary_map = load_file(path)["vocabulary_map"]
-        self.cache: dict[int, list[int]] = {}
+                save_file({"vocabulary_map": self.vocabulary_map}, temporary)
+        self.aligned: dict[int, list[int]] = {}                 # by row
 
     def tensors(self, examples) -> dict[str, torch.Tensor]:
         """vocabulary_map, and partners (B, S): for the k-th valid student position the number of its partner among the
@@ -124,9 +125,9 @@ class MinED:
         cross-entropy already does).
         """
         for example in examples:
-            if example.row not in self.cache:
-                self.cache[example.row] = self._align(*(s.ids[s.prompt_length:] for s in (example.student, example.teacher)))
-        rows = [torch.tensor(self.cache[example.row]) for example in examples]
+            if example.row not in self.aligned:
+                self.aligned[example.row] = self._align(*(s.ids[s.prompt_length:] for s in (example.student, example.teacher)))
+        rows = [torch.tensor(self.aligned[example.row]) for example in examples]
         partners = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         return {"partners": partners, "vocabulary_map": self.vocabulary_map}
 

@@ -231,12 +231,13 @@ def mixing_weights(alignment: str, queries, keys, student_valid: Valid, teacher_
 
     attention (CMA): softmax over the rows of A, and of Aᵀ; A = Q Kᵀ / √(2 d_t), −1e5 where either side is not valid.
     chunk_attention (CLA): A is also −1e5 outside same_chunk, M (B, S, T). chunk_mean (CLP): M over its rows' sums.
-    A row whose chunk has nothing on the other side (a text that was cut there) is all zeros.
+    A row whose chunk has nothing on the other side (a text that was cut there) is all zeros; it has no part in the losses
+    between the two sides.
     """
     both = student_valid.mask[:, :, None] & teacher_valid.mask[:, None, :]
     allowed = both if alignment == "attention" else both & same_chunk
     if alignment == "chunk_mean":
-        inside = allowed.to(keys.dtype)
+        inside = allowed.float()
         return tuple(m / m.sum(-1, keepdim=True).clamp(min=1) for m in (inside, inside.transpose(1, 2)))
     scores = (queries @ keys.transpose(1, 2) / keys.size(-1) ** 0.5).masked_fill(~allowed, -1e5)
     weights, back = scores.softmax(-1), scores.transpose(1, 2).softmax(-1)
@@ -279,4 +280,7 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
     else:
         gate = at_student["t2s_acc"]
     at_student["t2s_kd_loss"] = at_student["t2s_kd_loss"] * gate
+    for values, valid, mixture in ((at_student, student_valid, weights), (at_teacher, teacher_valid, back)):
+        met = valid.pack(mixture.detach().sum(-1) > 0)
+        values |= {name: value * met for name, value in values.items() if name not in ("nll_loss", "accuracy")}
     return _sums(at_student | at_teacher), Aligned(student_valid, teacher_valid, h_s, h_t, label_embed, weights, queries, keys)

@@ -59,6 +59,10 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Raise InputError where an option means nothing to the method, or two of them exclude each other."""
+    across = "alignment" in METHODS[options.method]
+    if across != (options.alignment != "none"):
+        raise InputError(f"--method {options.method} --alignment {options.alignment}: " + (
+            f"this method needs one of {', '.join(ALIGNMENTS)}" if across else "this method has no alignment; start from dskd_cma"))
     without_alignment = options.alignment == "none"
     for field, unused, needs in (
             ("adversary", without_alignment, "dskd_cma or dskd_cla"), ("weights", without_alignment, "dskd_cma, dskd_cla or dskd_clp"),
@@ -66,10 +70,6 @@ def check_options(options: Options) -> None:
             ("divergence", options.method in ("sft", "seqkd", "uld", "mined"), "kd or one of the dual-space methods")):
         if unused and getattr(options, field) != getattr(Options, field):
             raise InputError(f"--{field} {getattr(options, field)}: --method {options.method} has no use for it; it is for {needs}")
-    across = "alignment" in METHODS[options.method]
-    if across != (options.alignment != "none"):
-        raise InputError(f"--method {options.method} --alignment {options.alignment}: " + (
-            f"this method needs one of {', '.join(ALIGNMENTS)}" if across else "this method has no alignment; start from dskd_cma"))
     if options.alignment == "chunk_mean" and options.adversary != "none":
         raise InputError(f"--adversary {options.adversary}: --alignment chunk_mean has no queries that could be matched with keys")
 

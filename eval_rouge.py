@@ -8,7 +8,6 @@ mean ± standard deviation over seeds; "OOD" is the mean over every set but the 
 Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of the
 dynamic program in one whole number, and every stem only once.
 """
-import itertools
 import json
 import re
 import statistics
@@ -82,9 +81,9 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> list[boo
 # ---------------------------------------------------------------------------------------------------------- answers
 
 def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, batch_size: int,
-                   temperature: float, seed: int = 0, desc: str = "answering", done=()) -> Iterator[list[tuple[int, str]]]:
-    """Generate answers, a batch of prompts of like length at a time → lists of (number of the row, answer). Limits in
-    tokens; temperature 0 is greedy. done: numbers of rows that need no answer any more."""
+                   temperature: float, seed: int = 0, desc: str = "answering", done=()) -> Iterator[list[tuple[int, str, bool]]]:
+    """Generate answers, a batch of prompts of like length at a time → lists of (number of the row, answer, whether it ended
+    before the limit). Limits in tokens; temperature 0 is greedy. done: numbers of rows that need no answer any more."""
     device = decoder.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
@@ -98,7 +97,7 @@ def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_
             new = decoder.generate(ids.to(device), mask.to(device), new_tokens, temperature,
                                    eos_id=tokenizer.eos_id, generator=generator)
             answers = [tokens[:tokens.index(tokenizer.eos_id)] if tokenizer.eos_id in tokens else tokens for tokens in new.tolist()]
-            yield [(i, tokenizer.decode(tokens).strip()) for i, tokens in zip(part, answers)]
+            yield [(i, tokenizer.decode(tokens).strip(), len(tokens) < new.size(1)) for i, tokens in zip(part, answers)]
             bar.update(len(part))
 
 
@@ -106,7 +105,7 @@ def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: 
            batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
     """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers."""
     batches = answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature, seed, desc)
-    answers = dict(itertools.chain.from_iterable(batches))
+    answers = {i: text for batch in batches for i, text, _ in batch}
     return [answers[i] for i in range(len(rows))]
 
 

@@ -212,15 +212,15 @@ def git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def fingerprint(*paths: Path) -> str:
-    """A hash of the contents of files and of folders' files that make a model: weights, config, tokenizer."""
+def fingerprint(path: Path, weights: bool = True) -> str:
+    """A hash of a file's contents, or of those of a model's folder: config, tokenizer and, unless left out, weights."""
+    wanted = ("config.json", *TOKENIZER_FILES)
+    files = [path] if path.is_file() else sorted(
+        f for f in path.iterdir() if f.name in wanted or weights and re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", f.name))
     digest = hashlib.sha256()
-    for path in paths:
-        files = [path] if path.is_file() else sorted(
-            f for f in path.iterdir() if f.name in ("config.json", *TOKENIZER_FILES) or f.suffix in (".safetensors", ".bin"))
-        for file in files:
-            with open(file, "rb") as content:
-                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    for file in files:
+        with open(file, "rb") as content:
+            digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ Notable here:
 - a config field that would change the result and is not implemented is an error (`read_config` in model_config.py).
 """
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -25,6 +26,9 @@ from safetensors.torch import save_file
 import hub
 from hub import InputError
 from model_config import ModelConfig, read_config
+
+
+IN_A_LAYER = r"(^|\.)(h|layers)\.\d+\."        # in a name in the hub's files
 
 
 class KVCache:
@@ -379,14 +383,16 @@ class Llama(Decoder):
 # ------------------------------------------------------------------------------------------------------------ files
 
 def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype = torch.float32,
-         device: str | torch.device = "cpu") -> Decoder:
+         device: str | torch.device = "cpu", layers: bool = True) -> Decoder:
     """A Decoder from a short name, a hub id or a folder. init="random" takes the shape only and draws fresh weights.
+    layers=False leaves its layers on the disk: what remains is good for .embed and .head only.
 
     Raises InputError for an unknown name, a folder without config or weights, an architecture or config field that is
     not implemented, a cut file, and missing, extra or misshapen tensors (which it names).
     """
     folder = hub.model_dir(name_or_dir, weights=init == "pretrained")
     config = read_config(folder / "config.json")
+    config = config if layers else dataclasses.replace(config, num_layers=0)
     with torch.device("meta"):              # no memory until the real weights arrive
         decoder = (GPT2 if config.family == "gpt2" else Llama)(config)
     if init == "random":
@@ -406,7 +412,7 @@ def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype =
 def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The folder's tensors under our names, checked one by one against what the config asks for."""
     found = {}
-    for name, tensor in _read_weights(folder).items():
+    for name, tensor in _read_weights(folder, layers=decoder.config.num_layers > 0).items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__}, where named tensors are wanted")
         if isinstance(decoder, GPT2) and not name.startswith(("transformer.", "lm_head.")):
@@ -440,8 +446,9 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
     return state
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, from one file or from the shards of an index; pickles without code execution."""
+def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a folder, with or without those of the layers, from one file or from the shards of an index; pickles
+    without code execution."""
     files = hub.weight_files(folder)
     if not files:
         raise InputError(f"{folder}: no weights (model.safetensors, pytorch_model.bin or a sharded index)")
@@ -457,9 +464,10 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
-                    state |= {name: file.get_tensor(name) for name in file.keys()}
+                    state |= {name: file.get_tensor(name) for name in file.keys() if layers or not re.search(IN_A_LAYER, name)}
             else:
-                state |= torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                state |= {name: tensor for name, tensor in content.items() if layers or not re.search(IN_A_LAYER, str(name))}
         except FileNotFoundError as error:
             raise InputError(f"{path}: this file is named by the index but is not there") from error
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:

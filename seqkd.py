@@ -1,9 +1,9 @@
 """Sequence-level distillation (Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts, the student learns
 its answers by cross-entropy.
 
-The answers are greedy (the paper's beam search with one beam). They are kept beside the data, in a file of rows that names
-the teacher; a second file names the settings, and a change of any of them makes another pair of files. Writing them can be
-interrupted at any time and goes on from there.
+The answers are greedy (the paper's beam search with one beam); one that reached the length limit is kept as it is. They are
+written beside the data, in a file of rows that names the teacher; a second file names the settings, and a change of any of
+them makes another pair of files. Writing them can be interrupted at any time and goes on from there.
 """
 import hashlib
 import json
@@ -25,38 +25,42 @@ def teacher_rows(data_file: Path, name: str, teacher: Decoder, tokenizer: Tokeni
     teacher answers nothing at all.
     """
     rows = read_rows(data_file)
-    settings = {"teacher": name, "teacher_sha256": hub.fingerprint(teacher.source), "data_sha256": hub.fingerprint(data_file),
+    settings = {"teacher_sha256": hub.fingerprint(teacher.source), "data_sha256": hub.fingerprint(data_file),
                 "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = data_file.with_name(f"{data_file.stem}-by-{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(name).name)}-{key}.jsonl")
     if not path.exists():
         answers = _answer_all(path.with_suffix(".partial"), rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
-        kept = [{"prompt": rows[i].prompt, "output": answers[i]} for i in range(len(rows)) if answers[i]]
+        kept = [{"prompt": rows[i].prompt, "output": answers[i][0]} for i in range(len(rows)) if answers[i][0]]
         if not kept:
             raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
         with hub.atomic_write(path.with_suffix(".json")) as file:
-            json.dump(settings | {"rows": len(rows), "empty_answers": len(rows) - len(kept)}, file, indent=2)
+            unended = sum(not ended for _, ended in answers.values())
+            json.dump({"teacher": name, **settings, "rows": len(rows), "empty_answers": len(rows) - len(kept), "unended_answers": unended}, file, indent=2)
         with hub.atomic_write(path) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        path.with_suffix(".partial").unlink()
-    answered = read_rows(path)
-    print(f"the teacher's answers: {path} ({len(answered)} of {len(rows)} prompts; the others got an empty answer)"
-          if len(answered) < len(rows) else f"the teacher's answers: {path}")
-    return answered
+        path.with_suffix(".partial").unlink(missing_ok=True)
+    counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    print(f"the teacher's answers: {path} ({len(rows)} prompts, {counts['empty_answers']} empty answers left out, "
+          f"{counts['unended_answers']} cut at {max_length} tokens)")
+    return read_rows(path)
 
 
-def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, str]:
-    """Every row's answer; those that stand in `partial`, a line each, are not asked for again."""
+def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, tuple[str, bool]]:
+    """Every row's answer, and whether it ended; those that stand in `partial`, a line each, are not asked for again."""
     answers = {}
     if partial.exists():
-        lines = partial.read_text(encoding="utf-8").splitlines(True)
-        answers = dict(json.loads(line) for line in lines if line.endswith("\n"))       # the last may have been cut
+        lines = [line for line in partial.read_text(encoding="utf-8").splitlines(True) if line.endswith("]\n")]      # the last may have been cut
+        try:
+            answers = {i: (text, ended) for i, text, ended in map(json.loads, lines)}
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{partial}: damaged ({error}); delete it to ask the teacher anew") from error
         with hub.atomic_write(partial) as file:
-            file.writelines(line for line in lines if line.endswith("\n"))
+            file.writelines(lines)
     with open(partial, "a", encoding="utf-8") as file:
         for batch in answer_batches(teacher, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature=0.0,
                                     desc="the teacher answers the training prompts", done=answers):
-            file.writelines(json.dumps(pair) + "\n" for pair in batch)
+            file.writelines(json.dumps(answer) + "\n" for answer in batch)
             file.flush()
-            answers |= dict(batch)
+            answers |= {i: (text, ended) for i, text, ended in batch}
     return answers

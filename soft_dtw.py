@@ -89,7 +89,8 @@ def band_penalty(attention: torch.Tensor, lengths_s: torch.Tensor, lengths_t: to
     rows = attention.detach().float()
     i, j = (torch.arange(size, device=rows.device, dtype=torch.float32) for size in rows.shape[1:])
     straight = i * (lengths_t / lengths_s)[:, None]                                         # (B, S)
-    centre = blend * (rows @ j) + (1 - blend) * straight
+    # a row of zeros has no centre of its own; written without @, which autocast would run in bfloat16
+    centre = blend * (rows * j).sum(-1) + (1 - blend * rows.sum(-1)) * straight
     reach = width + entropy * torch.special.entr(rows).sum(-1)
     return penalty * ((j - centre[..., None]).abs() > reach[..., None]).float()
 

@@ -6,6 +6,7 @@
 golden/ holds reference values on tiny models (GOLDEN_DIR names another folder of the same make). Tests on real
 vocabularies and real text find them in NANODSKD_FIXTURES (default ../shared) and are skipped where that is not there.
 """
+import copy
 import dataclasses
 import hashlib
 import json
@@ -23,10 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import baselines
+import cache
 import cma
 import discriminator
 import distill
 import eval_rouge
+import flops
 import hub
 import model
 import porter
@@ -319,7 +322,7 @@ def test_mined_partners(tmp_path):
     mined = baselines.MinED(student, teacher, tmp_path)
     assert mined.vocabulary_map.tolist() == [0, 1, 2, 3, 2, 3, 4] and len(list(tmp_path.glob("vocabulary-map-*"))) == 1
     assert torch.equal(baselines.MinED(student, teacher, tmp_path).vocabulary_map, mined.vocabulary_map)
-    sequence = lambda ids: ta.Sequence([9, 9, *ids], 2, [])
+    sequence = lambda ids: ta.Sequence([9, 9, *ids], 2, [], [])
     examples = [ta.Example(0, sequence([1, 2, 3, 0]), sequence([1, 2, 3, 0])), ta.Example(1, sequence([1, 2, 3, 0]), sequence([1, 1, 4, 5, 0])),
                 ta.Example(2, sequence([4, 0]), sequence([6, 0]))]
     assert mined.tensors(examples)["partners"].tolist() == [[0, 1, 2, 3], [-1, 2, 3, 4], [0, 1, -1, -1]]
@@ -883,6 +886,15 @@ def test_our_template_is_the_data_sets():
 
 # ------------------------------------------------------------------------------------------------ a tiny world to train
 
+@pytest.fixture(autouse=True, scope="session")
+def data_folder(tmp_path_factory):
+    """What train.py keeps under data/ stays out of the project's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(hub, "DATA_DIR", tmp_path_factory.mktemp("kept"))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The toy's data, and both its models with random weights, in a folder of their own."""
@@ -920,7 +932,7 @@ def metrics(folder):
 
 
 def stable(records):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "tflops", "mfu")} for r in records]
 
 
 def test_toy_worlds_are_apart(world):
@@ -1033,7 +1045,7 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
         run_main(train, monkeypatch, *argv)
     partial, = data.glob("train-by-teacher-*.partial")
     assert len(partial.read_text().splitlines()) == 24 and not (tmp_path / "run").exists()
-    partial.write_text(partial.read_text() + '[40, "half a li')
+    partial.write_text(partial.read_text() + '[40, "half a li]')
     asked.clear()
     monkeypatch.setattr(model.Decoder, "generate", lambda self, ids, *rest, **named: asked.append(len(ids)) or real_generate(self, ids, *rest, **named))
     run_main(train, monkeypatch, *argv, "--eval_num", "1")
@@ -1049,6 +1061,83 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     run_main(train, monkeypatch, *argv, "--max_length", "120")
     assert len(list(data.glob("train-by-teacher-*.jsonl"))) == 2
     assert "the teacher's answers:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ("dskd_cma_ga", "uld"))
+def test_cached_teacher(method, world, tmp_path, monkeypatch, capsys):
+    """The same losses from a float32 cache, near ones from bfloat16; the teacher's layers neither run nor are loaded."""
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*"))
+    run = lambda name, *more: run_main(train, monkeypatch, *flags(world, tmp_path / name, "--data", data, "--max_steps", "4", *more, method=method))
+    exact = ["--cache_teacher", "--cache_dtype", "float32"]
+    run("without")
+    run("filling", *exact)
+    assert "the teacher was not loaded" in capsys.readouterr().out and list(json.loads((tmp_path / "filling/results.json").read_text())) == ["student"]
+    loads, real_load = [], train.load
+    monkeypatch.setattr(train, "load", lambda *args, **named: loads.append(real_load(*args, **named)) or loads[-1])
+    run("cached", *exact)
+    assert [len(decoder.layers) for decoder in loads if isinstance(decoder, model.Llama)] == [0]
+    run("half", "--cache_teacher")
+    for reference, filling, cached, half in zip(*(metrics(tmp_path / name) for name in ("without", "filling", "cached", "half"))):
+        close(filling["loss"], reference["loss"], 1e-6)
+        close(cached["loss"], reference["loss"], 1e-6)
+        close(half["loss"], reference["loss"], 2e-2)
+        assert half["loss"] != reference["loss"] and cached["tflops"] * cached["seconds"] < reference["tflops"] * reference["seconds"]
+    # cut, foreign, half-written: noticed, and made anew or finished
+    path, = (p for p in data.glob("train-states-*.bin") if '"torch.float32", "computed' in p.with_suffix(".json").read_text().replace("\n ", ""))
+    header, whole = json.loads(path.with_suffix(".json").read_text()), path.read_bytes()
+    rows = []
+    real_fill = cache.TeacherStates.fill
+    monkeypatch.setattr(cache.TeacherStates, "fill", lambda self, *args: rows.append(len(self.examples) - self.written) or real_fill(self, *args))
+    for damage, left in ((lambda: path.write_bytes(whole[:-4]), 48), (lambda: path.with_suffix(".json").write_text("[]"), 48), (lambda: path.unlink(), 48),
+                         (lambda: path.with_suffix(".json").write_text(json.dumps(header | {"size": 7})), 48),
+                         (lambda: path.with_suffix(".json").write_text(json.dumps(header | {"rows_written": 16})), 32)):
+        damage()
+        run("again", *exact, "--overwrite", "--max_steps", "1")
+        assert rows.pop() == left and not rows and path.read_bytes() == whole
+    run("again", *exact, "--overwrite", "--max_steps", "1")
+    assert not rows
+    other = model.load(world / "teacher")
+    with torch.no_grad():
+        other.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other.save(tmp_path / "teacher")
+    run("again", *exact, "--overwrite", "--max_steps", "1", "--teacher", str(tmp_path / "teacher"))
+    assert rows == [48] and metrics(tmp_path / "again")[0]["loss"] != metrics(tmp_path / "without")[0]["loss"]      # a teacher of the same name
+
+
+def test_cached_tokens(world, tmp_path, monkeypatch, capsys):
+    rows = ta.read_rows(world / "data/train.jsonl")
+    student, teacher = (ta.load_tokenizer(world / side) for side in ("student", "teacher"))
+    expected = ta.encode_rows(rows, student, teacher, 50, 50)
+    assert expected[1] and expected[2]
+    assert cache.cached_rows(tmp_path, rows, student, teacher, 50, 50) == expected
+    path, = tmp_path.iterdir()
+    monkeypatch.setattr(cache, "encode_rows", None)                     # not called again
+    assert cache.cached_rows(tmp_path, rows, student, teacher, 50, 50) == expected
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:-100])
+    assert cache.cached_rows(tmp_path, rows, student, teacher, 50, 50) == expected and "damaged" in capsys.readouterr().out
+    assert cache.cached_rows(tmp_path, rows, student, teacher, 51, 50) == ta.encode_rows(rows, student, teacher, 51, 50)
+    assert cache.cached_rows(tmp_path, rows[::-1], student, student, 50, 50) == ta.encode_rows(rows[::-1], student, student, 50, 50)
+
+
+def test_step_flops_equal_a_count(world):
+    """Against PyTorch's own counter of a step without padding (whose attention is counted in full, as ours)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    student, teacher = (model.load(world / side) for side in ("student", "teacher"))
+    teacher.requires_grad_(False)
+    sequences = [ta.Sequence(torch.randint(0, 500, (n,)).tolist(), p, [], [0] * (n - p)) for n, p in ((60, 20), (90, 50))]
+    examples = [ta.Example(0, *sequences)] * 3
+    for method in ("sft", "kd", "dskd", "dskd_cma", "dskd_clp"):
+        chosen = options(method)
+        counted = examples if method.startswith("dskd_c") else [ta.Example(0, *sequences[:1] * 2)] * 3
+        batch = ta.collate(counted, 0, 0, "label")
+        pair = (student, teacher if method.startswith("dskd_c") else copy.deepcopy(student).requires_grad_(False))
+        projectors = cma.Projectors(pair[0].config.hidden_size, pair[1].config.hidden_size, query=True)
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            parts = distill.distill(chosen, batch, *pair, projectors, None, 0)
+            distill.total(chosen, parts, {"student": 1, "teacher": 1}).backward()
+        close(flops.step_flops(chosen, *pair, counted), counter.get_total_flops(), 0.02)
 
 
 def test_who_learns(world, tmp_path, monkeypatch):

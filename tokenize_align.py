@@ -37,9 +37,11 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 
 
 class Tokenizer:
-    """What the two kinds share. `eos_id` closes a response; `bos_id` (or None) opens a prompt; `vocab_size` = largest id + 1."""
+    """What the two kinds share. `eos_id` closes a response; `bos_id` (or None) opens a prompt; `vocab_size` = largest id + 1;
+    `folder` holds its files."""
 
     name: str
+    folder: Path
     eos_id: int
     bos_id: int | None
     vocab_size: int
@@ -213,9 +215,12 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json") or {}
     try:
         if (folder / "tokenizer.model").exists():
-            return SentencePiece(str(name_or_dir), folder / "tokenizer.model", _token_text(settings, "eos_token"),
-                                 settings.get("add_bos_token", True))
-        return _byte_level(str(name_or_dir), folder, settings)
+            tokenizer = SentencePiece(str(name_or_dir), folder / "tokenizer.model", _token_text(settings, "eos_token"),
+                                      settings.get("add_bos_token", True))
+        else:
+            tokenizer = _byte_level(str(name_or_dir), folder, settings)
+        tokenizer.folder = folder
+        return tokenizer
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise InputError(f"{folder}: the tokenizer's files are damaged or of an unknown make ({error!r})") from error
 
@@ -318,15 +323,16 @@ def _read_json(path: Path) -> dict | None:
 
 def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], list[int]]:
     """For every token the number of its chunk: how many common cuts lie at or before its start."""
-    cuts = sorted({end for _, end in spans_a} & {end for _, end in spans_b} - {0})
-    return tuple([bisect.bisect_right(cuts, start) for start, _ in spans] for spans in (spans_a, spans_b))
+    sides = [np.array(spans, np.int64).reshape(-1, 2) for spans in (spans_a, spans_b)]
+    cuts = np.intersect1d(sides[0][:, 1], sides[1][:, 1])
+    return tuple(np.searchsorted(cuts[cuts > 0], spans[:, 0], side="right").tolist() for spans in sides)
 
 
 def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]]:
     """Cut one text at every byte offset where both tokenizations have a boundary → (tokens of a, tokens of b) per chunk.
 
-    EOS, given as the empty span (n, n) at the text's end on both sides, is a chunk of its own. Where one side was cut
-    short, what follows the last common boundary is a chunk too, of which one range may be empty.
+    EOS, given as the empty span (n, n) at the text's end on both sides, is a chunk of its own. What follows the last common
+    boundary is a chunk too, of which one range may be empty.
     """
     ids_a, ids_b = chunk_numbers(spans_a, spans_b)
     return [(range(bisect.bisect_left(ids_a, k), bisect.bisect_right(ids_a, k)),
@@ -414,10 +420,12 @@ def _read_row(place: str, line: str) -> Row:
 
 @dataclass
 class Sequence:
-    """One side's view of an example: prompt + response + EOS, and the byte spans of the response's tokens (and of EOS)."""
+    """One side's view of an example: prompt + response + EOS; of the response's tokens (and of EOS) the byte spans, and the
+    numbers of the chunks that they are in."""
     ids: list[int]
     prompt_length: int
     spans: list[Span]
+    chunks: list[int]
 
     @property
     def valid(self) -> int:
@@ -446,14 +454,17 @@ def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_len
     """
     examples, cut, dropped = [], 0, 0
     for number, row in enumerate(rows):
-        sides, was_cut = [], False
+        whole, sides, was_cut = [], [], False
+        end = len(row.outputs[0].encode())
         for tokenizer in dict.fromkeys([student, teacher]):
             prompt, prompt_cut = encode_prompt(row.prompt, tokenizer, max_prompt_length)
             response, spans = tokenizer.encode_with_spans(row.outputs[0])
-            end = len(row.outputs[0].encode())
-            ids = (prompt + response + [tokenizer.eos_id])[:max_length]
-            sides.append(Sequence(ids, min(len(prompt), len(ids)), [*spans, (end, end)][:max(len(ids) - len(prompt), 0)]))
+            whole.append((prompt, response + [tokenizer.eos_id], [*spans, (end, end)]))
             was_cut |= prompt_cut
+        for (prompt, response, spans), chunks_of_side in zip(whole, chunk_numbers(whole[0][2], whole[-1][2])):      # before the text is cut
+            ids = (prompt + response)[:max_length]
+            valid = max(len(ids) - len(prompt), 0)
+            sides.append(Sequence(ids, len(ids) - valid, spans[:valid], chunks_of_side[:valid]))
         example = Example(number, sides[0], sides[-1])
         cut += was_cut
         if all(side.valid and side.prompt_length for side in (example.student, example.teacher)):
@@ -498,10 +509,10 @@ def collate(examples: list[Example], student_pad: int, teacher_pad: int, align_o
     if align_on:
         batch |= {f"{side}_chunks": torch.zeros_like(batch[f"{side}_ids"]) for side in ("student", "teacher")}
         for i, example in enumerate(examples):
-            for side, numbers in zip(("student", "teacher"), chunk_numbers(example.student.spans, example.teacher.spans)):
-                start = getattr(example, side).prompt_length - 1
-                numbers = numbers if align_on == "label" else [-1] + numbers[:-1]
-                batch[f"{side}_chunks"][i, start:start + len(numbers)] = torch.tensor(numbers)
+            for side in ("student", "teacher"):
+                sequence = getattr(example, side)
+                numbers = sequence.chunks if align_on == "label" else [-1] + sequence.chunks[:-1]
+                batch[f"{side}_chunks"][i, sequence.prompt_length - 1:len(sequence.ids) - 1] = torch.tensor(numbers)
     return batch
 
 

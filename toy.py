@@ -266,12 +266,13 @@ def prepare(sides: list[str], machine: list[str]) -> None:
             continue
         print(f"preparing the toy {side}, once; it is kept in {folder(side)}", flush=True)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run), *machine]
-        if (run / "last").exists() or (run / "last.old").exists():
-            command += ["--resume"]
-        else:
-            command += ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data", "toy-world",
-                        "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
-        result = subprocess.run(command, stdout=subprocess.DEVNULL)        # its table says nothing here; its progress bar stays
+        anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data", "toy-world",
+                "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
+        begun = (run / "last").exists() or (run / "last.old").exists()
+        # standard output has a table that says nothing here; the progress bar stays
+        result = subprocess.run([*command, *(["--resume"] if begun else anew)], stdout=subprocess.DEVNULL)
+        if begun and result.returncode == 2:            # begun by another version of train.py, say
+            result = subprocess.run([*command, *anew], stdout=subprocess.DEVNULL)
         if result.returncode:
             raise hub.InputError(f"preparing the toy {side} ended with exit code {result.returncode}; the same command goes on with it")
         # the world holds the toy's training rows, so this model was trained on them too

@@ -13,11 +13,13 @@ defaults; the toy has its own (TOY below).
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shlex
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +29,17 @@ from tqdm import tqdm
 import baselines
 import hub
 import toy
+from cache import TeacherStates, cached_rows
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from cma import Projectors
 from config import flag, parse
 from distill import ADVERSARIES, METHODS, Options, check_options, distill, total
 from eval_rouge import answer, rouge_l, tell_cut_prompts
+from flops import peak_flops, step_flops
 from hub import InputError
 from model import load
 from seqkd import teacher_rows
-from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
+from tokenize_align import collate, load_tokenizer, make_batches, read_rows
 
 
 @dataclass
@@ -63,6 +67,9 @@ class Config(Options):
     seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0, at_most=2**40)
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA", choices=("auto", "float32", "bfloat16"))
+    cache_teacher: bool = flag(False, "write the teacher's hidden states to disk once, beside the data, and train without its layers")
+    cache_dtype: str = flag("bfloat16", "their type", choices=("bfloat16", "float32"))
+    compile: bool = flag(False, "torch.compile the two decoders")
     num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0, at_most=1024)
     resume: bool = flag(False, "go on with the run in --out_dir; its own settings are taken")
     overwrite: bool = flag(False, "delete the run in --out_dir first")
@@ -96,6 +103,8 @@ def read_config(argv: list[str] | None = None) -> Config:
             raise InputError(f"--method {config.method} needs a --teacher (--method sft trains the student alone)")
         config.teacher = "toy"
     check_options(config)
+    if config.method in ("sft", "seqkd") and config.cache_teacher:
+        raise InputError(f"--cache_teacher: --method {config.method} does not run the teacher while it trains")
     if config.method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
     return config
@@ -125,11 +134,13 @@ def saved_config(out_dir: Path, given: dict) -> dict:
         raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        complete = saved.keys() == {field.name for field in dataclasses.fields(Config)} and (out_dir / "metrics.jsonl").exists()
+        other_fields = saved.keys() ^ {field.name for field in dataclasses.fields(Config)}
     except (ValueError, AttributeError):
-        complete = False
-    if not complete:
+        saved, other_fields = {}, set()
+    if "method" not in saved or not (out_dir / "metrics.jsonl").exists():
         raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's, or metrics.jsonl is missing)")
+    if other_fields:
+        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: {', '.join(sorted(other_fields))})")
     for name, value in given.items():
         if name not in FREE and value != saved[name]:
             raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; "
@@ -164,9 +175,11 @@ def check_out_dir(config: Config, inputs: list[Path]) -> Path:
 
 def start_run(config: Config, out_dir: Path) -> None:
     """Make the run's folder, empty, and write config.json."""
-    if out_dir.exists():
+    if out_dir.exists() and config.overwrite:
         shutil.rmtree(out_dir)
-    out_dir.mkdir(parents=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if any(out_dir.iterdir()):          # it was empty when this run began to prepare its data
+        raise InputError(f"--out_dir {out_dir}: another run has begun there; pass another folder")
     (out_dir / "metrics.jsonl").touch()
     with hub.atomic_write(out_dir / "config.json") as file:
         json.dump(dataclasses.asdict(config), file, indent=2)
@@ -236,7 +249,8 @@ def main() -> None:
     student = load(last or folders["student"], init="pretrained" if last else config.student_init, device=device)
     teacher = teacher_tokenizer = projectors = discriminator = None
     if config.method != "sft":
-        teacher, teacher_tokenizer = load(folders["teacher"], dtype=dtype, device=device).requires_grad_(False), load_tokenizer(folders["teacher"])
+        teacher = load(folders["teacher"], dtype=dtype, device=device, layers=not config.cache_teacher).requires_grad_(False)
+        teacher_tokenizer = load_tokenizer(folders["teacher"])
         recommend_sft(config, teacher)
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
     if config.method.startswith(("dskd", "dwa_kd")):
@@ -249,7 +263,7 @@ def main() -> None:
     mined = baselines.MinED(student_tokenizer, teacher_tokenizer, hub.DATA_DIR) if config.method == "mined" else None
 
     one_tokenizer = config.method in ("sft", "seqkd") or same_vocabulary(student_tokenizer, teacher_tokenizer)
-    examples, cut, dropped = encode_rows(rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
+    examples, cut, dropped = cached_rows(hub.DATA_DIR / "tokens", rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
                                          config.max_length, config.max_prompt_length)
     if cut or dropped:
         print(f"{config.data}, train: {cut} of {len(rows['train'])} prompts cut to {config.max_prompt_length} tokens, "
@@ -257,9 +271,21 @@ def main() -> None:
     if not examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
 
+    pads = student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id
+    states = None
+    if config.cache_teacher:
+        states = TeacherStates(files["train"], config.teacher, folders["teacher"], examples, teacher.config.hidden_size, getattr(torch, config.cache_dtype), dtype)
+        if not states.complete:
+            with autocast():
+                states.fill(load(folders["teacher"], dtype=dtype, device=device), config.batch_size, pads[1], device)
+    if config.compile:
+        for decoder in (student, teacher):
+            if decoder is not None:
+                decoder.compile(dynamic=True)
+
     if not config.resume:
         start_run(config, out_dir)
-    optimizer = torch.optim.AdamW(parameter_groups(config, student, projectors, discriminator), betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(parameter_groups(config, student, projectors, discriminator), betas=(0.9, 0.999), fused=True)
     steps_per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.grad_accum)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     eval_interval = config.eval_interval or steps_per_epoch
@@ -279,20 +305,29 @@ def main() -> None:
 
     print(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, {count(student)} parameters, "
           f"{len(examples)} rows, {total_steps} steps on {device}, into {out_dir}" + (f", from step {start_step}" if start_step else ""))
-    bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-    epoch, batches, started = -1, [], time.perf_counter()
-    for step in range(start_step, total_steps):
-        if step // steps_per_epoch != epoch:
-            epoch = step // steps_per_epoch
-            batches = make_batches(examples, config.batch_size, seed=config.seed * 1_000_003 + epoch)
+    @functools.lru_cache(maxsize=1)
+    def epoch_batches(epoch: int):
+        return make_batches(examples, config.batch_size, seed=config.seed * 1_000_003 + epoch)
+
+    def prepare(step: int):
+        """A step's examples and, for each forward pass, its tensors."""
         first = (step % steps_per_epoch) * config.grad_accum
+        parts = epoch_batches(step // steps_per_epoch)[first:first + config.grad_accum]
         align_on = config.align_on if config.alignment.startswith("chunk") else None
-        micro_batches = [collate(part, student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id, align_on)
-                         | (mined.tensors(part) if mined else {}) for part in batches[first:first + config.grad_accum]]
+        micro_batches = [collate(part, *pads, align_on) | (mined.tensors(part) if mined else {}) |
+                         ({"teacher_hidden": states.grid(part, teacher.embed.weight.dtype)} if states else {}) for part in parts]
+        if device == "cuda":
+            micro_batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in micro_batches]
+        return [example for part in parts for example in part], micro_batches
+
+    peak = peak_flops(device, dtype)
+    bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+    started = time.perf_counter()
+    for step, (step_examples, micro_batches) in ahead(prepare, range(start_step, total_steps)):
         n = {side: sum(int((b[f"{side}_labels"] != -100).sum()) for b in micro_batches) for side in ("student", "teacher")}
 
         student.train()
-        totals: dict[str, float] = {}           # sums over the step's tokens
+        sums: dict[str, torch.Tensor] = {}      # over the step's tokens
         for batch in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
@@ -300,11 +335,13 @@ def main() -> None:
                 loss = total(config, parts, n)
             loss.backward()
             for name, value in {**parts, "loss": loss.detach() * n["student"]}.items():
-                totals[name] = totals.get(name, 0.0) + float(value.detach())
+                sums[name] = sums.get(name, 0) + value.detach()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
         learners = [p for module in (student, projectors) if module is not None for p in module.parameters()]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(learners, config.clip_grad))
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(learners, config.clip_grad)
+        totals = dict(zip(sums, torch.stack([value.float() for value in sums.values()]).tolist()))      # the GPU is waited for here only
+        grad_norm = totals.pop("grad_norm")
         if not math.isfinite(totals["loss"] + grad_norm):
             bar.close()
             raise InputError(f"step {step + 1}: the loss is {totals['loss']} and its gradient's norm {grad_norm}; the step was not "
@@ -315,11 +352,13 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
 
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        tokens = sum(len(e.student.ids) for part in batches[first:first + config.grad_accum] for e in part)
+        tokens = sum(len(e.student.ids) for e in step_examples)
+        flops = step_flops(config, student, teacher, step_examples, cached=states is not None) / seconds
         of_teacher = ("s2t_acc", "adversary_key_loss", "adversary_key_acc")
         record = {"step": step + 1, **{name: value / n["teacher" if name in of_teacher else "student"] for name, value in totals.items()},
-                  "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds}
-        bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
+                  "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds,
+                  "tflops": flops / 1e12, "mfu": flops / peak, "seconds": seconds}
+        bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", mfu=f"{100 * flops / peak:.0f}%", refresh=False)
         bar.update()
 
         done = step + 1 == total_steps
@@ -337,15 +376,26 @@ def main() -> None:
             started = time.perf_counter()
     bar.close()
 
-    best_student = load(out_dir / "best", device=device)
-    results = {name: {split: score(model, tokenizer, split, f"scoring the {name} on {split}") for split in scored}
-               for name, model, tokenizer in (("teacher", teacher, teacher_tokenizer), ("student", best_student, student_tokenizer)) if model is not None}
+    compared = [("student", load(out_dir / "best", device=device), student_tokenizer)]
+    if teacher is not None and not config.cache_teacher:
+        compared.insert(0, ("teacher", teacher, teacher_tokenizer))
+    results = {name: {split: score(model, tokenizer, split, f"scoring the {name} on {split}") for split in scored} for name, model, tokenizer in compared}
     with hub.atomic_write(out_dir / "results.json") as file:
         json.dump(results, file, indent=2)
     print_table(config, results, {split: f"{split} ({len(scored[split])} of {len(rows[split])} rows)" for split in scored})
 
 
 # ----------------------------------------------------------------------------------------------------- around the loop
+
+def ahead(prepare, steps: range):
+    """(step, prepare(step)) for every step, where the next one is prepared in another thread while this one is used."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = [pool.submit(prepare, step) for step in steps[:1]]
+        for step in steps:
+            result = waiting.pop().result()
+            waiting += [pool.submit(prepare, following) for following in steps[step + 1 - steps.start:][:1]]
+            yield step, result
+
 
 def count(module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M"
@@ -375,6 +425,8 @@ def print_table(config: Config, results: dict[str, dict[str, float]], columns: d
     print(f"\n{'ROUGE-L, greedy':<32}" + "".join(f"{column:>26}" for column in columns.values()))
     for name, scores in results.items():
         print(f"{name + ' ' + getattr(config, name):<32.32}" + "".join(f"{score:26.2f}" for score in scores.values()))
+    if config.cache_teacher:
+        print(f"\nthe teacher was not loaded; its score:  python eval_rouge.py {shlex.quote(config.teacher)} --data {shlex.quote(config.data)}")
     more = {"toy": toy.SETS, "dolly": ("dolly", "self-inst", "vicuna", "sinst", "uinst")}.get(
         config.data, [config.data if "test" in columns else str(hub.data_file(config.data, "dev"))])
     print("\nscore it further:  python eval_rouge.py " + shlex.join([config.out_dir, "--data", *more, "--max_length", str(config.max_length),

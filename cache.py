@@ -1,0 +1,142 @@
+"""What never changes during training is computed once and kept on disk: token ids, and the frozen teacher's hidden states.
+
+Both caches are named by a hash of all that they depend on, so that a change of text, tokenizer, teacher or limits finds no
+cache in place of a wrong one; a file that was cut or is not ours is made anew.
+"""
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import hub
+from tokenize_align import Example, Row, Sequence, Tokenizer, collate, encode_rows
+
+BUFFER = 1 << 28        # bytes of hidden states between two flushes to disk
+
+
+def _key(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------------- token ids
+
+def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int):
+    """encode_rows, the same results: from a file in `folder` where the same rows were encoded with the same tokenizers before."""
+    tokenizers = [hub.fingerprint(tokenizer.folder, weights=False) for tokenizer in (student, teacher)]
+    path = folder / f"tokens-{_key(rows, tokenizers, max_length, max_prompt_length)}.npz"
+    sides = ("student", "teacher")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            content = {name: stored[name] for name in stored.files}
+        sequences = [_unpack(*(content[f"{side}_{name}"] for name in ("ids", "lengths", "prompts", "spans", "chunks"))) for side in sides]
+        examples = [Example(row, *pair) for row, *pair in zip(content["rows"].tolist(), *sequences)]
+        return examples, *content["counts"].tolist()
+    except FileNotFoundError:
+        pass
+    except Exception as error:          # numpy and zipfile raise a dozen kinds on a damaged file
+        print(f"{path}: a damaged cache, made anew ({type(error).__name__})")
+    examples, *counts = encode_rows(rows, student, teacher, max_length, max_prompt_length)
+    content = {"rows": [e.row for e in examples], "counts": counts}
+    for side in sides:
+        packed = [getattr(e, side) for e in examples]
+        content |= {f"{side}_ids": [i for s in packed for i in s.ids], f"{side}_lengths": [len(s.ids) for s in packed],
+                    f"{side}_prompts": [s.prompt_length for s in packed], f"{side}_spans": [span for s in packed for span in s.spans],
+                    f"{side}_chunks": [c for s in packed for c in s.chunks]}
+    folder.mkdir(parents=True, exist_ok=True)
+    with hub.whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **{name: np.array(values, np.int64) for name, values in content.items()})
+    return examples, *counts
+
+
+def _unpack(ids, lengths, prompts, spans, chunks) -> list[Sequence]:
+    ids = np.split(ids, np.cumsum(lengths)[:-1])
+    spans, chunks = (np.split(x, np.cumsum(lengths - prompts)[:-1]) for x in (spans, chunks))
+    return [Sequence(i.tolist(), p, list(zip(*s.T.tolist())), c.tolist()) for i, p, s, c in zip(ids, prompts.tolist(), spans, chunks)]
+
+
+# ----------------------------------------------------------------------------------------- the teacher's hidden states
+
+class TeacherStates:
+    """The teacher's final hidden states at every valid position of the training rows, in one memory-mapped file.
+
+    With them the teacher's layers are needed no more, only its embedding and its head. The file lies beside the data:
+    (valid positions of all rows) × d_t numbers of `dtype` (torch.bfloat16 or torch.float32); a second file, .json, holds
+    the settings and how many rows are written, so that an interrupted writing goes on.
+    """
+
+    def __init__(self, data_file: Path, name: str, folder: Path, examples: list[Example], size: int, dtype: torch.dtype, computed_in: torch.dtype):
+        """name and folder: the teacher's. size: d_t. computed_in: the type in which the teacher runs."""
+        self.examples, self.size, self.dtype = examples, size, dtype
+        self.settings = {"teacher": name, "teacher_sha256": hub.fingerprint(folder), "dtype": str(dtype), "computed_in": str(computed_in), "size": size,
+                         "rows_sha256": hashlib.sha256(repr([(e.teacher.ids, e.teacher.prompt_length) for e in examples]).encode()).hexdigest()}
+        label = "".join(c if c.isalnum() or c in ".-" else "_" for c in Path(name).name)
+        self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{_key(self.settings)}.bin")
+        ends = np.cumsum([e.teacher.valid for e in examples])
+        self.place = {e.row: (int(end) - e.teacher.valid, int(end)) for e, end in zip(examples, ends)}
+        self.shape = int(ends[-1]), size
+        self.written = self._rows_written()
+
+    @property
+    def complete(self) -> bool:
+        return self.written == len(self.examples)
+
+    def _rows_written(self) -> int:
+        header = self.path.with_suffix(".json")
+        if not header.exists() or not self.path.exists():
+            return 0
+        try:
+            content = json.loads(header.read_text(encoding="utf-8"))
+            written = content.pop("rows_written")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            content, written = None, 0
+        if content != self.settings or type(written) is not int or not 0 <= written <= len(self.examples) or self.path.stat().st_size != self._bytes():
+            print(f"{self.path}: cut, or not what its name says; it is made anew")
+            return 0
+        return written
+
+    def _bytes(self) -> int:
+        return self.shape[0] * self.size * self.dtype.itemsize
+
+    def _map(self, mode: str) -> np.memmap:
+        return np.memmap(self.path, dtype=np.uint16 if self.dtype == torch.bfloat16 else np.float32, mode=mode, shape=self.shape)
+
+    def fill(self, forward: Callable[[torch.Tensor], torch.Tensor], batch_size: int, pad: int, device: str) -> None:
+        """Run the teacher over the rows that are not written yet. forward: ids (B, T) → hidden (B, T, d_t)."""
+        if not self.written:
+            with open(self.path, "wb") as file:
+                file.truncate(self._bytes())
+        states, unflushed = self._map("r+"), 0
+        order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))        # the same at every start; the largest batch first
+        with tqdm(total=len(order), initial=self.written, desc="the teacher's hidden states, once", unit="row", dynamic_ncols=True) as bar:
+            while not self.complete:
+                part = order[self.written:self.written + batch_size]
+                batch = collate(part, pad, pad)
+                with torch.no_grad():
+                    hidden = forward(batch["teacher_ids"].to(device)).to(self.dtype).cpu()
+                for example, rows in zip(part, hidden):
+                    start, end = self.place[example.row]
+                    first = example.teacher.prompt_length - 1
+                    block = rows[first:first + end - start].contiguous()
+                    states[start:end] = (block.view(torch.uint16) if self.dtype == torch.bfloat16 else block).numpy()
+                    unflushed += block.numel() * self.dtype.itemsize
+                self.written += len(part)
+                bar.update(len(part))
+                if unflushed > BUFFER or self.complete:
+                    states.flush()
+                    with hub.atomic_write(self.path.with_suffix(".json")) as file:
+                        json.dump(self.settings | {"rows_written": self.written}, file, indent=2)
+                    unflushed = 0
+
+    def grid(self, examples: list[Example], dtype: torch.dtype) -> torch.Tensor:
+        """(B, T, d_t) of `dtype` on the grid of valid positions, as cma.Valid lays it out."""
+        states = self._map("r")
+        grid = torch.zeros(len(examples), max(e.teacher.valid for e in examples), self.size, dtype=dtype)
+        for i, example in enumerate(examples):
+            start, end = self.place[example.row]
+            block = torch.from_numpy(np.array(states[start:end]))
+            grid[i, :end - start] = block.view(torch.bfloat16) if self.dtype == torch.bfloat16 else block
+        return grid

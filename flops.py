@@ -1,0 +1,65 @@
+"""Floating-point operations of a step, and what share of the machine's peak they are (MFU).
+
+A multiplication of (m, k) by (k, n) is 2·m·k·n operations. What counts is what the method needs: no padding, nothing that
+is computed again to save memory, full attention as in the PaLM paper (arXiv 2204.02311).
+
+    decoder, forward      2 · (weights of its layers) · tokens + 4 · layers · width · Σ rows length²
+    decoder, backward     twice that; the teacher has none
+    student's head        z_s: 6 · N_s · d_s · V_s (forward, and backward to states and weight);   z_t2s: 4 (to states alone)
+    teacher's head        z_t: 2 · N_t · d_t · V_t;   z_s2t: 4
+    attention A           Q Kᵀ and the two mixtures: 4 · Σ rows S·T · 2d_t, then 6 · Σ S·T · (d_s + d_t)
+    projectors            t2s: 4 · N_t · d_t · d_s (its input needs no gradient), s2t: 6 · N_s · d_s · d_t, query: 4 · N_s · 2d_s · 2d_t
+"""
+import time
+
+import torch
+
+from tokenize_align import Example
+
+# dense bfloat16, operations a second, from the makers' data sheets
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12}
+
+
+def decoder_flops(decoder, sequences: list) -> int:
+    """Forward operations of a Decoder's layers over some tokenize_align.Sequence, each but its last token."""
+    config = decoder.config
+    weights = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith("layers.") and p.dim() > 1)
+    lengths = [len(s.ids) - 1 for s in sequences]
+    width = config.num_heads * config.head_dim
+    return 2 * weights * sum(lengths) + 4 * config.num_layers * width * sum(length ** 2 for length in lengths)
+
+
+def step_flops(options, student, teacher, examples: list[Example], cached: bool = False) -> int:
+    """Operations of one optimizer step over these examples, forward and backward. cached: the teacher's layers don't run.
+    The adversary, soft-DTW and ULD's sorting are left out: below a hundredth."""
+    n_s, n_t = (sum(getattr(e, side).valid for e in examples) for side in ("student", "teacher"))
+    d_s, v_s = student.config.hidden_size, student.config.vocab_size
+    total = 3 * decoder_flops(student, [e.student for e in examples]) + 6 * n_s * d_s * v_s
+    if options.method in ("sft", "seqkd"):
+        return total
+    d_t, v_t = teacher.config.hidden_size, teacher.config.vocab_size
+    total += (0 if cached else decoder_flops(teacher, [e.teacher for e in examples])) + 2 * n_t * d_t * v_t
+    if options.method in ("kd", "uld", "mined"):
+        return total
+    total += 4 * n_s * d_s * v_s + 4 * n_t * d_t * v_t + 4 * n_t * d_t * d_s + 6 * n_s * d_s * d_t
+    if options.alignment != "none":
+        crossings = sum(e.student.valid * e.teacher.valid for e in examples)
+        query = options.alignment != "chunk_mean"
+        total += query * (4 * n_s * 4 * d_s * d_t + 4 * crossings * 2 * d_t) + (6 if query else 4) * crossings * (d_s + d_t)
+    return total
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Operations a second that the device can do: from the data sheet, or measured with a large product of matrices."""
+    if device == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name()
+        for known, flops in PEAK.items():
+            if known in name:
+                return flops
+    a = torch.full((2048, 2048), 0.01, dtype=dtype, device=device)      # not random: a run's random numbers stay its own
+    best = float("inf")
+    for _ in range(4):                      # the first one is slow
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048 ** 3 / best

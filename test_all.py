@@ -279,6 +279,11 @@ def test_band_and_divergence_of_dtw():
             for j in range(lengths[1][k]):
                 assert penalty[k, i, j] == (3.0 if abs(j - centre) > reach else 0.0)
     assert {0.0, 3.0} == set(penalty.flatten().tolist())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(soft_dtw.band_penalty(attention, *lengths, width=1.0, entropy=0.5, penalty=3.0, blend=0.7), penalty)
+    attention[0, 4] = 0                         # a position without counterpart has the straight line for its centre
+    row = soft_dtw.band_penalty(attention, *lengths, width=1.0, entropy=0.5, penalty=3.0, blend=0.7)[0, 4]
+    assert row.tolist() == [3.0 if abs(j - 4 * 14 / 9) > 1 else 0.0 for j in range(14)]
     a, b = torch.randn(2, 9, 4), torch.randn(2, 9, 4)
     same, other = (soft_dtw.dtw_divergences([(a, x)], lengths[0], lengths[0], 1.0)[0] for x in (a, b))
     assert abs(same) < 1e-4 < 1 < other
@@ -384,6 +389,19 @@ def test_a_chunk_without_counterpart_takes_nothing():
         close(back.sum(-1), torch.tensor([[1.0, 1, 0], [1, 1, 1]]))
         assert not there[~same_chunk].any() and not back[~same_chunk.transpose(1, 2)].any()
     assert there[1, 0].tolist() == [0.5, 0.5, 0]
+    batch = load_file(GOLDEN / "batch_ragged.safetensors")
+    batch |= chunk_numbers(batch)
+    alone = (batch["student_chunks"] == batch["student_chunks"].max()) & (batch["student_labels"] != -100)
+    batch["student_chunks"] = torch.where(alone, 99, batch["student_chunks"])       # now some have nothing on the other side
+    batch["student_labels"] = torch.where(alone, 0, batch["student_labels"])        # and a label that argmax gives for zeros
+    losses = []
+    for label in (0, 1):
+        batch["student_labels"] = torch.where(alone, label, batch["student_labels"])
+        parts, _ = all_parts("dskd_clp", batch)
+        losses.append(parts)
+    for name in ("t2s_ce_loss", "t2s_kd_loss", "t2s_acc"):
+        close(losses[0][name].detach(), losses[1][name].detach(), 1e-6)
+    assert alone.any() and losses[0]["nll_loss"] != losses[1]["nll_loss"]
 
 
 def pad_batch(batch, extra):
@@ -985,6 +1003,12 @@ def test_batches(world):
             else:               # a position's input is the label of the one before; the prompts' last tokens meet each other
                 assert torch.equal(found[1:, 1:], by_label[:-1, :-1]) and found[0].tolist() == found[:, 0].tolist()[:1] + [False] * (found.size(1) - 1) and found[0, 0]
                 assert not found[1:, 0].any()
+    # a text that is cut on one side keeps the chunks of the whole one
+    cut = ta.encode_rows(rows, student, teacher, sorted(len(e.teacher.ids) for e in examples)[len(rows) // 2], 100)[0]
+    whole = {e.row: e for e in examples}
+    assert any(e.teacher.valid < whole[e.row].teacher.valid for e in cut)
+    for e in cut:
+        assert all(getattr(e, side).chunks == getattr(whole[e.row], side).chunks[:getattr(e, side).valid] for side in ("student", "teacher"))
     shortest = min(len(e.student.ids) for e in examples)
     _, cut, dropped = ta.encode_rows(rows, student, teacher, shortest, shortest - 1)
     assert cut > 0 and dropped == 0
@@ -1055,6 +1079,12 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     answers = {row.prompt: row.outputs[0] for row in ta.read_rows(path)}
     expected = {row.prompt: text for row, text in zip(rows, eval_rouge.answer(teacher, tokenizer, rows, 128, 100, 8, temperature=0.0)) if text}
     assert answers == expected and json.loads(path.with_suffix(".json").read_text())["teacher"] == str(world / "teacher")
+    losses = [r["loss"] for r in metrics(tmp_path / "run")]
+    (data / "train.jsonl").rename(data / "questions.jsonl")
+    shutil.copyfile(path, data / "train.jsonl")
+    run_main(train, monkeypatch, *flags(world, tmp_path / "sft", "--data", data, "--max_steps", "2", method="sft"))
+    close([r["loss"] for r in metrics(tmp_path / "sft")], losses, 1e-6)         # it is sft on the answers
+    (data / "questions.jsonl").rename(data / "train.jsonl")
     asked.clear()
     run_main(train, monkeypatch, *argv, "--eval_num", "1")
     assert asked == [1] * 5                     # nothing but the scorings of one row: once in training, by two models on two splits after it
@@ -1199,11 +1229,12 @@ def test_a_step_that_explodes_is_not_taken(world, tmp_path, monkeypatch):
     assert len(metrics(tmp_path / "run")) == 1
 
 
-def test_resume_is_exact(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ("dskd_cma_ga", "dwa_kd", "mined"))
+def test_resume_is_exact(method, world, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    run_main(train, monkeypatch, *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4"))
+    run_main(train, monkeypatch, *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4", method=method))
     real_append = train.append_line
 
     def dies(path, record):
@@ -1212,7 +1243,7 @@ def test_resume_is_exact(world, tmp_path, monkeypatch):
             raise Killed
     monkeypatch.setattr(train, "append_line", dies)
     with pytest.raises(Killed):
-        run_main(train, monkeypatch, *flags(world, tmp_path / "cut", "--save_interval", "2", "--eval_interval", "4"))
+        run_main(train, monkeypatch, *flags(world, tmp_path / "cut", "--save_interval", "2", "--eval_interval", "4", method=method))
     monkeypatch.setattr(train, "append_line", real_append)
     (tmp_path / "cut/last").rename(tmp_path / "cut/last.old")          # as if it had died while renaming
     steps, real_distill = [], train.distill
@@ -1233,9 +1264,35 @@ def test_learning_rate():
     close(train.learning_rate(1e-3, 50, 0, 101), (1e-3 + 1e-7) / 2)
 
 
-def test_bfloat16(world, tmp_path, monkeypatch):
-    run_main(train, monkeypatch, *flags(world, tmp_path / "half", "--dtype", "bfloat16", "--max_steps", "3"))
-    run_main(train, monkeypatch, *flags(world, tmp_path / "full", "--max_steps", "3"))
+def test_options_reach_the_loss(world, tmp_path, monkeypatch):
+    """train.py hands the step, the options and the chunks on."""
+    seen, real_distill = [], train.distill
+    monkeypatch.setattr(train, "distill", lambda options, batch, *rest: seen.append((options, batch, rest[-1])) or real_distill(options, batch, *rest))
+    for align_on in ("label", "input"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / align_on, "--align_on", align_on, "--grad_accum", "2", "--max_steps", "2", method="dskd_cla"))
+    assert [step for _, _, step in seen] == [0, 0, 1, 1] * 2 and all(o.method == "dskd_cla" and o.alignment == "chunk_attention" for o, _, _ in seen)
+    for label, by_input in zip(seen[:4], seen[4:]):
+        assert torch.equal(label[1]["student_ids"], by_input[1]["student_ids"]) and not torch.equal(label[1]["student_chunks"], by_input[1]["student_chunks"])
+
+
+def test_a_folder_that_another_run_took(world, tmp_path, monkeypatch):
+    """While a run prepares its data, another begins in the same folder: neither is lost."""
+    real_rows = train.cached_rows
+
+    def meanwhile(*args):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/metrics.jsonl").write_text("{}")
+        return real_rows(*args)
+    monkeypatch.setattr(train, "cached_rows", meanwhile)
+    with pytest.raises(InputError, match="another run has begun"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1", method="sft"))
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "{}"
+
+
+@pytest.mark.parametrize("method, more", [("dskd_cma_ga", []), ("dwa_kd", ["--adversary", "ct"]), ("dskd_cla", ["--dtw_weight", "0.2"]), ("uld", []), ("mined", [])])
+def test_bfloat16(method, more, world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "half", "--dtype", "bfloat16", "--max_steps", "3", *more, method=method))
+    run_main(train, monkeypatch, *flags(world, tmp_path / "full", "--max_steps", "3", *more, method=method))
     for half, full in zip(metrics(tmp_path / "half"), metrics(tmp_path / "full")):
         assert abs(half["loss"] - full["loss"]) < 0.05 * full["loss"] and half["loss"] != full["loss"]
     assert load_file(tmp_path / "half/best/model.safetensors")["transformer.wte.weight"].dtype == torch.float32

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import hub
-from cma import in_chunks
+from cma import in_chunks, sums
 
 TOP = 100           # teacher's tokens that MinED carries over, at every position
 LONGEST = 63        # bytes of a token that count: one machine word, one bit kept for the sign
@@ -26,33 +26,33 @@ LONGEST = 63        # bytes of a token that count: one machine word, one bit kep
 
 # --------------------------------------------------------------------------------------------------------------- ULD
 
-def uld(student_hidden, student_head, teacher_hidden, teacher_head, student_mask, teacher_mask) -> dict[str, torch.Tensor]:
-    """Universal logit distillation, summed over the positions k that both responses have → kd_loss.
+def uld(student_hidden, student_head, teacher_hidden, teacher_head, student_mask, teacher_mask, kd_rate) -> dict[str, torch.Tensor]:
+    """Universal logit distillation, summed over the positions k that both responses have → loss (α · kd_loss), kd_loss.
 
     student_hidden (B, S, d_s) and teacher_hidden (B, T, d_t) on the grids of valid positions, masks (B, S) and (B, T) true
     where there is one; heads (V_s, d_s), (V_t, d_t).
     The shorter vocabulary is padded with zeros; temperature 1.
     """
-    def chunk(h_s, h_t):
-        p_s, p_t = (F.linear(h, head).float().softmax(-1).sort(descending=True).values
-                    for h, head in ((h_s, student_head), (h_t.detach(), teacher_head)))
+    def chunk(h_s, h_t, student_head, teacher_head):
+        p_s, p_t = (F.linear(h, head).float().softmax(-1).sort(descending=True).values for h, head in ((h_s, student_head), (h_t, teacher_head)))
         missing = p_t.size(-1) - p_s.size(-1)
-        return {"distance": (F.pad(p_s, (0, max(missing, 0))) - F.pad(p_t.detach(), (0, max(-missing, 0)))).abs().sum(-1)}
+        distance = (F.pad(p_s, (0, max(missing, 0))) - F.pad(p_t.detach(), (0, max(-missing, 0)))).abs().sum(-1)
+        return {"kd_loss": distance, "loss": kd_rate * distance}
     length = min(student_mask.size(1), teacher_mask.size(1))
     both = student_mask[:, :length] & teacher_mask[:, :length]
-    return {"kd_loss": in_chunks(chunk, student_hidden[:, :length][both], teacher_hidden[:, :length][both])["distance"].sum()}
+    return sums(in_chunks(chunk, (student_hidden[:, :length][both], teacher_hidden[:, :length][both]), (student_head, teacher_head)))
 
 
 # ------------------------------------------------------------------------------------------------------------- MinED
 
-def mined(student_hidden, student_head, teacher_hidden, teacher_head, partners, vocabulary_map, temperature) -> dict[str, torch.Tensor]:
-    """KL(map(p_t) ‖ p_s) summed over the aligned pairs → kd_loss, and their number, mined_pairs.
+def mined(student_hidden, student_head, teacher_hidden, teacher_head, partners, vocabulary_map, temperature, kd_rate) -> dict[str, torch.Tensor]:
+    """KL(map(p_t) ‖ p_s) summed over the aligned pairs → loss (α · kd_loss), kd_loss, and their number, mined_pairs.
 
     student_hidden (B, S, d_s) and teacher_hidden (B, T, d_t) on the grids of valid positions. partners (B, S): for each
     student position its teacher position or −1. vocabulary_map (V_t,): the student's token for each of the teacher's, or
     −1. p_t are the teacher's TOP likeliest tokens that have a counterpart, rescaled to sum to 1.
     """
-    def chunk(h_s, h_t):
+    def chunk(h_s, h_t, student_head, teacher_head):
         with torch.no_grad():
             p_t = (F.linear(h_t, teacher_head).float() / temperature).softmax(-1)
             p_t[:, vocabulary_map.size(0):] = 0.0                       # rows of the head beyond the tokenizer
@@ -61,10 +61,10 @@ def mined(student_hidden, student_head, teacher_hidden, teacher_head, partners, 
             target = h_t.new_zeros(len(h_t), student_head.size(0), dtype=p_t.dtype)
             target.scatter_add_(1, vocabulary_map.clamp(min=0)[tokens.clamp(max=vocabulary_map.size(0) - 1)], p_t / p_t.sum(-1, keepdim=True))
         q_log = F.log_softmax(F.linear(h_s, student_head).float() / temperature, -1)
-        return {"distance": (torch.special.xlogy(target, target) - target * q_log).sum(-1)}
+        distance = (torch.special.xlogy(target, target) - target * q_log).sum(-1)
+        return {"kd_loss": distance, "mined_pairs": torch.ones_like(distance), "loss": kd_rate * distance}
     rows, positions = (partners >= 0).nonzero(as_tuple=True)
-    distance = in_chunks(chunk, student_hidden[rows, positions], teacher_hidden[rows, partners[rows, positions]])["distance"]
-    return {"kd_loss": distance.sum(), "mined_pairs": (partners >= 0).sum()}
+    return sums(in_chunks(chunk, (student_hidden[rows, positions], teacher_hidden[rows, partners[rows, positions]]), (student_head, teacher_head)))
 
 
 def edit_distances(a: list[bytes], b: list[bytes]) -> np.ndarray:

@@ -11,8 +11,9 @@ way; h: final hidden states; W: head; z = W h: logits; "valid" positions have a 
 Notable here:
 - every loss is returned by name as a SUM over valid positions; the caller divides by n, the number of valid student
   tokens in the whole optimizer step, so that neither padding nor the split into micro-batches changes a token's weight;
-- attention lives on (B, S, T) of valid positions only; the heads run on packed valid positions, a chunk at a time,
-  recomputed in the backward pass: no tensor of shape (B, T, V) ever exists;
+- beside them "loss" is the sum to minimize, (1 − α) CE + α KD, the only part with a gradient;
+- attention lives on (B, S, T) of valid positions only; the heads run on packed valid positions, a chunk at a time, and each
+  chunk's gradient is taken at once: no tensor of shape (B, T, V) ever exists;
 - the probes CLP and CLA are the same loss with chunks of text in place of attention, or around it (`mixing_weights`).
 """
 import math
@@ -21,11 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
 ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean")
-CHUNK = 512         # positions whose logits exist at one time
+CHUNK = 256         # positions whose logits exist at one time
 
 
 # ------------------------------------------------------------------------------------------------------ divergences
@@ -128,16 +128,56 @@ class Projectors(nn.Module):
 
 # ----------------------------------------------------------------------------------------------- the heads, chunked
 
-def in_chunks(function, *tensors) -> dict[str, torch.Tensor]:
-    """function(*tensors), a dictionary of values per position (N,), from CHUNK positions at a time, each chunk recomputed
-    in the backward pass. tensors: (N, ...)."""
-    if len(tensors[0]) <= CHUNK:                # a single chunk is not worth computing twice
-        return function(*tensors)
-    results = [checkpoint(function, *parts, use_reentrant=False) for parts in zip(*(t.split(CHUNK) for t in tensors))]
-    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+class _InChunks(torch.autograd.Function):
+    """The sum of function's "loss", whose gradient is taken chunk by chunk in the forward pass, while a chunk's logits are
+    there: nothing is computed twice, and nothing of the vocabulary's size waits for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, function, names, count, *tensors):
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        gradients = {i: torch.zeros_like(leaves[i]) for i in wanted}
+        loss, results = 0.0, []
+        for start in range(0, len(leaves[0]), CHUNK):
+            here = slice(start, start + CHUNK)
+            with torch.enable_grad():
+                inputs = [leaf.detach()[here].requires_grad_(leaf.requires_grad) if i < count else leaf for i, leaf in enumerate(leaves)]
+                values = function(*inputs)
+                part = values.pop("loss").sum()
+                found = torch.autograd.grad(part, [inputs[i] for i in wanted], allow_unused=True) if part.requires_grad else []
+            for i, gradient in zip(wanted, found):
+                if gradient is not None:
+                    (gradients[i][here] if i < count else gradients[i]).add_(gradient)
+            loss = loss + part.detach()
+            results.append([value.detach() for value in values.values()])
+            names[:] = values
+        ctx.gradients, ctx.number = gradients, len(tensors)
+        results = [torch.cat(column) for column in zip(*results)]
+        ctx.mark_non_differentiable(*results)
+        return loss, *results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, *_):
+        return None, None, None, *(ctx.gradients[i].mul_(scale) if i in ctx.gradients else None for i in range(ctx.number))
 
 
-def _sums(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_chunks(function, positions: tuple, parameters: tuple) -> dict[str, torch.Tensor]:
+    """function(*positions, *parameters) from CHUNK positions at a time.
+
+    positions: tensors (N, ...); parameters: what is the same for every position, a head's weight. function returns a
+    dictionary of values (n,), of which "loss" is to be minimized. → "loss", the sum, with its gradient, and all others for
+    all positions, (N,), without. backward() can run through it once.
+    """
+    if not len(positions[0]):
+        return {name: value.sum() if name == "loss" else value for name, value in function(*positions, *parameters).items()}
+    names: list[str] = []
+    loss, *values = _InChunks.apply(function, names, len(positions), *positions, *parameters)
+    return {"loss": loss, **dict(zip(names, values))}
+
+
+def sums(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values per position, (N,), as loss parts."""
     return {name: value.sum() for name, value in values.items()}
 
 
@@ -147,69 +187,86 @@ def _nll(z, labels):
 
 
 @torch.no_grad()
-def entropy(z: torch.Tensor) -> torch.Tensor:
-    """H(softmax z) in nats: (N, V) → (N,)."""
-    log_p = z.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """H(softmax W h) in nats at each position: (N, d), (V, d) → (N,)."""
+    results = []
+    for h in hidden.split(CHUNK):
+        log_p = F.linear(h, head).float().log_softmax(-1)
+        results.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(results)
 
 
-def sft(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """CE(W h, y), summed: hidden (N, d), head (V, d), labels (N,) → nll_loss, accuracy (a count)."""
-    return _sums(in_chunks(lambda h, y: _nll(F.linear(h, head).float(), y), hidden, labels))
+def sft(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, rate: float = 1.0) -> dict[str, torch.Tensor]:
+    """CE(W h, y), summed: hidden (N, d), head (V, d), labels (N,) → loss (rate · CE), nll_loss, accuracy (a count)."""
+    def chunk(h, y, head):
+        values = _nll(F.linear(h, head).float(), y)
+        return values | {"loss": rate * values["nll_loss"]}
+    return sums(in_chunks(chunk, (hidden, labels), (head,)))
 
 
-def kd(student_hidden, student_head, teacher_hidden, teacher_head, labels, name, temperature):
-    """CE and D(z_s, sg z_t) over a shared vocabulary, summed → nll_loss, accuracy, kd_loss.
+def kd(student_hidden, student_head, teacher_hidden, teacher_head, labels, name, temperature, kd_rate):
+    """CE and D(z_s, sg z_t) over a shared vocabulary, summed → loss ((1 − α) CE + α D), nll_loss, accuracy, kd_loss.
 
     student_hidden (N, d_s), student_head (V_s, d_s), teacher_hidden (N, d_t), teacher_head (V_t, d_t), labels (N,).
     """
-    def chunk(h_s, h_t, y):
+    def chunk(h_s, h_t, y, student_head, teacher_head):
         z_s = F.linear(h_s, student_head).float()
         z_t = F.linear(h_t, teacher_head).detach()
         vocabulary = min(z_s.size(-1), z_t.size(-1))        # one may be padded beyond the tokenizer
-        return _nll(z_s, y) | {"kd_loss": divergence(name, z_s[:, :vocabulary], z_t[:, :vocabulary], temperature)}
-    return _sums(in_chunks(chunk, student_hidden, teacher_hidden, labels))
+        values = _nll(z_s, y) | {"kd_loss": divergence(name, z_s[:, :vocabulary], z_t[:, :vocabulary], temperature)}
+        return values | {"loss": (1 - kd_rate) * values["nll_loss"] + kd_rate * values["kd_loss"]}
+    return sums(in_chunks(chunk, (student_hidden, teacher_hidden, labels), (student_head, teacher_head)))
 
 
-def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, entropies: bool = False):
-    """What is learned in the student's space, at each position: CE of the student, CE of z_t2s, and D(z_s, sg z_t2s).
+def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, kd_rate, gate: str, weights, met):
+    """What is learned in the student's space, summed: (1 − α) CE(z_s, y) + α (CE(z_t2s, y) + g D(z_s, sg z_t2s)).
 
-    student_hidden, t2s_hidden: (N, d_s); head (V_s, d_s) gets no gradient through z_t2s; labels (N,).
-    → nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc, max_t2s_prob and, on request, student_entropy; all (N,)
+    student_hidden, t2s_hidden: (N, d_s); head (V_s, d_s) gets no gradient through z_t2s; labels, weights, met: (N,).
+    gate: g is weights times 1 ("always"), 1[argmax z_t2s = y] ("right") or max softmax(z_t2s) ("confidence"). met: 1, or 0
+    where nothing of the teacher's corresponds to a position.
+    → loss, nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc, max_t2s_prob
     """
-    def chunk(h_s, h_t2s, y):
+    def chunk(h_s, h_t2s, y, weights, met, head):
         z_s = F.linear(h_s, head).float()
         z_t2s = F.linear(h_t2s, head.detach()).float()
-        return _nll(z_s, y) | {
-            "t2s_ce_loss": F.cross_entropy(z_t2s, y, reduction="none"),
-            "t2s_kd_loss": divergence(name, z_s, z_t2s.detach(), temperature),
-            "t2s_acc": z_t2s.argmax(-1) == y,
-            "max_t2s_prob": z_t2s.detach().softmax(-1).amax(-1),
-            **({"student_entropy": entropy(z_s)} if entropies else {})}
-    return in_chunks(chunk, student_hidden, t2s_hidden, labels)
+        log_t2s = z_t2s.log_softmax(-1)
+        confidence, guess = log_t2s.detach().max(-1)
+        confidence, right = confidence.exp(), guess == y
+        g = weights * {"always": 1.0, "right": right, "confidence": confidence}[gate]
+        values = _nll(z_s, y) | {"t2s_ce_loss": met * -log_t2s.gather(1, y[:, None]).squeeze(1), "t2s_acc": right * met, "max_t2s_prob": confidence * met,
+                                 "t2s_kd_loss": met * g * divergence(name, z_s, z_t2s.detach(), temperature)}
+        return values | {"loss": (1 - kd_rate) * values["nll_loss"] + kd_rate * (values["t2s_ce_loss"] + values["t2s_kd_loss"])}
+    return sums(in_chunks(chunk, (student_hidden, t2s_hidden, labels, weights, met), (head,)))
 
 
-def teacher_space(s2t_hidden, teacher_hidden, head, labels, temperature, entropies: bool = False):
-    """KL(softmax(z_t/T) ‖ softmax(z_s2t/T)) at each of the teacher's valid positions.
+def teacher_space(s2t_hidden, teacher_hidden, head, labels, temperature, kd_rate, weights):
+    """α · w · KL(softmax(z_t/T) ‖ softmax(z_s2t/T)), summed over the teacher's valid positions.
 
-    s2t_hidden, teacher_hidden: (N_t, d_t); head (V_t, d_t); labels (N_t,).
-    → s2t_kd_loss, s2t_acc and, on request, teacher_entropy as a share of ln V_t; all (N_t,)
+    s2t_hidden, teacher_hidden: (N_t, d_t); head (V_t, d_t); labels, weights w: (N_t,) → loss, s2t_kd_loss, s2t_acc
     """
-    def chunk(h_s2t, h_t, y):
+    def chunk(h_s2t, h_t, y, weights, head):
         z_s2t = F.linear(h_s2t, head).float()
         z_t = F.linear(h_t, head).detach()
-        return {"s2t_kd_loss": divergence("forward_kl", z_s2t, z_t, temperature), "s2t_acc": z_s2t.argmax(-1) == y,
-                **({"teacher_entropy": entropy(z_t.float()) / math.log(len(head))} if entropies else {})}
-    return in_chunks(chunk, s2t_hidden, teacher_hidden, labels)
+        kl = weights * divergence("forward_kl", z_s2t, z_t, temperature)
+        return {"s2t_kd_loss": kl, "s2t_acc": (z_s2t.argmax(-1) == y) * (weights > 0), "loss": kd_rate * kl}
+    return sums(in_chunks(chunk, (s2t_hidden, teacher_hidden, labels, weights), (head,)))
 
 
-def dskd(student_hidden, student_head, teacher_hidden, teacher_head, labels, projectors, name, temperature):
+def _both_spaces(at_student: dict, at_teacher: dict) -> dict[str, torch.Tensor]:
+    """The parts of both, with their losses added."""
+    parts = at_student | at_teacher | {"loss": at_student["loss"] + at_teacher["loss"]}
+    return parts | {"kd_loss": parts["t2s_ce_loss"] + parts["t2s_kd_loss"] + parts["s2t_kd_loss"]}
+
+
+def dskd(student_hidden, student_head, teacher_hidden, teacher_head, labels, projectors, name, temperature, kd_rate):
     """DSKD over a shared vocabulary, summed: positions correspond one to one, so no attention is needed.
 
-    student_hidden (N, d_s), teacher_hidden (N, d_t), labels (N,) → the parts of student_space and teacher_space.
+    student_hidden (N, d_s), teacher_hidden (N, d_t), labels (N,) → the parts of student_space and teacher_space, kd_loss.
     """
-    parts = student_space(student_hidden, projectors.t2s(teacher_hidden), student_head, labels, name, temperature)
-    return _sums(parts | teacher_space(projectors.s2t(student_hidden), teacher_hidden, teacher_head, labels, temperature))
+    ones = torch.ones_like(labels, dtype=torch.float32)
+    return _both_spaces(
+        student_space(student_hidden, projectors.t2s(teacher_hidden), student_head, labels, name, temperature, kd_rate, "always", ones, ones),
+        teacher_space(projectors.s2t(student_hidden), teacher_hidden, teacher_head, labels, temperature, kd_rate, ones))
 
 
 # ------------------------------------------------------------------------------- cross-model attention, and the probes
@@ -245,7 +302,7 @@ def mixing_weights(alignment: str, queries, keys, student_valid: Valid, teacher_
 
 
 def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_embed, student_head, h_t, teacher_embed, teacher_head,
-             projectors, name, temperature, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
+             projectors, name, temperature, kd_rate, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
     """Dual-space distillation across tokenizers, summed → the loss parts, Aligned.
 
     batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T) and, for the chunk alignments,
@@ -270,17 +327,16 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
 
     t2s_hidden = weights @ projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))     # (B, S, d_s)
     s2t_hidden = back @ projectors.s2t(h_s)                                                                # (B, T, d_t)
-    at_student = student_space(student_valid.pack(h_s), student_valid.pack(t2s_hidden), student_head,
-                               batch["student_labels"][batch["student_labels"] != -100], name, temperature, entropy_weights)
-    at_teacher = teacher_space(teacher_valid.pack(s2t_hidden), teacher_valid.pack(h_t), teacher_head,
-                               batch["teacher_labels"][batch["teacher_labels"] != -100], temperature, entropy_weights)
+    labels = {side: batch[f"{side}_labels"][batch[f"{side}_labels"] != -100] for side in ("student", "teacher")}
+    met_s, met_t = (valid.pack(mixture.detach().sum(-1) > 0).float() for valid, mixture in ((student_valid, weights), (teacher_valid, back)))
+    packed_s, packed_t = student_valid.pack(h_s), teacher_valid.pack(h_t)
     if entropy_weights:         # w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t, each with mean 1 in a sequence
-        gate = ramp * at_student["max_t2s_prob"] * student_valid.mean_one(at_student.pop("student_entropy"))
-        at_teacher["s2t_kd_loss"] = at_teacher["s2t_kd_loss"] * teacher_valid.mean_one((1 - at_teacher.pop("teacher_entropy")).clamp(0, 1))
+        w_s = ramp * student_valid.mean_one(entropies(packed_s, student_head))
+        w_t = teacher_valid.mean_one((1 - entropies(packed_t, teacher_head) / math.log(len(teacher_head))).clamp(0, 1))
     else:
-        gate = at_student["t2s_acc"]
-    at_student["t2s_kd_loss"] = at_student["t2s_kd_loss"] * gate
-    for values, valid, mixture in ((at_student, student_valid, weights), (at_teacher, teacher_valid, back)):
-        met = valid.pack(mixture.detach().sum(-1) > 0)
-        values |= {name: value * met for name, value in values.items() if name not in ("nll_loss", "accuracy")}
-    return _sums(at_student | at_teacher), Aligned(student_valid, teacher_valid, h_s, h_t, label_embed, weights, queries, keys)
+        w_s, w_t = torch.ones_like(met_s), torch.ones_like(met_t)
+    parts = _both_spaces(
+        student_space(packed_s, student_valid.pack(t2s_hidden), student_head, labels["student"], name, temperature, kd_rate,
+                      "confidence" if entropy_weights else "right", w_s, met_s),
+        teacher_space(teacher_valid.pack(s2t_hidden), packed_t, teacher_head, labels["teacher"], temperature, kd_rate, w_t * met_t))
+    return parts, Aligned(student_valid, teacher_valid, h_s, h_t, label_embed, weights, queries, keys)

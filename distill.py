@@ -75,9 +75,9 @@ def check_options(options: Options) -> None:
 
 
 def distill(options: Options, batch, student, teacher, projectors, adversary, step: int) -> dict[str, torch.Tensor]:
-    """Forward both models and compute the method's loss parts, each a sum over valid positions: nll_loss and, where there
-    is a teacher, kd_loss; with an adversary adversary_key_loss and adversary_query_loss; with DTW dtw_loss; and what
-    these are made of.
+    """Forward both models and compute the method's loss parts, each a sum over valid positions: "loss", (1 − α) CE + α KD,
+    which alone has the gradient of nll_loss, kd_loss and what these are made of; with an adversary adversary_key_loss and
+    adversary_query_loss; with DTW dtw_embed_loss and dtw_hidden_loss.
 
     student and teacher have .embed, .head and forward(ids) → hidden; where the batch holds teacher_hidden (B, T, d_t), on
     the grid of valid positions, the teacher's forward is not called. step: optimizer steps done so far.
@@ -93,26 +93,26 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     else:
         with torch.no_grad():
             h_t = teacher_valid.grid(teacher(batch["teacher_ids"]))
-    if options.method == "uld":
-        return sft(student_valid.pack(h_s), head_s, labels) | baselines.uld(h_s, head_s, h_t, head_t, student_valid.mask, teacher_valid.mask)
-    if options.method == "mined":
-        return sft(student_valid.pack(h_s), head_s, labels) | baselines.mined(h_s, head_s, h_t, head_t, batch["partners"], batch["vocabulary_map"], options.temperature)
+    if options.method in ("uld", "mined"):
+        parts = sft(student_valid.pack(h_s), head_s, labels, 1 - options.kd_rate)
+        sides = h_s, head_s, h_t, head_t
+        other = baselines.uld(*sides, student_valid.mask, teacher_valid.mask, options.kd_rate) if options.method == "uld" else \
+            baselines.mined(*sides, batch["partners"], batch["vocabulary_map"], options.temperature, options.kd_rate)
+        return parts | other | {"loss": parts["loss"] + other["loss"]}
     one_to_one = student_valid.pack(h_s), head_s, teacher_valid.pack(h_t), head_t, labels
     if options.method == "kd":
-        return kd(*one_to_one, options.divergence, options.temperature)
+        return kd(*one_to_one, options.divergence, options.temperature, options.kd_rate)
     if options.method == "dskd":
-        parts = dskd(*one_to_one, projectors, options.divergence, options.temperature)
-    else:
-        ramp = min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0
-        parts, aligned = dskd_cma(batch, student_valid, teacher_valid, h_s, student.embed, head_s, h_t, teacher.embed, head_t, projectors,
-                                  options.divergence, options.temperature, options.alignment, options.weights == "entropy", ramp)
-        if options.adversary == "gan":
-            parts |= discriminator.gan(adversary, aligned.teacher_valid.pack(aligned.keys), aligned.student_valid.pack(aligned.queries))
-        elif options.adversary == "ct":
-            parts |= discriminator.conditional_transport(adversary, aligned.keys, aligned.queries, aligned.teacher_valid.mask, aligned.student_valid.mask)
-        if options.dtw_weight:
-            parts |= _dtw(options, batch, student, projectors, aligned, step)
-    parts["kd_loss"] = parts["t2s_ce_loss"] + parts["t2s_kd_loss"] + parts["s2t_kd_loss"]
+        return dskd(*one_to_one, projectors, options.divergence, options.temperature, options.kd_rate)
+    ramp = min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0
+    parts, aligned = dskd_cma(batch, student_valid, teacher_valid, h_s, student.embed, head_s, h_t, teacher.embed, head_t, projectors, options.divergence,
+                              options.temperature, options.kd_rate, options.alignment, options.weights == "entropy", ramp)
+    if options.adversary == "gan":
+        parts |= discriminator.gan(adversary, teacher_valid.pack(aligned.keys), student_valid.pack(aligned.queries))
+    elif options.adversary == "ct":
+        parts |= discriminator.conditional_transport(adversary, aligned.keys, aligned.queries, teacher_valid.mask, student_valid.mask)
+    if options.dtw_weight:
+        parts |= _dtw(options, batch, student, projectors, aligned, step)
     return parts
 
 
@@ -134,9 +134,7 @@ def gamma(options: Options, step: int) -> float:
 
 def total(options: Options, parts: dict[str, torch.Tensor], n: dict[str, int]) -> torch.Tensor:
     """The loss: (1 − α) · CE + α · KD + λ_GA · (adversary) + λ_DTW · (DTW), from sums and the numbers of valid tokens."""
-    loss = parts["nll_loss"] / n["student"]
-    if "kd_loss" in parts:
-        loss = (1 - options.kd_rate) * loss + options.kd_rate * parts["kd_loss"] / n["student"]
+    loss = parts["loss"] / n["student"]
     if "adversary_key_loss" in parts:
         loss = loss + options.ga_weight * (parts["adversary_key_loss"] / n["teacher"] + parts["adversary_query_loss"] / n["student"])
     if "dtw_embed_loss" in parts:

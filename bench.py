@@ -38,7 +38,7 @@ from flops import peak_flops, step_flops
 from hub import InputError
 from model import GPT2, Llama, load
 from model_config import read_config
-from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, read_rows
+from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches, read_rows
 
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth")
 # What is taken away from our step, one at a time.
@@ -70,7 +70,7 @@ GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=
 
 
 def prepare(config: Config, folder: Path) -> None:
-    """Write both models and the examples of a few batches into `folder`, for the workers."""
+    """Write both models and the examples of a few batches, made as train.py makes them, into `folder`, for the workers."""
     for side, shape in (("teacher", SMOLLM2), ("student", GPT2_124M)):
         name = getattr(config, side)
         if not name:
@@ -78,9 +78,9 @@ def prepare(config: Config, folder: Path) -> None:
             (folder / side / "config.json").write_text(json.dumps(shape))
         torch.manual_seed(0)
         load(name or folder / side, init="pretrained" if name and side == "teacher" else "random").save(folder / side)
-    batches = config.repeats + 1
+    stretch = 32 * config.batch_size            # rows among which train.py, too, looks for those of like length
     if config.data:
-        rows = read_rows(hub.data_file(config.data, "train"))[:batches * config.batch_size]
+        rows = read_rows(hub.data_file(config.data, "train"))[:stretch]
         examples = encode_rows(rows, *(load_tokenizer(getattr(config, side)) for side in ("student", "teacher")), config.max_length, config.max_length // 2)[0]
         pairs = [(e.student, e.teacher) for e in examples]
     else:
@@ -90,8 +90,11 @@ def prepare(config: Config, folder: Path) -> None:
             prompt, response = min(prompt, config.max_length // 2), min(response, config.max_length // 2)
             return Sequence([generator.randrange(40000) for _ in range(prompt + response)], prompt, [], [])
         # the lengths of Dolly's prompts and responses are about log-normal
-        lengths = [(int(generator.lognormvariate(4.5, 0.6)) + 2, int(generator.lognormvariate(4.2, 1.0)) + 2) for _ in range(batches * config.batch_size)]
+        lengths = [(int(generator.lognormvariate(4.5, 0.6)) + 2, int(generator.lognormvariate(4.2, 1.0)) + 2) for _ in range(stretch)]
         pairs = [(sequence(*pair), sequence(*pair)) for pair in lengths]
+    batches = make_batches([Example(i, *pair) for i, pair in enumerate(pairs)], config.batch_size, seed=1)
+    middle = sorted(batches, key=lambda batch: sum(len(e.student.ids) for e in batch))[(len(batches) - config.repeats - 1) // 2:]
+    pairs = [(e.student, e.teacher) for batch in middle[:config.repeats + 1] for e in batch]       # batches of middling length
     (folder / "examples.json").write_text(json.dumps([[asdict(s) for s in pair] for pair in pairs]))
 
 
@@ -197,7 +200,6 @@ def work(job: dict) -> None:
     examples = read_examples(folder)
     make = reference_step if job["settings"].pop("reference", False) else our_step
     step = make(folder, device, dtype, job["max_length"], examples, **job["settings"])
-    peak = peak_flops(device, dtype)
     print("ready", flush=True)
     for line in sys.stdin:
         first = int(line) * job["batch_size"]
@@ -206,17 +208,18 @@ def work(job: dict) -> None:
         loss = step(part)
         seconds = time.perf_counter() - started
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory, "mfu": step.flops(part) / seconds / peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory, "mfu": step.flops(part) / seconds / job["peak"]}), flush=True)
 
 
 def alternate(config: Config, folder: Path, jobs: dict[str, dict], desc: str) -> dict[str, dict]:
     """Start a process for each job and let them step in turn → median seconds, peak memory in GB, and losses by job. The
     first step of each is not counted."""
     processes = {}
+    device, dtype = hub.pick_device(config.device, config.dtype)
     try:
         for name, settings in jobs.items():
-            device, dtype = hub.pick_device(config.device, config.dtype)
-            job = {"folder": str(folder), "device": device, "dtype": str(dtype).removeprefix("torch."), "max_length": config.max_length,
+            peak = peak_flops(device, getattr(torch, settings["dtype"]) if "dtype" in settings else dtype)
+            job = {"peak": peak, "folder": str(folder), "device": device, "dtype": str(dtype).removeprefix("torch."), "max_length": config.max_length,
                    "batch_size": config.batch_size, "settings": settings}
             processes[name] = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         steps = {name: [] for name in jobs}

@@ -58,7 +58,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
                 return flops
     a = torch.full((2048, 2048), 0.01, dtype=dtype, device=device)      # not random: a run's random numbers stay its own
     best = float("inf")
-    for _ in range(4):                      # the first one is slow
+    for _ in range(6):                      # the first one is slow
         started = time.perf_counter()
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)

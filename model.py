@@ -64,6 +64,9 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         mask = masks[self.config.sliding_layers[self.layer]]
         groups = self.config.num_heads // self.config.num_kv_heads
+        if groups > 1 and q.size(2) == 1:       # one new token: the heads that share keys and values are so many queries of them
+            y = F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, attn_mask=mask)
+            return y.flatten(1)[:, None]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         dropout = self.config.attention_dropout if self.training else 0.0

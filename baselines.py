@@ -33,14 +33,14 @@ def uld(student_hidden, student_head, teacher_hidden, teacher_head, student_mask
     where there is one; heads (V_s, d_s), (V_t, d_t).
     The shorter vocabulary is padded with zeros; temperature 1.
     """
-    def chunk(h_s, h_t, student_head, teacher_head):
-        p_s, p_t = (F.linear(h, head).float().softmax(-1).sort(descending=True).values for h, head in ((h_s, student_head), (h_t, teacher_head)))
+    def chunk(z_s, z_t):
+        p_s, p_t = (z.float().softmax(-1).sort(descending=True).values for z in (z_s, z_t))
         missing = p_t.size(-1) - p_s.size(-1)
-        distance = (F.pad(p_s, (0, max(missing, 0))) - F.pad(p_t.detach(), (0, max(-missing, 0)))).abs().sum(-1)
+        distance = (F.pad(p_s, (0, max(missing, 0))) - F.pad(p_t, (0, max(-missing, 0)))).abs().sum(-1)
         return {"kd_loss": distance, "loss": kd_rate * distance}
     length = min(student_mask.size(1), teacher_mask.size(1))
     both = student_mask[:, :length] & teacher_mask[:, :length]
-    return sums(in_chunks(chunk, (student_hidden[:, :length][both], teacher_hidden[:, :length][both]), (student_head, teacher_head)))
+    return sums(in_chunks(chunk, [(student_hidden[:, :length][both], student_head), (teacher_hidden[:, :length][both], teacher_head.detach())]))
 
 
 # ------------------------------------------------------------------------------------------------------------- MinED
@@ -52,19 +52,19 @@ def mined(student_hidden, student_head, teacher_hidden, teacher_head, partners, 
     student position its teacher position or −1. vocabulary_map (V_t,): the student's token for each of the teacher's, or
     −1. p_t are the teacher's TOP likeliest tokens that have a counterpart, rescaled to sum to 1.
     """
-    def chunk(h_s, h_t, student_head, teacher_head):
+    def chunk(z_s, z_t):
         with torch.no_grad():
-            p_t = (F.linear(h_t, teacher_head).float() / temperature).softmax(-1)
+            p_t = (z_t.float() / temperature).softmax(-1)
             p_t[:, vocabulary_map.size(0):] = 0.0                       # rows of the head beyond the tokenizer
             p_t[:, :vocabulary_map.size(0)] *= vocabulary_map >= 0
             p_t, tokens = p_t.topk(min(TOP, p_t.size(-1)))
-            target = h_t.new_zeros(len(h_t), student_head.size(0), dtype=p_t.dtype)
+            target = torch.zeros_like(z_s, dtype=p_t.dtype)
             target.scatter_add_(1, vocabulary_map.clamp(min=0)[tokens.clamp(max=vocabulary_map.size(0) - 1)], p_t / p_t.sum(-1, keepdim=True))
-        q_log = F.log_softmax(F.linear(h_s, student_head).float() / temperature, -1)
+        q_log = F.log_softmax(z_s.float() / temperature, -1)
         distance = (torch.special.xlogy(target, target) - target * q_log).sum(-1)
         return {"kd_loss": distance, "mined_pairs": torch.ones_like(distance), "loss": kd_rate * distance}
     rows, positions = (partners >= 0).nonzero(as_tuple=True)
-    return sums(in_chunks(chunk, (student_hidden[rows, positions], teacher_hidden[rows, partners[rows, positions]]), (student_head, teacher_head)))
+    return sums(in_chunks(chunk, [(student_hidden[rows, positions], student_head), (teacher_hidden[rows, partners[rows, positions]], teacher_head.detach())]))
 
 
 def edit_distances(a: list[bytes], b: list[bytes]) -> np.ndarray:

@@ -385,6 +385,8 @@ def bench_growth(config: Config, folder: Path) -> list[dict]:
     for what, points in results.items():
         axes.loglog([value / base[what] for value, _ in points], [seconds for _, seconds in points], "o-", label=f"{what} (1 = {base[what]})")
     axes.loglog([0.25, 4], [results["batch"][2][1] * x for x in (0.25, 4)], ":", color="grey", label="linear")
+    axes.minorticks_off()
+    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axes.set(xlabel="size, in units of the middle one", ylabel="seconds a step", title="Cost of a dskd_cma step")
     axes.legend()
     figure.tight_layout()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
 ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean")
-CHUNK = 256         # positions whose logits exist at one time
+CHUNK = 128         # positions whose logits exist at one time; 8 times as many on a GPU
 
 
 # ------------------------------------------------------------------------------------------------------ divergences
@@ -133,25 +133,35 @@ class _InChunks(torch.autograd.Function):
     there: nothing is computed twice, and nothing of the vocabulary's size waits for the backward pass."""
 
     @staticmethod
-    def forward(ctx, function, names, count, *tensors):
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        gradients = {i: torch.zeros_like(leaves[i]) for i in wanted}
+    def forward(ctx, function, names, number, *tensors):
+        hidden, heads, others = tensors[:number], tensors[number:2 * number], tensors[2 * number:]
+        kind = hidden[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
+        cast = {id(head): head.detach().to(dtype) for head in heads}
+        gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors[:2 * number]]
+        size = CHUNK if kind == "cpu" else 8 * CHUNK
         loss, results = 0.0, []
-        for start in range(0, len(leaves[0]), CHUNK):
-            here = slice(start, start + CHUNK)
+        for start in range(0, len(hidden[0]), size):
+            here = slice(start, start + size)
+            states = [h[here].to(dtype) for h in hidden]
+            logits = [(x @ cast[id(head)].t()).requires_grad_(h.requires_grad or head.requires_grad) for x, h, head in zip(states, hidden, heads)]
             with torch.enable_grad():
-                inputs = [leaf.detach()[here].requires_grad_(leaf.requires_grad) if i < count else leaf for i, leaf in enumerate(leaves)]
-                values = function(*inputs)
+                values = function(*logits, *(x[here] for x in others))
                 part = values.pop("loss").sum()
-                found = torch.autograd.grad(part, [inputs[i] for i in wanted], allow_unused=True) if part.requires_grad else []
-            for i, gradient in zip(wanted, found):
-                if gradient is not None:
-                    (gradients[i][here] if i < count else gradients[i]).add_(gradient)
+            wanted = [k for k in range(number) if logits[k].requires_grad]
+            for k, gradient in zip(wanted, torch.autograd.grad(part, [logits[k] for k in wanted]) if wanted else []):
+                if gradients[k] is not None:
+                    gradients[k][here] = gradient @ cast[id(heads[k])]
+                if gradients[number + k] is None:
+                    continue
+                if dtype == gradients[number + k].dtype:
+                    torch.addmm(gradients[number + k], gradient.t(), states[k], out=gradients[number + k])
+                else:
+                    gradients[number + k] += gradient.t() @ states[k]
             loss = loss + part.detach()
             results.append([value.detach() for value in values.values()])
             names[:] = values
-        ctx.gradients, ctx.number = gradients, len(tensors)
+        ctx.gradients, ctx.others = gradients, len(others)
         results = [torch.cat(column) for column in zip(*results)]
         ctx.mark_non_differentiable(*results)
         return loss, *results
@@ -159,20 +169,22 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        return None, None, None, *(ctx.gradients[i].mul_(scale) if i in ctx.gradients else None for i in range(ctx.number))
+        return None, None, None, *(None if g is None else g.mul_(scale) for g in ctx.gradients), *[None] * ctx.others
 
 
-def in_chunks(function, positions: tuple, parameters: tuple) -> dict[str, torch.Tensor]:
-    """function(*positions, *parameters) from CHUNK positions at a time.
+def in_chunks(function, streams: list[tuple[torch.Tensor, torch.Tensor]], *others: torch.Tensor) -> dict[str, torch.Tensor]:
+    """function(*logits, *others) for CHUNK positions at a time, with the logits W h of every stream (h, W).
 
-    positions: tensors (N, ...); parameters: what is the same for every position, a head's weight. function returns a
-    dictionary of values (n,), of which "loss" is to be minimized. → "loss", the sum, with its gradient, and all others for
-    all positions, (N,), without. backward() can run through it once.
+    h: (N, d); W: (V, d); others: (N, ...), what belongs to the positions and needs no gradient. function returns a
+    dictionary of values (n,), of which "loss" is to be minimized. → "loss", the sum, with its gradient to every h and W
+    that wants one, and all other values for all positions, (N,), without. backward() can run through it once.
     """
-    if not len(positions[0]):
-        return {name: value.sum() if name == "loss" else value for name, value in function(*positions, *parameters).items()}
+    hidden, heads = zip(*streams)
+    if not len(hidden[0]):
+        logits = [F.linear(h, head) for h, head in streams]
+        return {name: value.sum() if name == "loss" else value for name, value in function(*logits, *others).items()}
     names: list[str] = []
-    loss, *values = _InChunks.apply(function, names, len(positions), *positions, *parameters)
+    loss, *values = _InChunks.apply(function, names, len(streams), *hidden, *heads, *others)
     return {"loss": loss, **dict(zip(names, values))}
 
 
@@ -198,10 +210,10 @@ def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 def sft(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, rate: float = 1.0) -> dict[str, torch.Tensor]:
     """CE(W h, y), summed: hidden (N, d), head (V, d), labels (N,) → loss (rate · CE), nll_loss, accuracy (a count)."""
-    def chunk(h, y, head):
-        values = _nll(F.linear(h, head).float(), y)
+    def chunk(z, y):
+        values = _nll(z.float(), y)
         return values | {"loss": rate * values["nll_loss"]}
-    return sums(in_chunks(chunk, (hidden, labels), (head,)))
+    return sums(in_chunks(chunk, [(hidden, head)], labels))
 
 
 def kd(student_hidden, student_head, teacher_hidden, teacher_head, labels, name, temperature, kd_rate):
@@ -209,13 +221,11 @@ def kd(student_hidden, student_head, teacher_hidden, teacher_head, labels, name,
 
     student_hidden (N, d_s), student_head (V_s, d_s), teacher_hidden (N, d_t), teacher_head (V_t, d_t), labels (N,).
     """
-    def chunk(h_s, h_t, y, student_head, teacher_head):
-        z_s = F.linear(h_s, student_head).float()
-        z_t = F.linear(h_t, teacher_head).detach()
-        vocabulary = min(z_s.size(-1), z_t.size(-1))        # one may be padded beyond the tokenizer
+    def chunk(z_s, z_t, y):
+        z_s, vocabulary = z_s.float(), min(z_s.size(-1), z_t.size(-1))      # one may be padded beyond the tokenizer
         values = _nll(z_s, y) | {"kd_loss": divergence(name, z_s[:, :vocabulary], z_t[:, :vocabulary], temperature)}
         return values | {"loss": (1 - kd_rate) * values["nll_loss"] + kd_rate * values["kd_loss"]}
-    return sums(in_chunks(chunk, (student_hidden, teacher_hidden, labels), (student_head, teacher_head)))
+    return sums(in_chunks(chunk, [(student_hidden, student_head), (teacher_hidden.detach(), teacher_head.detach())], labels))
 
 
 def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, kd_rate, gate: str, weights, met):
@@ -226,9 +236,8 @@ def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, k
     where nothing of the teacher's corresponds to a position.
     → loss, nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc, max_t2s_prob
     """
-    def chunk(h_s, h_t2s, y, weights, met, head):
-        z_s = F.linear(h_s, head).float()
-        z_t2s = F.linear(h_t2s, head.detach()).float()
+    def chunk(z_s, z_t2s, y, weights, met):
+        z_s, z_t2s = z_s.float(), z_t2s.float()
         log_t2s = z_t2s.log_softmax(-1)
         confidence, guess = log_t2s.detach().max(-1)
         confidence, right = confidence.exp(), guess == y
@@ -236,7 +245,7 @@ def student_space(student_hidden, t2s_hidden, head, labels, name, temperature, k
         values = _nll(z_s, y) | {"t2s_ce_loss": met * -log_t2s.gather(1, y[:, None]).squeeze(1), "t2s_acc": right * met, "max_t2s_prob": confidence * met,
                                  "t2s_kd_loss": met * g * divergence(name, z_s, z_t2s.detach(), temperature)}
         return values | {"loss": (1 - kd_rate) * values["nll_loss"] + kd_rate * (values["t2s_ce_loss"] + values["t2s_kd_loss"])}
-    return sums(in_chunks(chunk, (student_hidden, t2s_hidden, labels, weights, met), (head,)))
+    return sums(in_chunks(chunk, [(student_hidden, head), (t2s_hidden, head.detach())], labels, weights, met))
 
 
 def teacher_space(s2t_hidden, teacher_hidden, head, labels, temperature, kd_rate, weights):
@@ -244,12 +253,10 @@ def teacher_space(s2t_hidden, teacher_hidden, head, labels, temperature, kd_rate
 
     s2t_hidden, teacher_hidden: (N_t, d_t); head (V_t, d_t); labels, weights w: (N_t,) → loss, s2t_kd_loss, s2t_acc
     """
-    def chunk(h_s2t, h_t, y, weights, head):
-        z_s2t = F.linear(h_s2t, head).float()
-        z_t = F.linear(h_t, head).detach()
+    def chunk(z_s2t, z_t, y, weights):
         kl = weights * divergence("forward_kl", z_s2t, z_t, temperature)
         return {"s2t_kd_loss": kl, "s2t_acc": (z_s2t.argmax(-1) == y) * (weights > 0), "loss": kd_rate * kl}
-    return sums(in_chunks(chunk, (s2t_hidden, teacher_hidden, labels, weights), (head,)))
+    return sums(in_chunks(chunk, [(s2t_hidden, head.detach()), (teacher_hidden.detach(), head.detach())], labels, weights))
 
 
 def _both_spaces(at_student: dict, at_teacher: dict) -> dict[str, torch.Tensor]:

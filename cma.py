@@ -137,21 +137,21 @@ class _InChunks(torch.autograd.Function):
         hidden, heads, others = tensors[:number], tensors[number:2 * number], tensors[2 * number:]
         kind = hidden[0].device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
-        cast = {id(head): head.detach().to(dtype) for head in heads}
+        cast = {head.data_ptr(): head.detach().to(dtype) for head in heads}
         gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors[:2 * number]]
         size = CHUNK if kind == "cpu" else 8 * CHUNK
         loss, results = 0.0, []
         for start in range(0, len(hidden[0]), size):
             here = slice(start, start + size)
             states = [h[here].to(dtype) for h in hidden]
-            logits = [(x @ cast[id(head)].t()).requires_grad_(h.requires_grad or head.requires_grad) for x, h, head in zip(states, hidden, heads)]
+            logits = [(x @ cast[head.data_ptr()].t()).requires_grad_(h.requires_grad or head.requires_grad) for x, h, head in zip(states, hidden, heads)]
             with torch.enable_grad():
                 values = function(*logits, *(x[here] for x in others))
                 part = values.pop("loss").sum()
             wanted = [k for k in range(number) if logits[k].requires_grad]
             for k, gradient in zip(wanted, torch.autograd.grad(part, [logits[k] for k in wanted]) if wanted else []):
                 if gradients[k] is not None:
-                    gradients[k][here] = gradient @ cast[id(heads[k])]
+                    gradients[k][here] = gradient @ cast[heads[k].data_ptr()]
                 if gradients[number + k] is None:
                     continue
                 if dtype == gradients[number + k].dtype:

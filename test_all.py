@@ -84,6 +84,11 @@ def golden_run(batch_name, method, **more):
         projectors.load_state_dict(stored)
     if same:
         batch["teacher_ids"], batch["teacher_labels"] = batch["student_ids"], batch["student_labels"]
+    if more.pop("fast", False):                 # cached teacher states, compiled student, many chunks
+        batch["teacher_hidden"] = cma.Valid(batch["teacher_labels"]).grid(teacher(batch["teacher_ids"]))
+        teacher.layers = None
+        student.compile(dynamic=True)
+        cma.CHUNK = 5
     adversary = more.pop("critic", None)
     chosen = options(method, ramp_steps=0, **more)
     parts = distill.distill(chosen, batch, student, teacher, projectors, adversary, 0)
@@ -127,6 +132,19 @@ def test_golden_losses_and_gradients(batch_name, method, name):
         close(gradients[parameter], gradient)
     # the stored ones are all there are, but that two methods store fewer of the student's
     assert {p for p, gradient in gradients.items() if gradient is not None} - {"student.h.0.attn.c_attn"} == stored.keys() - {"student.h.0.attn.c_attn"}
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("method", ("dskd_cma", "dwa_kd"))
+def test_golden_with_every_speed_up(method, monkeypatch):
+    monkeypatch.setattr(cma, "CHUNK", cma.CHUNK)
+    chosen, _, student, projectors, parts, n = golden_run("ragged", method, fast=True)
+    distill.total(chosen, parts, n).backward()
+    key = f"ragged/{method}" + ("" if method == "dwa_kd" else "/forward_kl")
+    close(distill.total(chosen, parts, n), EXPECTED[key]["loss"])
+    stored = load_file(GOLDEN / "expected_grads.safetensors")
+    for name, parameter in (("student.wte", student.embed.weight), ("t2s.weight", projectors.t2s.weight), ("query.weight", projectors.query.weight)):
+        close(parameter.grad, stored[f"{key}/{name}"])
 
 
 @pytest.mark.parametrize("batch_name", BATCHES)

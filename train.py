@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shlex
 import shutil
 import time
@@ -233,6 +234,8 @@ def main() -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = hub.pick_device(config.device, config.dtype)
+    if config.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--compile: torch.compile needs a C++ compiler on CPU (g++, or the one that CXX names), and there is none")
     autocast = lambda: torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     toy.write_data_for([config.data])
     files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -42,9 +43,10 @@ from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, lo
 
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth")
 # What is taken away from our step, one at a time.
-PARTS = {"ours": {}, "with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"}, "compiled": {"compile": True},
+PARTS = {"ours": {}, "with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
+         "both of these": {"cached": True, "dtype": "bfloat16"}, "compiled": {"compile": True},
          "without fused AdamW": {"fused": False}, "rows padded to --max_length": {"pad": True}, "heads at every position": {"everywhere": True},
-         "both of these, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
+         "padded, everywhere, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
 
 
 @dataclass
@@ -110,7 +112,7 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
     cma.CHUNK = chunk or cma.CHUNK
     student = load(folder / "student", device=device).eval()              # no dropout, so that the losses can be compared
     teacher = load(folder / "teacher", dtype=dtype if device == "cuda" else torch.float32, device=device, layers=not cached).requires_grad_(False)
-    states = TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, dtype) if cached else None
+    states = TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, torch.float32) if cached else None
     torch.manual_seed(0)
     projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True).to(device)
     discriminator = Discriminator(2 * teacher.config.hidden_size, dropout=0.0).to(device)
@@ -150,9 +152,9 @@ def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: in
     def loss_of(batch):
         valid = {side: batch[f"{side}_labels"] != -100 for side in ("student", "teacher")}
         y = {side: batch[f"{side}_labels"].clamp(min=0) for side in valid}
-        s = student(batch["student_ids"], output_hidden_states=True)
+        s = student(batch["student_ids"], output_hidden_states=True, use_cache=False)
         with torch.no_grad():
-            t = teacher(batch["teacher_ids"], output_hidden_states=True)
+            t = teacher(batch["teacher_ids"], output_hidden_states=True, use_cache=False)
         embed_s, embed_t = student.get_input_embeddings(), teacher.get_input_embeddings()
         h_s, h_t = s.hidden_states[-1], t.hidden_states[-1]
         deviation = lambda x: x[valid["teacher"]].float().std()
@@ -207,8 +209,16 @@ def work(job: dict) -> None:
         started = time.perf_counter()
         loss = step(part)
         seconds = time.perf_counter() - started
-        memory = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
         print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory, "mfu": step.flops(part) / seconds / job["peak"]}), flush=True)
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():                 # Linux's getrusage would count what the parent had at the start
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def alternate(config: Config, folder: Path, jobs: dict[str, dict], desc: str) -> dict[str, dict]:
@@ -216,9 +226,9 @@ def alternate(config: Config, folder: Path, jobs: dict[str, dict], desc: str) ->
     first step of each is not counted."""
     processes = {}
     device, dtype = hub.pick_device(config.device, config.dtype)
+    peaks = [peak_flops(device, getattr(torch, settings.get("dtype", str(dtype).removeprefix("torch.")))) for settings in jobs.values()]     # while nothing else runs
     try:
-        for name, settings in jobs.items():
-            peak = peak_flops(device, getattr(torch, settings["dtype"]) if "dtype" in settings else dtype)
+        for (name, settings), peak in zip(jobs.items(), peaks):
             job = {"peak": peak, "folder": str(folder), "device": device, "dtype": str(dtype).removeprefix("torch."), "max_length": config.max_length,
                    "batch_size": config.batch_size, "settings": settings}
             processes[name] = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -256,9 +266,9 @@ def bench_step(config: Config, folder: Path) -> list[dict]:
 
 def bench_parts(config: Config, folder: Path) -> list[dict]:
     examples = read_examples(folder)
-    device, dtype = hub.pick_device(config.device, config.dtype)
+    device, _ = hub.pick_device(config.device, config.dtype)
     teacher = load(folder / "teacher", device=device)
-    TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, dtype).fill(teacher, config.batch_size, 0, device)
+    TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, torch.float32).fill(teacher, config.batch_size, 0, device)
     del teacher
     result = {}
     for name, settings in list(PARTS.items())[1:]:          # two at a time: not all of them fit into memory together
@@ -305,7 +315,7 @@ def bench_decoder(config: Config, folder: Path) -> list[dict]:
             model.zero_grad()
         base = theirs.base_model
         rows.append(_row(f"{side}, forward and backward, {config.batch_size} × 256 tokens", in_turn(
-            config.repeats, ours=lambda: run(ours, ours), other=lambda: run(lambda x: base(x).last_hidden_state, theirs))))
+            config.repeats, ours=lambda: run(ours, ours), other=lambda: run(lambda x: base(x, use_cache=False).last_hidden_state, theirs))))
     return rows
 
 

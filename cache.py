@@ -3,8 +3,10 @@
 Both caches are named by a hash of all that they depend on, so that a change of text, tokenizer, teacher or limits finds no
 cache in place of a wrong one; a file that was cut or is not ours is made anew.
 """
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import hub
+import tokenize_align
 from tokenize_align import Example, Row, Sequence, Tokenizer, collate, encode_rows
 
 BUFFER = 1 << 28        # bytes of hidden states between two flushes to disk
@@ -27,7 +30,7 @@ def _key(*parts) -> str:
 def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int):
     """encode_rows, the same results: from a file in `folder` where the same rows were encoded with the same tokenizers before."""
     tokenizers = [hub.fingerprint(tokenizer.folder, weights=False) for tokenizer in (student, teacher)]
-    path = folder / f"tokens-{_key(rows, tokenizers, max_length, max_prompt_length)}.npz"
+    path = folder / f"tokens-{_key(rows, tokenizers, max_length, max_prompt_length, hub.fingerprint(Path(tokenize_align.__file__)))}.npz"
     sides = ("student", "teacher")
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -35,7 +38,7 @@ def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Toke
         sequences = [_unpack(*(content[f"{side}_{name}"] for name in ("ids", "lengths", "prompts", "spans", "chunks"))) for side in sides]
         examples = [Example(row, *pair) for row, *pair in zip(content["rows"].tolist(), *sequences)]
         return examples, *content["counts"].tolist()
-    except FileNotFoundError:
+    except OSError:                     # not there
         pass
     except Exception as error:          # numpy and zipfile raise a dozen kinds on a damaged file
         print(f"{path}: a damaged cache, made anew ({type(error).__name__})")
@@ -46,9 +49,12 @@ def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Toke
         content |= {f"{side}_ids": [i for s in packed for i in s.ids], f"{side}_lengths": [len(s.ids) for s in packed],
                     f"{side}_prompts": [s.prompt_length for s in packed], f"{side}_spans": [span for s in packed for span in s.spans],
                     f"{side}_chunks": [c for s in packed for c in s.chunks]}
-    folder.mkdir(parents=True, exist_ok=True)
-    with hub.whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{name: np.array(values, np.int64) for name, values in content.items()})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with hub.whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{name: np.array(values, np.int64) for name, values in content.items()})
+    except OSError as error:
+        print(f"the token ids could not be kept for the next run ({error})")
     return examples, *counts
 
 
@@ -106,9 +112,18 @@ class TeacherStates:
 
     def fill(self, forward: Callable[[torch.Tensor], torch.Tensor], batch_size: int, pad: int, device: str) -> None:
         """Run the teacher over the rows that are not written yet. forward: ids (B, T) → hidden (B, T, d_t)."""
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)            # another run with the same teacher and rows: wait for its work
+            self.written = self._rows_written()
+            self._fill(forward, batch_size, pad, device)
+
+    def _fill(self, forward, batch_size, pad, device) -> None:
+        if self.complete:
+            return
         if not self.written:
+            self.path.with_suffix(".json").unlink(missing_ok=True)
             with open(self.path, "wb") as file:
-                file.truncate(self._bytes())
+                os.posix_fallocate(file.fileno(), 0, self._bytes())         # a full disk is noticed here
         states, unflushed = self._map("r+"), 0
         order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))        # the same at every start; the largest batch first
         with tqdm(total=len(order), initial=self.written, desc="the teacher's hidden states, once", unit="row", dynamic_ncols=True) as bar:

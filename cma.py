@@ -169,7 +169,8 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        return None, None, None, *(None if g is None else g.mul_(scale) for g in ctx.gradients), *[None] * ctx.others
+        gradients, ctx.gradients = ctx.gradients, None          # let go of them, so that they need no copy
+        return None, None, None, *(None if g is None else g.mul_(scale) for g in gradients), *[None] * ctx.others
 
 
 def in_chunks(function, streams: list[tuple[torch.Tensor, torch.Tensor]], *others: torch.Tensor) -> dict[str, torch.Tensor]:

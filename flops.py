@@ -8,6 +8,7 @@ is computed again to save memory, full attention as in the PaLM paper (arXiv 220
     student's head        z_s: 6 · N_s · d_s · V_s (forward, and backward to states and weight);   z_t2s: 4 (to states alone)
     teacher's head        z_t: 2 · N_t · d_t · V_t;   z_s2t: 4
     attention A           Q Kᵀ and the two mixtures: 4 · Σ rows S·T · 2d_t, then 6 · Σ S·T · (d_s + d_t)
+    discriminator         6 · (N_t + N_s) · weights, but 4 · N_t for the first layer, whose keys need no gradient
     projectors            t2s: 4 · N_t · d_t · d_s (its input needs no gradient), s2t: 6 · N_s · d_s · d_t, query: 4 · N_s · 2d_s · 2d_t
 """
 import time
@@ -31,7 +32,7 @@ def decoder_flops(decoder, sequences: list) -> int:
 
 def step_flops(options, student, teacher, examples: list[Example], cached: bool = False) -> int:
     """Operations of one optimizer step over these examples, forward and backward. cached: the teacher's layers don't run.
-    The adversary, soft-DTW and ULD's sorting are left out: below a hundredth."""
+    Conditional transport, soft-DTW and ULD's sorting are left out: a few hundredths."""
     n_s, n_t = (sum(getattr(e, side).valid for e in examples) for side in ("student", "teacher"))
     d_s, v_s = student.config.hidden_size, student.config.vocab_size
     total = 3 * decoder_flops(student, [e.student for e in examples]) + 6 * n_s * d_s * v_s
@@ -45,6 +46,9 @@ def step_flops(options, student, teacher, examples: list[Example], cached: bool 
     if options.alignment != "none":
         crossings = sum(e.student.valid * e.teacher.valid for e in examples)
         query = options.alignment != "chunk_mean"
+        if options.adversary == "gan":
+            first, rest = (2 * d_t) ** 2, 2 * d_t * 768 + 768
+            total += 4 * n_t * first + 6 * n_t * rest + 6 * n_s * (first + rest)
         total += query * (4 * n_s * 4 * d_s * d_t + 4 * crossings * 2 * d_t) + (6 if query else 4) * crossings * (d_s + d_t)
     return total
 

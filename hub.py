@@ -79,7 +79,7 @@ def run(main) -> None:
 def whole_file(path: Path):
     """Give a name beside `path` to write to. What stands there when the block ends well is flushed to disk and renamed
     to `path`, so that the file appears whole or not at all; when the block raises, nothing is left behind."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")         # two processes may write the same file
     try:
         yield temporary
         flush(temporary)

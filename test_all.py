@@ -1022,9 +1022,9 @@ def test_batches(world):
                 assert torch.equal(found[1:, 1:], by_label[:-1, :-1]) and found[0].tolist() == found[:, 0].tolist()[:1] + [False] * (found.size(1) - 1) and found[0, 0]
                 assert not found[1:, 0].any()
     # a text that is cut on one side keeps the chunks of the whole one
-    cut = ta.encode_rows(rows, student, teacher, sorted(len(e.teacher.ids) for e in examples)[len(rows) // 2], 100)[0]
+    cut = ta.encode_rows(rows, student, teacher, max(len(e.student.ids) for e in examples) - 2, 100)[0]
     whole = {e.row: e for e in examples}
-    assert any(e.teacher.valid < whole[e.row].teacher.valid for e in cut)
+    assert any(getattr(e, side).valid < getattr(whole[e.row], side).valid for e in cut for side in ("student", "teacher"))
     for e in cut:
         assert all(getattr(e, side).chunks == getattr(whole[e.row], side).chunks[:getattr(e, side).valid] for side in ("student", "teacher"))
     shortest = min(len(e.student.ids) for e in examples)
@@ -1145,12 +1145,24 @@ def test_cached_teacher(method, world, tmp_path, monkeypatch, capsys):
         assert rows.pop() == left and not rows and path.read_bytes() == whole
     run("again", *exact, "--overwrite", "--max_steps", "1")
     assert not rows
+    path.unlink()                               # made anew, but interrupted before the first flush
+    interrupted = model.Llama.forward
+    monkeypatch.setattr(model.Llama, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("again", *exact, "--overwrite", "--max_steps", "1")
+    monkeypatch.setattr(model.Llama, "forward", interrupted)
+    run("again", *exact, "--overwrite", "--max_steps", "1")
+    assert rows == [48, 48] and path.read_bytes() == whole
+    rows.clear()
     other = model.load(world / "teacher")
     with torch.no_grad():
         other.layers[0].mlp.up_proj.weight.mul_(1.5)
-    other.save(tmp_path / "teacher")
+    other.save(tmp_path / "teacher/best")       # as the out_dir of a run has it
     run("again", *exact, "--overwrite", "--max_steps", "1", "--teacher", str(tmp_path / "teacher"))
-    assert rows == [48] and metrics(tmp_path / "again")[0]["loss"] != metrics(tmp_path / "without")[0]["loss"]      # a teacher of the same name
+    other.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    other.save(tmp_path / "teacher/best")
+    run("again", *exact, "--overwrite", "--max_steps", "1", "--teacher", str(tmp_path / "teacher"))
+    assert rows == [48, 48] and metrics(tmp_path / "again")[0]["loss"] != metrics(tmp_path / "without")[0]["loss"]      # a teacher of the same name
 
 
 def test_cached_tokens(world, tmp_path, monkeypatch, capsys):
@@ -1176,14 +1188,15 @@ def test_step_flops_equal_a_count(world):
     teacher.requires_grad_(False)
     sequences = [ta.Sequence(torch.randint(0, 500, (n,)).tolist(), p, [], [0] * (n - p)) for n, p in ((60, 20), (90, 50))]
     examples = [ta.Example(0, *sequences)] * 3
-    for method in ("sft", "kd", "dskd", "dskd_cma", "dskd_clp"):
+    for method in ("sft", "kd", "dskd", "dskd_cma", "dskd_clp", "dskd_cma_ga"):
         chosen = options(method)
+        critic = discriminator.Discriminator(2 * teacher.config.hidden_size)
         counted = examples if method.startswith("dskd_c") else [ta.Example(0, *sequences[:1] * 2)] * 3
         batch = ta.collate(counted, 0, 0, "label")
         pair = (student, teacher if method.startswith("dskd_c") else copy.deepcopy(student).requires_grad_(False))
         projectors = cma.Projectors(pair[0].config.hidden_size, pair[1].config.hidden_size, query=True)
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            parts = distill.distill(chosen, batch, *pair, projectors, None, 0)
+            parts = distill.distill(chosen, batch, *pair, projectors, critic, 0)
             distill.total(chosen, parts, {"student": 1, "teacher": 1}).backward()
         close(flops.step_flops(chosen, *pair, counted), counter.get_total_flops(), 0.02)
 

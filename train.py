@@ -234,8 +234,9 @@ def main() -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = hub.pick_device(config.device, config.dtype)
-    if config.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError("--compile: torch.compile needs a C++ compiler on CPU (g++, or the one that CXX names), and there is none")
+    variable, compiler = ("CXX", "g++") if device == "cpu" else ("CC", "gcc")
+    if config.compile and not shutil.which(os.environ.get(variable, compiler)):
+        raise InputError(f"--compile: torch.compile needs a compiler ({compiler}, or the one that {variable} names), and there is none")
     autocast = lambda: torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     toy.write_data_for([config.data])
     files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
@@ -277,10 +278,10 @@ def main() -> None:
     pads = student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id
     states = None
     if config.cache_teacher:
-        states = TeacherStates(files["train"], config.teacher, folders["teacher"], examples, teacher.config.hidden_size, getattr(torch, config.cache_dtype), dtype)
+        states = TeacherStates(files["train"], config.teacher, teacher.source, examples, teacher.config.hidden_size, getattr(torch, config.cache_dtype), dtype)
         if not states.complete:
             with autocast():
-                states.fill(load(folders["teacher"], dtype=dtype, device=device), config.batch_size, pads[1], device)
+                states.fill(load(teacher.source, dtype=dtype, device=device), config.batch_size, pads[1], device)
     if config.compile:
         for decoder in (student, teacher):
             if decoder is not None:

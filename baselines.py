@@ -195,9 +195,9 @@ def _vocabulary_map(student: list[bytes], teacher: list[bytes]) -> torch.Tensor:
                     for begin in range(0, len(candidates[other]) if len(open_) else 0, 1024):
                         group = candidates[other][begin:begin + 1024]
                         distances = edit_distances([part[k] for k in open_], group)
-                        closest = distances.argmin(1)
-                        better = distances[np.arange(len(open_)), closest] < best[open_]
-                        best[open_[better]] = distances[np.arange(len(open_)), closest][better]
+                        closest, least = distances.argmin(1), distances.min(1)
+                        better = least < best[open_]
+                        best[open_[better]] = least[better]
                         choice[open_[better]] = [stripped[group[k]] for k in closest[better]]
                 for k, s in enumerate(part):
                     nearest[strings[s]] = choice[k]

@@ -9,7 +9,6 @@ logits at every position, no chunks (as the method's release does it). Both comp
 medians of alternating repeats; peak memory is that of a process of its own. transformers and rouge-score come with
 requirements-test.txt.
 """
-import contextlib
 import json
 import os
 import random
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import cma
 import hub
 import toy
-from cache import TeacherStates
+from cache import TeacherStates, cached_rows
 from config import flag, parse
 from discriminator import Discriminator, gan
 from distill import METHODS, Options, distill, total
@@ -43,7 +42,7 @@ from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, lo
 
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth")
 # What is taken away from our step, one at a time.
-PARTS = {"ours": {}, "with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
+PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
          "both of these": {"cached": True, "dtype": "bfloat16"}, "compiled": {"compile": True},
          "without fused AdamW": {"fused": False}, "rows padded to --max_length": {"pad": True}, "heads at every position": {"everywhere": True},
          "padded, everywhere, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
@@ -104,6 +103,10 @@ def read_examples(folder: Path) -> list[Example]:
     return [Example(i, *(Sequence(**s) for s in pair)) for i, pair in enumerate(json.loads((folder / "examples.json").read_text()))]
 
 
+def teacher_states(folder: Path, teacher, examples: list[Example]) -> TeacherStates:
+    return TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, torch.float32)
+
+
 # -------------------------------------------------------------------------------------------------- steps, as processes
 
 def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples, cached=False, fused=True, compile=False, pad=False, everywhere=False, chunk=0):
@@ -112,7 +115,7 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
     cma.CHUNK = chunk or cma.CHUNK
     student = load(folder / "student", device=device).eval()              # no dropout, so that the losses can be compared
     teacher = load(folder / "teacher", dtype=dtype if device == "cuda" else torch.float32, device=device, layers=not cached).requires_grad_(False)
-    states = TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, torch.float32) if cached else None
+    states = teacher_states(folder, teacher, examples) if cached else None
     torch.manual_seed(0)
     projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True).to(device)
     discriminator = Discriminator(2 * teacher.config.hidden_size, dropout=0.0).to(device)
@@ -128,7 +131,7 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
         batch = {name: (F.pad(x, (0, max_length - 1 - x.size(1)), value=-100 if "labels" in name else 0) if pad and x.dim() == 2 else x).to(device)
                  for name, x in batch.items()}
         n = {side: int((batch[f"{side}_labels"] != -100).sum()) for side in ("student", "teacher")}
-        with torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext():
+        with hub.autocast(device, dtype):
             loss = total(options, distill(options, batch, student, teacher, projectors, discriminator, 0), n)
         loss.backward()
         optimizer.step()
@@ -186,7 +189,7 @@ def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: in
 
     def step(part):
         batch = {name: F.pad(x, (0, max_length - 1 - x.size(1)), value=-100 if "labels" in name else 0).to(device) for name, x in collate(part, 0, 0).items()}
-        with torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext():
+        with hub.autocast(device, dtype):
             loss = loss_of(batch)
         loss.backward()
         optimizer.step()
@@ -261,26 +264,22 @@ def bench_step(config: Config, folder: Path) -> list[dict]:
     for ours, theirs in zip(*(result[name]["losses"] for name in ("ours", "transformers"))):
         if hub.pick_device(config.device, config.dtype)[1] == torch.float32 and abs(ours - theirs) > 1e-4 * abs(theirs):
             raise InputError(f"bench: the two steps do not compute the same: losses {ours} and {theirs}")
-    return _rows("step", result, "transformers")
+    ours, theirs = result["ours"], result["transformers"]
+    return [_row("step", {"ours": ours["seconds"], "other": theirs["seconds"]}) | {"memory": [ours["memory"], theirs["memory"]], "mfu": ours["mfu"]}]
 
 
 def bench_parts(config: Config, folder: Path) -> list[dict]:
     examples = read_examples(folder)
     device, _ = hub.pick_device(config.device, config.dtype)
     teacher = load(folder / "teacher", device=device)
-    TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, torch.float32).fill(teacher, config.batch_size, 0, device)
+    teacher_states(folder, teacher, examples).fill(teacher, config.batch_size, 0, device)
     del teacher
-    result = {}
-    for name, settings in list(PARTS.items())[1:]:          # two at a time: not all of them fit into memory together
+    rows = []
+    for name, settings in PARTS.items():          # two at a time: not all of them fit into memory together
         pair = alternate(config, folder, {"ours": {}, name: settings}, name)
-        result[name] = pair[name] | {"ratio": pair[name]["seconds"] / pair["ours"]["seconds"], "ours_memory": pair["ours"]["memory"]}
-    return [{"what": f"step, {name}", "ours": None, "other": r["seconds"], "ratio": r["ratio"], "unit": "s", "memory": [r["ours_memory"], r["memory"]]} for name, r in result.items()]
-
-
-def _rows(what: str, result: dict, reference: str) -> list[dict]:
-    ours, other = result["ours"], result[reference]
-    return [{"what": what, "ours": ours["seconds"], "other": other["seconds"], "ratio": other["seconds"] / ours["seconds"], "unit": "s",
-             "memory": [ours["memory"], other["memory"]], "mfu": ours["mfu"]}]
+        ours, other = pair["ours"], pair[name]
+        rows.append(_row(f"step, {name}", {"ours": ours["seconds"], "other": other["seconds"]}) | {"ours": None, "memory": [ours["memory"], other["memory"]]})
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------- within one process
@@ -356,7 +355,6 @@ def bench_tokens(config: Config, folder: Path) -> list[dict]:
     if not config.data:
         print("tokens: needs real tokenizers and text (--teacher, --student and --data); left out")
         return []
-    from cache import cached_rows
     rows = (read_rows(hub.data_file(config.data, "train")) * 20)[:11435]
     tokenizers = [load_tokenizer(getattr(config, side)) for side in ("student", "teacher")]
     times = in_turn(1, ours=lambda: cached_rows(folder / "tokens", rows, *tokenizers, 512, 256), other=lambda: encode_rows(rows, *tokenizers, 512, 256))

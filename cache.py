@@ -79,8 +79,7 @@ class TeacherStates:
         self.examples, self.size, self.dtype = examples, size, dtype
         self.settings = {"teacher": name, "teacher_sha256": hub.fingerprint(folder), "dtype": str(dtype), "computed_in": str(computed_in), "size": size,
                          "rows_sha256": hashlib.sha256(repr([(e.teacher.ids, e.teacher.prompt_length) for e in examples]).encode()).hexdigest()}
-        label = "".join(c if c.isalnum() or c in ".-" else "_" for c in Path(name).name)
-        self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{_key(self.settings)}.bin")
+        self.path = data_file.with_name(f"{data_file.stem}-states-{hub.label(Path(name).name)}-{_key(self.settings)}.bin")
         ends = np.cumsum([e.teacher.valid for e in examples])
         self.place = {e.row: (int(end) - e.teacher.valid, int(end)) for e, end in zip(examples, ends)}
         self.shape = int(ends[-1]), size
@@ -100,7 +99,6 @@ class TeacherStates:
         except (ValueError, KeyError, AttributeError, TypeError):
             content, written = None, 0
         if content != self.settings or type(written) is not int or not 0 <= written <= len(self.examples) or self.path.stat().st_size != self._bytes():
-            print(f"{self.path}: cut, or not what its name says; it is made anew")
             return 0
         return written
 
@@ -121,7 +119,9 @@ class TeacherStates:
         if self.complete:
             return
         if not self.written:
-            self.path.with_suffix(".json").unlink(missing_ok=True)
+            if self.path.with_suffix(".json").exists():
+                print(f"{self.path}: cut, or not what its name says; it is made anew")
+                self.path.with_suffix(".json").unlink()
             with open(self.path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._bytes())         # a full disk is noticed here
         states, unflushed = self._map("r+"), 0

@@ -84,12 +84,13 @@ _DIVERGENCES = {
 class Valid:
     """The valid positions of one side of a batch: where they are, as a packed list and as a (B, L) grid.
 
-    labels: (B, T), −100 where not valid. `mask` (B, L) is true on the grid's real cells; a row's valid positions come
+    labels: (B, T), −100 where not valid. `labels` (N,) are the others, packed; `mask` (B, L) is true on the grid's real cells; a row's valid positions come
     first, in order, and L is the largest number of them in a row.
     """
 
     def __init__(self, labels: torch.Tensor):
         is_valid = labels != -100
+        self.labels = labels[is_valid]
         lengths = is_valid.sum(1)
         longest = int(lengths.max())
         self.index = is_valid.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
@@ -128,6 +129,10 @@ class Projectors(nn.Module):
 
 # ----------------------------------------------------------------------------------------------- the heads, chunked
 
+def _chunk_size(hidden: torch.Tensor) -> int:
+    return CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
+
+
 class _InChunks(torch.autograd.Function):
     """The sum of function's "loss", whose gradient is taken chunk by chunk in the forward pass, while a chunk's logits are
     there: nothing is computed twice, and nothing of the vocabulary's size waits for the backward pass."""
@@ -139,9 +144,9 @@ class _InChunks(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
         cast = {head.data_ptr(): head.detach().to(dtype) for head in heads}
         gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors[:2 * number]]
-        size = CHUNK if kind == "cpu" else 8 * CHUNK
+        size = _chunk_size(hidden[0])
         loss, results = 0.0, []
-        for start in range(0, len(hidden[0]), size):
+        for start in range(0, max(len(hidden[0]), 1), size):           # no position at all is one empty chunk
             here = slice(start, start + size)
             states = [h[here].to(dtype) for h in hidden]
             logits = [(x @ cast[head.data_ptr()].t()).requires_grad_(h.requires_grad or head.requires_grad) for x, h, head in zip(states, hidden, heads)]
@@ -181,9 +186,6 @@ def in_chunks(function, streams: list[tuple[torch.Tensor, torch.Tensor]], *other
     that wants one, and all other values for all positions, (N,), without. backward() can run through it once.
     """
     hidden, heads = zip(*streams)
-    if not len(hidden[0]):
-        logits = [F.linear(h, head) for h, head in streams]
-        return {name: value.sum() if name == "loss" else value for name, value in function(*logits, *others).items()}
     names: list[str] = []
     loss, *values = _InChunks.apply(function, names, len(streams), *hidden, *heads, *others)
     return {"loss": loss, **dict(zip(names, values))}
@@ -203,7 +205,7 @@ def _nll(z, labels):
 def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """H(softmax W h) in nats at each position: (N, d), (V, d) → (N,)."""
     results = []
-    for h in hidden.split(CHUNK):
+    for h in hidden.split(_chunk_size(hidden)):
         log_p = F.linear(h, head).float().log_softmax(-1)
         results.append(-(log_p.exp() * log_p).sum(-1))
     return torch.cat(results)
@@ -280,11 +282,7 @@ def dskd(student_hidden, student_head, teacher_hidden, teacher_head, labels, pro
 # ------------------------------------------------------------------------------- cross-model attention, and the probes
 
 class Aligned(NamedTuple):
-    """Both sides of a batch on their grids of valid positions, and what was found between them."""
-    student_valid: Valid
-    teacher_valid: Valid
-    student_hidden: torch.Tensor            # (B, S, d_s)
-    teacher_hidden: torch.Tensor            # (B, T, d_t)
+    """What was found between the two sides of a batch, on their grids of valid positions."""
     teacher_label_embed: torch.Tensor       # (B, T, d_t), E_t(y_t)
     weights: torch.Tensor                   # (B, S, T), how much of each teacher position a student position takes
     queries: torch.Tensor | None            # (B, S, 2 d_t); None for chunk_mean
@@ -335,7 +333,6 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
 
     t2s_hidden = weights @ projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))     # (B, S, d_s)
     s2t_hidden = back @ projectors.s2t(h_s)                                                                # (B, T, d_t)
-    labels = {side: batch[f"{side}_labels"][batch[f"{side}_labels"] != -100] for side in ("student", "teacher")}
     met_s, met_t = (valid.pack(mixture.detach().sum(-1) > 0).float() for valid, mixture in ((student_valid, weights), (teacher_valid, back)))
     packed_s, packed_t = student_valid.pack(h_s), teacher_valid.pack(h_t)
     if entropy_weights:         # w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t, each with mean 1 in a sequence
@@ -344,7 +341,7 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
     else:
         w_s, w_t = torch.ones_like(met_s), torch.ones_like(met_t)
     parts = _both_spaces(
-        student_space(packed_s, student_valid.pack(t2s_hidden), student_head, labels["student"], name, temperature, kd_rate,
+        student_space(packed_s, student_valid.pack(t2s_hidden), student_head, student_valid.labels, name, temperature, kd_rate,
                       "confidence" if entropy_weights else "right", w_s, met_s),
-        teacher_space(teacher_valid.pack(s2t_hidden), packed_t, teacher_head, labels["teacher"], temperature, kd_rate, w_t * met_t))
-    return parts, Aligned(student_valid, teacher_valid, h_s, h_t, label_embed, weights, queries, keys)
+        teacher_space(teacher_valid.pack(s2t_hidden), packed_t, teacher_head, teacher_valid.labels, temperature, kd_rate, w_t * met_t))
+    return parts, Aligned(label_embed, weights, queries, keys)

@@ -84,7 +84,7 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     """
     student_valid = Valid(batch["student_labels"])
     h_s, head_s = student_valid.grid(student(batch["student_ids"])), student.head.weight
-    labels = batch["student_labels"][batch["student_labels"] != -100]
+    labels = student_valid.labels
     if options.method in ("sft", "seqkd"):
         return sft(student_valid.pack(h_s), head_s, labels)
     teacher_valid, head_t = Valid(batch["teacher_labels"]), teacher.head.weight
@@ -112,16 +112,16 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     elif options.adversary == "ct":
         parts |= discriminator.conditional_transport(adversary, aligned.keys, aligned.queries, teacher_valid.mask, student_valid.mask)
     if options.dtw_weight:
-        parts |= _dtw(options, batch, student, projectors, aligned, step)
+        parts |= _dtw(options, batch, student, projectors, student_valid, teacher_valid, h_s, h_t, aligned, step)
     return parts
 
 
-def _dtw(options: Options, batch, student, projectors, aligned, step: int) -> dict[str, torch.Tensor]:
+def _dtw(options: Options, batch, student, projectors, student_valid, teacher_valid, h_s, h_t, aligned, step: int) -> dict[str, torch.Tensor]:
     """DWA-KD's two soft-DTW divergences: label embeddings, and final hidden states, both in the student's space."""
-    lengths_s, lengths_t = aligned.student_valid.mask.sum(1), aligned.teacher_valid.mask.sum(1)
+    lengths_s, lengths_t = student_valid.mask.sum(1), teacher_valid.mask.sum(1)
     outside = soft_dtw.band_penalty(aligned.weights, lengths_s, lengths_t, options.dtw_band, options.dtw_entropy, options.dtw_penalty, options.dtw_blend)
-    label_embed = student.embed(aligned.student_valid.grid(batch["student_labels"]))
-    pairs = [(label_embed, projectors.dtw_embed(aligned.teacher_label_embed)), (aligned.student_hidden, projectors.t2s(aligned.teacher_hidden))]
+    label_embed = student.embed(student_valid.grid(batch["student_labels"]))
+    pairs = [(label_embed, projectors.dtw_embed(aligned.teacher_label_embed)), (h_s, projectors.t2s(h_t))]
     embed, hidden = soft_dtw.dtw_divergences(pairs, lengths_s, lengths_t, gamma(options, step), outside)
     return {"dtw_embed_loss": embed, "dtw_hidden_loss": hidden}
 

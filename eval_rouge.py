@@ -146,7 +146,7 @@ def main() -> None:
     if not 2 <= max_length <= decoder.config.max_positions:
         raise InputError(f"--max_length {max_length}: {config.model} has {decoder.config.max_positions} positions, and 2 is the least")
     trained_on = hub.trained_on(decoder.source)
-    labels = {name: re.sub(r"[^\w.-]+", "_", name).strip("_") for name in sets}
+    labels = {name: hub.label(name) for name in sets}
     if len(set(labels.values())) < len(labels):
         raise InputError(f"--data {' '.join(sets)}: the files of answers would have the same name {labels}; rename a set")
     out_dir = Path(config.out_dir or (decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")))

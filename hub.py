@@ -238,6 +238,17 @@ def pick_device(device: str, dtype: str):
     return device, getattr(torch, dtype)
 
 
+def autocast(device: str, dtype):
+    """The context in which a model runs: bfloat16 autocast where that is the dtype, else none."""
+    import torch
+    return torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def label(name: str) -> str:
+    """A name of data or of a model as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_")
+
+
 def check_vocabulary(name: str, model_size: int, tokenizer_size: int) -> None:
     """Raise InputError where a tokenizer has ids for which the model has no embedding."""
     if tokenizer_size > model_size:

@@ -7,7 +7,6 @@ them makes another pair of files. Writing them can be interrupted at any time an
 """
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import hub
@@ -17,18 +16,17 @@ from model import Decoder
 from tokenize_align import Row, Tokenizer, read_rows
 
 
-def teacher_rows(data_file: Path, name: str, teacher: Decoder, tokenizer: Tokenizer, max_length: int, max_prompt_length: int,
+def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, tokenizer: Tokenizer, max_length: int, max_prompt_length: int,
                  batch_size: int) -> list[Row]:
-    """The rows of data_file with the teacher's answer in place of theirs; rows that it has no answer to are left out.
+    """The rows, which stand in data_file, with the teacher's answer in place of theirs; without those it has no answer to.
 
     name: the teacher's, for the file. max_length: prompt and answer in the teacher's tokens. Raises InputError where the
     teacher answers nothing at all.
     """
-    rows = read_rows(data_file)
     settings = {"teacher_sha256": hub.fingerprint(teacher.source), "data_sha256": hub.fingerprint(data_file),
                 "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    path = data_file.with_name(f"{data_file.stem}-by-{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(name).name)}-{key}.jsonl")
+    path = data_file.with_name(f"{data_file.stem}-by-{hub.label(Path(name).name)}-{key}.jsonl")
     if not path.exists():
         answers = _answer_all(path.with_suffix(".partial"), rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
         kept = [{"prompt": rows[i].prompt, "output": answers[i][0]} for i in range(len(rows)) if answers[i][0]]

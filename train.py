@@ -11,7 +11,6 @@
 Every term is a sum over valid tokens divided by their number in the whole optimizer step. The papers' settings are the
 defaults; the toy has its own (TOY below).
 """
-import contextlib
 import dataclasses
 import functools
 import json
@@ -237,7 +236,7 @@ def main() -> None:
     variable, compiler = ("CXX", "g++") if device == "cpu" else ("CC", "gcc")
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
         raise InputError(f"--compile: torch.compile needs a compiler ({compiler}, or the one that {variable} names), and there is none")
-    autocast = lambda: torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    autocast = functools.partial(hub.autocast, device, dtype)
     toy.write_data_for([config.data])
     files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
     rows = {split: read_rows(file) for split, file in files.items() if file}
@@ -263,7 +262,7 @@ def main() -> None:
         discriminator = None if config.adversary == "none" else ADVERSARIES[config.adversary](2 * sizes[1]).to(device)
     if config.method == "seqkd":
         with autocast():
-            rows["train"] = teacher_rows(files["train"], config.teacher, teacher, teacher_tokenizer, config.max_length, config.max_prompt_length, config.batch_size)
+            rows["train"] = teacher_rows(rows["train"], files["train"], config.teacher, teacher, teacher_tokenizer, config.max_length, config.max_prompt_length, config.batch_size)
     mined = baselines.MinED(student_tokenizer, teacher_tokenizer, hub.DATA_DIR) if config.method == "mined" else None
 
     one_tokenizer = config.method in ("sft", "seqkd") or same_vocabulary(student_tokenizer, teacher_tokenizer)
@@ -309,6 +308,7 @@ def main() -> None:
 
     print(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, {count(student)} parameters, "
           f"{len(examples)} rows, {total_steps} steps on {device}, into {out_dir}" + (f", from step {start_step}" if start_step else ""))
+
     @functools.lru_cache(maxsize=1)
     def epoch_batches(epoch: int):
         return make_batches(examples, config.batch_size, seed=config.seed * 1_000_003 + epoch)
@@ -394,11 +394,11 @@ def main() -> None:
 def ahead(prepare, steps: range):
     """(step, prepare(step)) for every step, where the next one is prepared in another thread while this one is used."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = [pool.submit(prepare, step) for step in steps[:1]]
+        following = None
         for step in steps:
-            result = waiting.pop().result()
-            waiting += [pool.submit(prepare, following) for following in steps[step + 1 - steps.start:][:1]]
-            yield step, result
+            current = following or pool.submit(prepare, step)
+            following = pool.submit(prepare, step + 1) if step + 1 in steps else None
+            yield step, current.result()
 
 
 def count(module) -> str:

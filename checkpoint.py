@@ -57,18 +57,26 @@ def last_checkpoint(out_dir: Path) -> Path | None:
 def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> tuple[int, float]:
     """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → (steps done, best
     score so far). Raises InputError where a file is damaged."""
+    load_modules(folder, projectors, discriminator)
     try:
-        _load_checkpoint(folder, projectors, discriminator, optimizer)
+        _load_optimizer(folder, optimizer)
         state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         return state["step"], state["best_dev_rouge_l"]
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
         raise InputError(f"{folder}: this checkpoint is damaged ({error}); best/ beside it may still be whole") from error
 
 
-def _load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> None:
+def load_modules(folder: Path, projectors, discriminator) -> None:
+    """Put back the modules that a checkpoint has beside the student; None: not this one."""
     for name, module in (("projectors", projectors), ("discriminator", discriminator)):
         if module is not None:
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            try:
+                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            except (SafetensorError, RuntimeError, OSError) as error:
+                raise InputError(f"{folder}/{name}.safetensors: missing or damaged ({error})") from error
+
+
+def _load_optimizer(folder: Path, optimizer) -> None:
     tensors = load_file(folder / "resume.safetensors")
     torch.set_rng_state(tensors.pop("rng.cpu"))
     if "rng.cuda" in tensors and torch.cuda.is_available():

@@ -106,6 +106,10 @@ class Valid:
         """(B, L, ...) → (N, ...), the valid positions of all rows one after the other."""
         return grid[self.mask]
 
+    def deviation(self, grid: torch.Tensor) -> torch.Tensor:
+        """The standard deviation of (B, L, d) over valid positions and features."""
+        return self.pack(grid).float().std()
+
     def mean_one(self, weights: torch.Tensor) -> torch.Tensor:
         """Rescale weights (N,) of the packed positions so that each row's positions have the mean 1."""
         grid = torch.zeros_like(self.mask, dtype=weights.dtype).masked_scatter(self.mask, weights)
@@ -285,6 +289,7 @@ class Aligned(NamedTuple):
     """What was found between the two sides of a batch, on their grids of valid positions."""
     teacher_label_embed: torch.Tensor       # (B, T, d_t), E_t(y_t)
     weights: torch.Tensor                   # (B, S, T), how much of each teacher position a student position takes
+    back: torch.Tensor                      # (B, T, S), how much of each student position a teacher position takes
     queries: torch.Tensor | None            # (B, S, 2 d_t); None for chunk_mean
     keys: torch.Tensor                      # (B, T, 2 d_t)
 
@@ -307,6 +312,25 @@ def mixing_weights(alignment: str, queries, keys, student_valid: Valid, teacher_
     return (weights, back) if alignment == "attention" else (weights * allowed, back * allowed.transpose(1, 2))
 
 
+def align(batch, student_valid: Valid, teacher_valid: Valid, student_embed, teacher_embed, projectors, alignment: str) -> Aligned:
+    """What each position takes from the other side. Only the embeddings, detached, and P_q are needed for it.
+
+    batch, student_embed, teacher_embed, alignment: as in dskd_cma.
+    """
+    with torch.no_grad():
+        student_pair = torch.cat([student_embed(student_valid.grid(batch["student_ids"])),
+                                  student_embed(student_valid.grid(batch["student_labels"]))], -1)
+        label_embed = teacher_embed(teacher_valid.grid(batch["teacher_labels"]))
+        keys = torch.cat([teacher_embed(teacher_valid.grid(batch["teacher_ids"])), label_embed], -1)
+        keys = keys / teacher_valid.deviation(keys)
+    queries = same_chunk = None
+    if alignment != "chunk_mean":
+        queries = projectors.query(student_pair)
+    if alignment != "attention":
+        same_chunk = student_valid.grid(batch["student_chunks"])[:, :, None] == teacher_valid.grid(batch["teacher_chunks"])[:, None, :]
+    return Aligned(label_embed, *mixing_weights(alignment, queries, keys, student_valid, teacher_valid, same_chunk), queries, keys)
+
+
 def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_embed, student_head, h_t, teacher_embed, teacher_head,
              projectors, name, temperature, kd_rate, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
     """Dual-space distillation across tokenizers, summed → the loss parts, Aligned.
@@ -317,23 +341,11 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
     (V, d). The embeddings are detached; standard deviations are over valid positions and all features.
     entropy_weights: DWA-KD's gate and weights, the former times `ramp`.
     """
-    deviation = lambda grid: teacher_valid.pack(grid).float().std()
-    with torch.no_grad():
-        student_pair = torch.cat([student_embed(student_valid.grid(batch["student_ids"])),
-                                  student_embed(student_valid.grid(batch["student_labels"]))], -1)
-        label_embed = teacher_embed(teacher_valid.grid(batch["teacher_labels"]))
-        keys = torch.cat([teacher_embed(teacher_valid.grid(batch["teacher_ids"])), label_embed], -1)
-        keys = keys / deviation(keys)
-    queries = same_chunk = None
-    if alignment != "chunk_mean":
-        queries = projectors.query(student_pair)
-    if alignment != "attention":
-        same_chunk = student_valid.grid(batch["student_chunks"])[:, :, None] == teacher_valid.grid(batch["teacher_chunks"])[:, None, :]
-    weights, back = mixing_weights(alignment, queries, keys, student_valid, teacher_valid, same_chunk)
-
-    t2s_hidden = weights @ projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))     # (B, S, d_s)
-    s2t_hidden = back @ projectors.s2t(h_s)                                                                # (B, T, d_t)
-    met_s, met_t = (valid.pack(mixture.detach().sum(-1) > 0).float() for valid, mixture in ((student_valid, weights), (teacher_valid, back)))
+    found = align(batch, student_valid, teacher_valid, student_embed, teacher_embed, projectors, alignment)
+    unit = lambda grid: grid / teacher_valid.deviation(grid)
+    t2s_hidden = found.weights @ projectors.t2s(unit(h_t) + unit(found.teacher_label_embed))       # (B, S, d_s)
+    s2t_hidden = found.back @ projectors.s2t(h_s)                                                  # (B, T, d_t)
+    met_s, met_t = (valid.pack(mixture.detach().sum(-1) > 0).float() for valid, mixture in ((student_valid, found.weights), (teacher_valid, found.back)))
     packed_s, packed_t = student_valid.pack(h_s), teacher_valid.pack(h_t)
     if entropy_weights:         # w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t, each with mean 1 in a sequence
         w_s = ramp * student_valid.mean_one(entropies(packed_s, student_head))
@@ -344,4 +356,4 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
         student_space(packed_s, student_valid.pack(t2s_hidden), student_head, student_valid.labels, name, temperature, kd_rate,
                       "confidence" if entropy_weights else "right", w_s, met_s),
         teacher_space(teacher_valid.pack(s2t_hidden), packed_t, teacher_head, teacher_valid.labels, temperature, kd_rate, w_t * met_t))
-    return parts, Aligned(label_embed, weights, queries, keys)
+    return parts, found

@@ -32,7 +32,9 @@ import eval_rouge
 import flops
 import hub
 import model
+import pictures
 import porter
+import probe
 import sample
 import soft_dtw
 import tokenize_align as ta
@@ -931,6 +933,12 @@ def data_folder(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than these tests' training; test_train_leaves_pictures has them."""
+    monkeypatch.setattr(train, "leave_pictures", lambda *args: [])
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The toy's data, and both its models with random weights, in a folder of their own."""
@@ -1327,6 +1335,259 @@ def test_bfloat16(method, more, world, tmp_path, monkeypatch):
     for half, full in zip(metrics(tmp_path / "half"), metrics(tmp_path / "full")):
         assert abs(half["loss"] - full["loss"]) < 0.05 * full["loss"] and half["loss"] != full["loss"]
     assert load_file(tmp_path / "half/best/model.safetensors")["transformer.wte.weight"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------- the attention
+
+def test_measures_of_handmade_attention():
+    # chunks: tokens {0, 1} ↔ {0}, {2} ↔ {1, 2}, and token 3, whose text was cut on the other side
+    same = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    repeats, middles, others = torch.tensor([True, False, True, False]), torch.tensor([1.0, 3.0, 6.0, 9.0]), torch.tensor([2.0, 5.0, 7.0])
+
+    def means(weights):
+        return {name: values.tolist() for name, values in probe.measure(torch.tensor(weights), same, repeats, middles, others).items()}
+    perfect = means([[1.0, 0, 0], [1, 0, 0], [0, 0.5, 0.5], [1, 0, 0]])
+    assert perfect == {"mass": [1, 1, 1], "hit": [1, 1, 1], "mass_once": [1], "hit_once": [1], "mass_repeated": [1, 1], "hit_repeated": [1, 1],
+                       "entropy_bits": [0, 0, 1], "byte_distance": [1, 1, 0], "monotone_steps": [1, 1]}
+    uniform = means([[1 / 3] * 3] * 4)          # the chunks' shares of the other side
+    close(torch.tensor(uniform["mass"]), torch.tensor([1 / 3, 1 / 3, 2 / 3]), 1e-6)
+    close(torch.tensor(uniform["hit"]), torch.tensor([1 / 3, 1 / 3, 2 / 3]), 1e-6)
+    close(torch.tensor(uniform["entropy_bits"]), torch.full((3,), 1.584963), 1e-6)
+    other = means([[0.25, 0.75, 0], [0.5, 0.25, 0.25], [1, 0, 0], [0, 0, 1]])
+    assert other["mass"] == [0.25, 0.5, 0] and other["hit"] == [0, 1, 0] and other["mass_once"] == [0.5] and other["hit_repeated"] == [0, 0]
+    assert other["byte_distance"] == [3.25, 1.0, 4.0] and other["monotone_steps"] == [0, 0]
+
+
+def test_the_bootstrap_against_loops():
+    values = [torch.tensor(v) for v in ([1.0, 2.0], [5.0], [], [0.0, 1.0, 4.0])]
+    mean, draws = probe.resample(values)
+    close(mean, 13 / 6, 1e-9)
+    indices = np.random.default_rng(0).integers(4, size=(probe.RESAMPLES, 4))
+    for draw, chosen in zip(draws, indices):
+        drawn = [x for i in chosen for x in values[i].tolist()]
+        assert np.isnan(draw) if not drawn else abs(draw - sum(drawn) / len(drawn)) < 1e-9
+    ordered = sorted(d for d in draws if not np.isnan(d))
+    low, high = probe.interval(draws)
+    assert low == pytest.approx(ordered[round(0.025 * len(ordered))], abs=0.1) and high == pytest.approx(ordered[round(0.975 * len(ordered))], abs=0.1)
+    assert probe.resample([torch.tensor([]), torch.tensor([])])[0] is None
+    same = [torch.ones(3), torch.ones(2)]
+    assert probe.interval(probe.resample(same)[1]) == [1.0, 1.0]
+
+
+def test_keys_and_queries_are_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n, shift: torch.randn(n, 24, generator=generator) + shift
+    folds = torch.arange(600) % 2
+    state = torch.get_rng_state()
+    matched = torch.cat(probe.tell_apart(draw(600, 0.0), draw(600, 0.0), folds, folds)).mean()
+    apart = torch.cat(probe.tell_apart(draw(600, 0.0), draw(600, 1.0), folds, folds)).mean()
+    assert 0.44 < matched < 0.56 and apart > 0.95
+    # more dimensions than tokens: what is learned by heart says nothing about the held-out ones
+    wide = [torch.randn(40, 200, generator=generator) for _ in range(2)]
+    assert 0.3 < torch.cat(probe.tell_apart(*wide, folds[:40], folds[:40])).mean() < 0.7
+    # the classes weigh the same, however many of each there are
+    keys_right, queries_right = probe.tell_apart(draw(600, 0.0), draw(60, 0.4), folds, folds[:60])
+    assert abs(keys_right.mean() - queries_right.mean()) < 0.2
+    assert torch.equal(state, torch.get_rng_state())            # a look during training changes nothing
+
+    keys, queries = draw(7, 0.0), draw(5, 0.3)
+    found = probe.distances(keys, queries)
+    deviation = np.sqrt(np.mean([np.sum((k - keys.numpy().mean(0)) ** 2) for k in keys.numpy()]))
+    pairs = lambda a, b, same: np.mean([np.linalg.norm(x - y) for i, x in enumerate(a.numpy()) for j, y in enumerate(b.numpy()) if not (same and i == j)])
+    close(found["mean_distance"], np.linalg.norm(keys.numpy().mean(0) - queries.numpy().mean(0)) / deviation, 1e-6)
+    close(found["energy_distance"], (2 * pairs(keys, queries, False) - pairs(keys, keys, True) - pairs(queries, queries, True)) / deviation, 1e-5)
+    assert abs(probe.distances(draw(400, 0.0), draw(400, 0.0))["energy_distance"]) < 0.02 < probe.distances(draw(400, 0.0), draw(400, 0.5))["energy_distance"]
+
+    at_keys, at_queries, shares = pictures.principal_components(keys, queries)
+    union = torch.cat([keys, queries]).double()
+    left, singular, _ = np.linalg.svd((union - union.mean(0)).numpy(), full_matrices=False)
+    points = torch.cat([at_keys, at_queries])
+    close(points.abs(), np.abs(left[:, :2] * singular[:2]), 1e-6)
+    close(torch.tensor(shares), singular[:2] ** 2 / np.sum(singular ** 2), 1e-6)
+
+
+@pytest.mark.parametrize("token, label", [
+    (b" the", "␣the"), (b"\n\n", "↵↵"), ("é".encode(), "é"), ("你".encode(), r"\u4f60"), ("🧿".encode(), r"\U0001f9ff"), (b"\xe4\xbd", "<e4 bd>"), (b"a \xe4", "a␣<e4>"),
+    (b"\xa0\xe4\xbd\xa0", r"<a0>\u4f60"), ("e\u0301".encode(), r"e\u0301"), (b"\x00", r"\x00"), (b"$x$", "$x$"), (b" " * 40, "␣" * 17 + "…"), (b"", "")])
+def test_token_labels(token, label):
+    assert pictures.token_label(token) == label
+
+
+@pytest.mark.parametrize("length", (10, 120, 150))
+def test_heatmap_labels_are_legible(length, tmp_path, monkeypatch):
+    """No label touches its neighbour or leaves the picture, and all are there."""
+    figures, real_save = [], pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, path, dpi: figures.append((figure, dpi)) or real_save(figure, path, dpi))
+    labels = [pictures.token_label(token) for token in [b" straightforward", b"$a", b"<|x|>", "你".encode(), b" $b"] * (length // 5)]
+    weights = torch.eye(length)
+    blocks = [(range(i, i + 5), range(i, i + 5)) for i in range(0, length, 5)]
+    pictures.heatmap(tmp_path / "h.png", "a title", labels, labels, {"one\nway": weights, "the\nother": weights}, blocks)
+    (figure, dpi), shown = figures[0], min(length, pictures.MOST_TOKENS)
+    figure.set_dpi(dpi)
+    figure.draw_without_rendering()
+    texts = [figure._suptitle]
+    for axes in figure.axes[:2]:
+        rows, columns = ([t.get_window_extent() for t in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+        assert len(rows) == len(columns) == shown
+        assert [t.get_text() for t in axes.get_yticklabels()] == labels[:shown]
+        assert all(a.y0 >= b.y1 - 0.5 for a, b in zip(rows, rows[1:])) and all(a.x1 <= b.x0 + 0.5 for a, b in zip(columns, columns[1:]))
+        assert min(box.height for box in rows) > 8                  # pixels
+        assert len(axes.patches) == shown // 5
+        texts += [*axes.get_yticklabels(), *axes.get_xticklabels(), axes.xaxis.label]
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height, text
+    assert figure.axes[0].get_tightbbox().x1 <= figure.axes[1].get_tightbbox().x0 + 1
+
+
+@pytest.fixture(scope="module")
+def two_runs(world, tmp_path_factory):
+    """A run of dskd_cma and one of dskd_cma_ga that looks at its attention."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "leave_pictures", lambda *args: [])
+        for method, more in (("dskd_cma", []), ("dskd_cma_ga", ["--probe_interval", "4"])):
+            run_main(train, patch, *flags(world, folder / method, *more, "--projector_lr", "1e-2", "--eval_interval", "99", method=method))
+    return folder
+
+
+def test_stored_attention_equals_one_computed_from_the_files(two_runs, world, monkeypatch, capsys):
+    run = two_runs / "dskd_cma_ga"
+    run_main(probe, monkeypatch, run, "--num", "6")
+    stored = load_file(run / "probe/attention.safetensors")
+    # from the files alone: tokenizers, embeddings, P_q; the equations, token by token
+    folders = {"student": run / "best", "teacher": world / "teacher"}
+    tables = {"student": load_file(folders["student"] / "model.safetensors")["transformer.wte.weight"], "teacher": load_file(folders["teacher"] / "model.safetensors")["model.embed_tokens.weight"]}
+    query = load_file(run / "best/projectors.safetensors")
+    pairs, mass, tokens = {"student": [], "teacher": []}, 0.0, 0
+    lines = [json.loads(line) for line in (world / "data/dev.jsonl").read_text().splitlines()]
+    spans = {"student": [], "teacher": []}
+    for line in lines:
+        for side, table in tables.items():
+            tokenizer = ta.load_tokenizer(folders[side])
+            prompt, (response, places) = tokenizer.encode(line["prompt"]), tokenizer.encode_with_spans(line["output"])
+            everything = prompt + response + [tokenizer.eos_id]
+            pairs[side].append(np.stack([np.concatenate([table[x].numpy(), table[y].numpy()]).astype(np.float64)
+                                         for x, y in zip(everything[len(prompt) - 1:], everything[len(prompt):])]))
+            spans[side].append(places + [(len(line["output"].encode()),) * 2])
+    sigma = np.concatenate(pairs["teacher"]).std(ddof=1)
+    for row in range(len(lines)):
+        q = pairs["student"][row] @ query["query.weight"].numpy().astype(np.float64).T + query["query.bias"].numpy()
+        k = pairs["teacher"][row] / sigma
+        scores = np.exp(q @ k.T / np.sqrt(k.shape[1]))
+        close(stored[f"{row}.student_to_teacher"], scores / scores.sum(1, keepdims=True), 1e-5)
+        close(stored[f"{row}.teacher_to_student"], scores.T / scores.T.sum(1, keepdims=True), 1e-5)
+        inside = ta.chunk_mask(spans["student"][row], spans["teacher"][row]).numpy()
+        mass, tokens = mass + (scores / scores.sum(1, keepdims=True) * inside).sum(), tokens + len(q)
+    assert len(stored) == 2 * len(lines)
+    report = json.loads((run / "probe/probe.json").read_text())["checkpoints"][0]
+    both = report["attention"]["student → teacher"]["mass"]
+    close(both["attention"]["mean"], mass / tokens, 1e-5)
+    assert both["attention"]["interval"][0] <= both["attention"]["mean"] <= both["attention"]["interval"][1]
+    assert both["chunk_mean"]["mean"] == pytest.approx(1) and report["student_tokens"] == tokens and report["rows"] == list(range(6))
+    printed = capsys.readouterr().out
+    assert f"{100 * mass / tokens:.1f} %" in printed and "told apart by a logistic probe" in printed and "key loss" in printed
+    pngs = sorted(p.name for p in (run / "probe").glob("*.png"))
+    assert pngs == ["contact_sheet.png", *(f"heatmap-{i:05d}.png" for i in range(6)), "keys_queries.png"]
+    assert all((run / "probe" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pngs)
+    # the run's own last look is at the same rows, of the last checkpoint
+    again = probe.load_run(str(run / "last"))
+    samples = probe.look(again, world / "data/dev.jsonl", 32)
+    looked = [r for r in metrics(run) if "probe_mass" in r]
+    assert [r["step"] for r in looked] == [4, 8, 12]
+    for name, value in probe.training_numbers(again.settings, samples, again.adversary).items():
+        close(value, looked[-1][name], 1e-4)
+    assert {"probe_mass", "probe_hit", "probe_accuracy", "probe_key_loss", "probe_key_acc", "probe_query_loss", "probe_query_acc"} <= looked[-1].keys()
+
+
+def test_a_look_changes_nothing(two_runs, world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--projector_lr", "1e-2", "--eval_interval", "99"))
+    looked = [{name: value for name, value in r.items() if not name.startswith("probe_")} for r in metrics(two_runs / "dskd_cma_ga")]
+    assert stable(metrics(tmp_path / "run")) == stable(looked)
+
+
+def test_two_checkpoints_are_compared(two_runs, world, monkeypatch, capsys):
+    a, b = two_runs / "dskd_cma", two_runs / "dskd_cma_ga"
+    run_main(probe, monkeypatch, a, b / "last")
+    report = json.loads(next(a.glob("probe-with-*/probe.json")).read_text())["checkpoints"]
+    assert [r["method"] for r in report] == ["dskd_cma", "dskd_cma_ga"] and "adversary" in report[1] and "adversary" not in report[0]
+    printed = capsys.readouterr().out
+    accuracies = [r["keys_and_queries"]["probe_accuracy"]["mean"] for r in report]
+    line = next(line for line in printed.splitlines() if line.startswith("told apart"))
+    assert all(f"{100 * x:.1f} %" in line for x in accuracies) and f"{100 * (accuracies[1] - accuracies[0]):+.1f} %" in line
+    assert "of 3 measures" in printed and next(a.glob("probe-with-*/comparison.png")).stat().st_size > 10_000
+    # the same checkpoint twice: no difference, and none claimed
+    run_main(probe, monkeypatch, a, a, "--out_dir", two_runs / "same")
+    printed = capsys.readouterr().out
+    assert "by 0 of 3 measures" in printed and "no clear difference" in printed and "+0.0 %  [+0.0, +0.0]" in printed
+
+
+def test_verdict():
+    def side(accuracy, mean, energy):
+        return {"keys_and_queries": {"probe_accuracy": {"mean": accuracy}, "mean_distance": mean, "energy_distance": energy}}
+    draws = lambda center: {"probe_accuracy": center + np.linspace(-0.05, 0.05, 101)}
+    told = probe.verdict([side(0.9, 1.0, 0.5), side(0.6, 0.4, 0.6)], [draws(0.9), draws(0.6)])
+    assert "2 of 3" in told and "a clear fall" in told
+    assert "a clear rise" in probe.verdict([side(0.6, 1, 1), side(0.9, 2, 2)], [draws(0.6), draws(0.9)])
+
+
+def test_train_leaves_pictures(world, tmp_path, monkeypatch, capsys, two_runs):
+    monkeypatch.undo()          # the real leave_pictures
+    for method, names in (("sft", ["curves.png"]), ("dskd_clp", ["curves.png", "heatmap.png"]), ("dskd_cma_ga", ["curves.png", "heatmap.png"])):
+        with pytest.MonkeyPatch.context() as patch:
+            run_main(train, patch, *flags(world, tmp_path / method, "--max_steps", "3", *(["--probe_interval", "2"] if method == "dskd_clp" else []), method=method))
+        printed = capsys.readouterr().out
+        assert sorted(p.name for p in (tmp_path / method).glob("*.png")) == names and all(f"{tmp_path / method}/{name}" in printed for name in names)
+        assert ("python probe.py" in printed) == (method != "sft")
+    assert [r["step"] for r in metrics(tmp_path / "dskd_clp") if "probe_mass" in r] == [2, 3] and metrics(tmp_path / "dskd_clp")[2]["probe_mass"] == pytest.approx(1)
+    with pytest.MonkeyPatch.context() as patch:         # an alignment without queries, and a cut last line
+        run_main(probe, patch, tmp_path / "dskd_clp", "--num", "3")
+        assert "keys and queries" not in capsys.readouterr().out
+        run_main(probe, patch, tmp_path / "dskd_clp", tmp_path / "dskd_cma_ga", "--num", "3")
+        (tmp_path / "sft/curves.png").unlink()
+        with open(tmp_path / "sft/metrics.jsonl", "a") as file:
+            file.write('{"step": 4, "lo')
+        run_main(probe, patch, tmp_path / "sft", "--curves")
+        assert (tmp_path / "sft/curves.png").exists()
+
+
+def test_curves_show_what_was_recorded(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path, dpi=100: figures.append(figure) or path)
+    pictures.curves(tmp_path / "c.png", "run", [{"step": i + 1, "loss": 200.0 - i, "lr": 0.1} | ({"probe_mass": i / 200} if i % 50 == 0 else {}) for i in range(200)])
+    panels = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
+    assert [title.split(" (")[0] for title in panels] == ["losses", "attention in the right chunk, dev", "student's learning rate"]
+    raw, smooth = panels["losses (nats a token)"].lines
+    assert list(raw.get_ydata()) == [200.0 - i for i in range(200)]
+    middle = np.interp(smooth.get_xdata(), raw.get_xdata(), raw.get_ydata())
+    assert np.abs(smooth.get_ydata() - middle).max() <= 0.5             # a running mean lies where the line is
+    assert list(panels["attention in the right chunk, dev"].lines[0].get_xdata()) == [1, 51, 101, 151]
+
+
+def test_probe_refuses(two_runs, world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "sft", "--max_steps", "1", method="sft"))
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1"))
+    (tmp_path / "empty").mkdir()
+    for argv, message in (([], "name a run"), ([tmp_path / "sft"], "no attention"), ([tmp_path / "empty"], "not a run"), (["gpt2"], "not a run"), ([world / "student"], "not a run"),
+                          ([tmp_path / "run", "--data", world / "toy-kinds"], "no dev.jsonl"), ([tmp_path / "run", "--teacher", "./gone"], "gone"),
+                          ([tmp_path / "run", "--num", "1"], "at least 2"), ([tmp_path / "run", tmp_path / "sft"], "no attention")):
+        with pytest.raises(InputError, match=message):
+            run_main(probe, monkeypatch, *argv)
+    with pytest.raises(InputError, match="no attention"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "x", "--probe_interval", "5", method="sft"))
+    one = tmp_path / "one.jsonl"
+    one.write_text((world / "data/dev.jsonl").read_text().splitlines(True)[0])
+    with pytest.raises(InputError, match="2 is the least"):
+        run_main(probe, monkeypatch, tmp_path / "run", "--data", one)
+    (tmp_path / "run/best/discriminator.safetensors").write_text("x")
+    with pytest.raises(InputError, match="discriminator.safetensors: missing or damaged"):
+        run_main(probe, monkeypatch, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="metrics.jsonl:1"):
+        run_main(probe, monkeypatch, tmp_path / "run", "--curves")
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(InputError, match="config.json: not what train.py writes"):
+        run_main(probe, monkeypatch, tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------- bad command lines

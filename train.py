@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import baselines
 import hub
+import probe
 import toy
 from cache import TeacherStates, cached_rows
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
@@ -39,7 +40,7 @@ from flops import peak_flops, step_flops
 from hub import InputError
 from model import load
 from seqkd import teacher_rows
-from tokenize_align import collate, load_tokenizer, make_batches, read_rows
+from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Config(Options):
     eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
     eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
     save_interval: int = flag(0, "optimizer steps between checkpoints (0: at every scoring)", at_least=0)
+    probe_interval: int = flag(0, "optimizer steps between looks at the attention on dev rows, see probe.py (0: never)", at_least=0)
     seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0, at_most=2**40)
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA", choices=("auto", "float32", "bfloat16"))
@@ -76,7 +78,7 @@ class Config(Options):
 
 
 # Other defaults where the student is the toy. Chosen so that a run takes about two minutes on two cores.
-TOY = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100, eval_interval=225)
+TOY = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100, eval_interval=225, probe_interval=45)
 # What may change between a run and its continuation.
 FREE = ("resume", "overwrite", "out_dir", "device", "num_threads")
 
@@ -91,8 +93,9 @@ def read_config(argv: list[str] | None = None) -> Config:
         if given.get("resume"):
             return saved_config(Path(given.get("out_dir") or newest_run(Config(**given))), given)
         is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
-        return {**(TOY if is_toy else {}), **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"}),
-                **METHODS[given.get("method", Config.method)]}
+        method = METHODS[given.get("method", Config.method)]
+        return {**(TOY if is_toy else {}), **({} if "alignment" in method else {"probe_interval": 0}),
+                **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"}), **method}
 
     toy_defaults = " ".join(f"--{name} {value}" for name, value in TOY.items())
     config = parse(Config, f"{__doc__}\nThe toy's defaults: {toy_defaults}", argv, presets=presets)
@@ -105,6 +108,8 @@ def read_config(argv: list[str] | None = None) -> Config:
     check_options(config)
     if config.method in ("sft", "seqkd") and config.cache_teacher:
         raise InputError(f"--cache_teacher: --method {config.method} does not run the teacher while it trains")
+    if config.alignment == "none" and config.probe_interval:
+        raise InputError(f"--probe_interval: --method {config.method} has no attention to look at")
     if config.method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
     return config
@@ -306,6 +311,17 @@ def main() -> None:
             answers = answer(model, tokenizer, scored[split], config.max_length, config.max_prompt_length, temperature=0.0, desc=desc)
         return 100 * sum(rouge_l(answers, [row.outputs for row in scored[split]])) / len(answers)
 
+    def look() -> dict[str, float]:
+        """The main numbers of probe.py on the first dev rows."""
+        with autocast():
+            samples = probe.attend(config, dev_examples, student, teacher, projectors, pads)
+        return probe.training_numbers(config, samples, discriminator)
+
+    dev_examples = encode_rows(rows["dev"][:probe.BATCH], student_tokenizer, teacher_tokenizer, config.max_length, config.max_prompt_length)[0] \
+        if config.probe_interval else []
+    if config.probe_interval and not dev_examples:
+        raise InputError(f"--probe_interval: none of the first {probe.BATCH} dev rows has a response token within --max_length {config.max_length}")
+
     print(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, {count(student)} parameters, "
           f"{len(examples)} rows, {total_steps} steps on {device}, into {out_dir}" + (f", from step {start_step}" if start_step else ""))
 
@@ -369,6 +385,8 @@ def main() -> None:
         if (step + 1) % eval_interval == 0 or done:
             record["dev_rouge_l"] = score(student, student_tokenizer, "dev", "scoring dev")
             tqdm.write(f"step {step + 1:>6}   loss {record['loss']:.4f}   dev ROUGE-L {record['dev_rouge_l']:.2f}")
+        if config.probe_interval and ((step + 1) % config.probe_interval == 0 or done):
+            record |= look()
         append_line(out_dir / "metrics.jsonl", record)
         state = {"step": step + 1, "data": config.data, "method": config.method, "best_dev_rouge_l": max(best, record.get("dev_rouge_l", -1.0))}
         if record.get("dev_rouge_l", -1.0) > best:
@@ -376,7 +394,7 @@ def main() -> None:
             save_checkpoint(out_dir / "best", student, projectors, discriminator, None, state)
         if (step + 1) % (config.save_interval or eval_interval) == 0 or done:
             save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state)
-        if "dev_rouge_l" in record:
+        if "dev_rouge_l" in record or "probe_mass" in record:
             started = time.perf_counter()
     bar.close()
 
@@ -387,6 +405,9 @@ def main() -> None:
     with hub.atomic_write(out_dir / "results.json") as file:
         json.dump(results, file, indent=2)
     print_table(config, results, {split: f"{split} ({len(scored[split])} of {len(rows[split])} rows)" for split in scored})
+    print(f"pictures:          {', '.join(map(str, leave_pictures(config, files['dev'], folders)))}")
+    if config.alignment != "none":
+        print(f"look closer:       python probe.py {shlex.quote(str(out_dir))}")
 
 
 # ----------------------------------------------------------------------------------------------------- around the loop
@@ -436,6 +457,17 @@ def print_table(config: Config, results: dict[str, dict[str, float]], columns: d
     print("\nscore it further:  python eval_rouge.py " + shlex.join([config.out_dir, "--data", *more, "--max_length", str(config.max_length),
                                                                      "--max_prompt_length", str(config.max_prompt_length)]))
     print(f"talk to it:        python sample.py {shlex.quote(config.out_dir)} \"your instruction\"")
+
+
+def leave_pictures(config: Config, dev_file: Path, folders: dict[str, Path]) -> list[Path]:
+    """Draw the run's curves and, where there is attention, what the best checkpoint's looks like on a dev row."""
+    out_dir = Path(config.out_dir)
+    drawn = [probe.draw_curves(out_dir)]
+    if config.alignment != "none":
+        run = probe.load_run(config.out_dir, str(folders["teacher"]))
+        if samples := probe.look(run, dev_file, probe.BATCH):
+            drawn.insert(0, probe.draw(run, probe.readable(samples), out_dir / "heatmap.png"))
+    return drawn
 
 
 if __name__ == "__main__":

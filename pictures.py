@@ -1,0 +1,213 @@
+"""Pictures of attention, of keys and queries, and of a run's curves: what probe.py and train.py leave as PNG files.
+
+Notable here: a token is shown with its spaces (␣) and line breaks (↵); the bytes of a character that a tokenizer split are
+grouped, <e4 bd>; a character that the font lacks is escaped, \\u4f60. The font ships with matplotlib, so that the pictures
+are the same everywhere.
+"""
+import re
+import unicodedata
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
+
+import hub
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
+DRAWABLE = set(FT2Font(str(FONT)).get_charmap())
+VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
+LONGEST_LABEL, MOST_TOKENS = 18, 120
+CELL = 0.17                                 # inches a token, so that 8 pt labels do not touch
+SHADES = dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))         # a weight of 0.04 is still seen
+
+# What --curves draws: panel → names in metrics.jsonl
+CURVES = {
+    "losses (nats a token)": ("loss", "nll_loss", "kd_loss"),
+    "parts of kd_loss (nats a token)": ("t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss"),
+    "soft-DTW (cosine distance a token)": ("dtw_embed_loss", "dtw_hidden_loss"),
+    "first guess right (share of tokens)": ("accuracy", "t2s_acc", "s2t_acc", "max_t2s_prob"),
+    "adversary's loss, training batch": ("adversary_key_loss", "adversary_query_loss"),
+    "adversary's accuracy, training batch": ("adversary_key_acc", "adversary_query_acc"),
+    "attention in the right chunk, dev": ("probe_mass", "probe_hit", "probe_mass_back", "probe_hit_back"),
+    "key or query? accuracy, dev (0.5: matched)": ("probe_accuracy", "probe_key_acc", "probe_query_acc"),
+    "adversary's loss, dev": ("probe_key_loss", "probe_query_loss"),
+    "ROUGE-L × 100, dev": ("dev_rouge_l",),
+    "gradient norm": ("grad_norm",),
+    "student's learning rate": ("lr",),
+}
+
+
+def token_label(token: bytes) -> str:
+    """A token's bytes as a readable label of at most LONGEST_LABEL characters."""
+    text = token.decode("utf-8", errors="surrogateescape")          # a byte of a split character becomes U+DC80 … U+DCFF
+    pieces = []
+    for part in re.findall(r"[\udc80-\udcff]+|[^\udc80-\udcff]", text):
+        if "\udc80" <= part[0] <= "\udcff":
+            pieces.append("<" + " ".join(f"{ord(c) - 0xdc00:02x}" for c in part) + ">")
+        elif part in VISIBLE:
+            pieces.append(VISIBLE[part])
+        elif ord(part) in DRAWABLE and unicodedata.category(part)[0] not in "CMZ":      # control, combining, other spaces
+            pieces.append(part)
+        else:
+            pieces.append(part.encode("unicode_escape").decode())
+    label = "".join(pieces)
+    return label if len(label) <= LONGEST_LABEL else label[:LONGEST_LABEL - 1] + "…"
+
+
+def _font(size: float) -> FontProperties:
+    return FontProperties(fname=FONT, size=size)
+
+
+def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
+    """Write the picture whole or not at all."""
+    with hub.whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+def _attention(axes, weights: torch.Tensor, blocks: list[tuple[range, range]], width: float):
+    """weights (S, T) as shades, and every chunk's outline."""
+    image = axes.imshow(weights.numpy(), aspect="equal", interpolation="nearest", **SHADES)
+    for rows, columns in blocks:
+        axes.add_patch(Rectangle((columns.start - 0.5, rows.start - 0.5), len(columns), len(rows), fill=False, edgecolor="tab:orange",
+                                 linewidth=width, clip_on=False))
+    return image
+
+
+def _labels(axes, student_labels: list[str], teacher_labels: list[str]) -> None:
+    options = dict(fontproperties=_font(8), parse_math=False)
+    axes.set_yticks(range(len(student_labels)), student_labels, **options)
+    axes.set_xticks(range(len(teacher_labels)), teacher_labels, rotation=90, **options)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, pad=2)
+
+
+def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: list[str], panels: dict[str, torch.Tensor],
+            blocks: list[tuple[range, range]]) -> Path:
+    """Attention with readable tokens: a row for every student token, a column for every teacher token, chunks outlined.
+
+    panels: heading → weights (S, T), drawn side by side. blocks: (student tokens, teacher tokens) of every chunk. What is
+    beyond MOST_TOKENS on a side is left out, and the title says so.
+    """
+    whole = len(student_labels), len(teacher_labels)
+    student_labels, teacher_labels = student_labels[:MOST_TOKENS], teacher_labels[:MOST_TOKENS]
+    rows, columns = len(student_labels), len(teacher_labels)
+    if (rows, columns) != whole:
+        title += f"\nthe first {rows} of {whole[0]} student tokens, the first {columns} of {whole[1]} teacher tokens"
+    blocks = [(a[:max(0, rows - a.start)], b[:max(0, columns - b.start)]) for a, b in blocks]
+    cell = max(CELL, 2.4 / max(rows, columns))
+    label = 0.075 * max(map(len, student_labels)), 0.075 * max(map(len, teacher_labels))       # inches
+    size = len(panels) * (columns * cell + label[0] + 0.6) + 0.7, rows * cell + label[1] + 1.5
+    figure = Figure(figsize=(max(size[0], 7.5), size[1]), layout="constrained")
+    figure.suptitle(title, fontproperties=_font(9), parse_math=False)
+    for axes, (heading, weights) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        image = _attention(axes, weights[:rows, :columns], [(a, b) for a, b in blocks if a and b], 1.0)
+        _labels(axes, student_labels, teacher_labels)
+        axes.set_xlabel(heading, fontproperties=_font(9))
+    figure.colorbar(image, ax=figure.axes, ticks=(0, 0.01, 0.05, 0.2, 0.5, 1), shrink=min(1.0, 3 / size[1]), aspect=15).ax.tick_params(labelsize=8)
+    return save(figure, path, dpi=110)
+
+
+def contact_sheet(path: Path, samples: list[tuple[str, torch.Tensor, list[tuple[range, range]]]]) -> Path:
+    """Many samples' attention, small: (title, weights (S, T), blocks) each."""
+    across = min(5, len(samples))
+    down = -(-len(samples) // across)
+    figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for (title, weights, blocks), axes in zip(samples, panels):
+        _attention(axes, weights, blocks, 0.8)
+        axes.set_title(title, fontproperties=_font(8))
+        axes.set_xticks([]), axes.set_yticks([])
+    for axes in panels:                     # what is left of the grid
+        axes.set_axis_off()
+    return save(figure, path, dpi=130)
+
+
+# --------------------------------------------------------------------------------------------------- keys and queries
+
+def principal_components(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Keys (N, d) and queries (M, d) in the first two principal components of their union → (N, 2), (M, 2), and the share
+    of the union's variance that each of the two components has."""
+    union = torch.cat([keys, queries]).double()
+    union = union - union.mean(0)
+    values, vectors = torch.linalg.eigh(union @ union.T)            # of the points' products: their number, not d
+    values, vectors = values[-2:].flip(0).clamp(min=0), vectors[:, -2:].flip(1)
+    points = vectors * values.sqrt()
+    return points[:len(keys)], points[len(keys):], (values / union.square().sum()).tolist()
+
+
+def _scatter(axes, title: str, keys: torch.Tensor, queries: torch.Tensor) -> None:
+    at_keys, at_queries, shares = principal_components(keys, queries)
+    for points, name, colour, marker in ((at_keys, "keys (teacher)", "tab:blue", "o"), (at_queries, "queries (student)", "tab:red", "x")):
+        axes.scatter(*points.numpy().T, s=14, c=colour, marker=marker, alpha=0.5, linewidths=0.8, label=name)
+    axes.set_title(title, fontproperties=_font(9))
+    for axis, share in zip((axes.xaxis, axes.yaxis), shares):
+        axis.set_label_text(f"{'first' if axis is axes.xaxis else 'second'} principal component ({100 * share:.0f} % of the variance)", fontproperties=_font(8))
+    axes.legend(prop=_font(8))
+
+
+def scatter(path: Path, title: str, keys: torch.Tensor, queries: torch.Tensor) -> Path:
+    """Keys (N, d) and queries (M, d) in their union's first two principal components."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    _scatter(figure.subplots(), title, keys, queries)
+    return save(figure, path)
+
+
+def comparison(path: Path, columns: list[dict]) -> Path:
+    """Checkpoints side by side, each with: title, keys, queries (absent for an alignment without them), and one sample's heading,
+    student_labels, teacher_labels, weights, blocks."""
+    rows, teacher_tokens = (max(min(len(c[name]), MOST_TOKENS) for c in columns) for name in ("student_labels", "teacher_labels"))
+    size = max(5.5, CELL * teacher_tokens + 1.8), max(3.0, CELL * rows + 1.8)
+    figure = Figure(figsize=(len(columns) * size[0], 5 + size[1]), layout="constrained")
+    grid = figure.subplots(2, len(columns), height_ratios=(5, size[1]), squeeze=False)
+    for (above, below), column in zip(grid.T, columns):
+        if "queries" in column:
+            _scatter(above, column["title"], column["keys"], column["queries"])
+        else:
+            above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9))
+            above.set_axis_off()
+        cut = slice(0, MOST_TOKENS)
+        _attention(below, column["weights"][cut, cut], [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0)
+        _labels(below, column["student_labels"][cut], column["teacher_labels"][cut])
+        below.set_xlabel(column["heading"], fontproperties=_font(9))
+    return save(figure, path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+def curves(path: Path, title: str, records: list[dict]) -> Path:
+    """The lines of metrics.jsonl over steps, a panel for every group of CURVES that a run has. What comes at every step is
+    drawn faintly and, over it, as a running mean over a fiftieth of the run."""
+    series = {name: ([r["step"] for r in records if name in r], [r[name] for r in records if name in r]) for names in CURVES.values() for name in names}
+    panels = {heading: [name for name in names if series[name][0]] for heading, names in CURVES.items()}
+    panels = {heading: names for heading, names in panels.items() if names}
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.6 * across, 3.0 * down), layout="constrained")
+    figure.suptitle(title, fontproperties=_font(9), parse_math=False)
+    grid = figure.subplots(down, across, squeeze=False).flat
+    for (heading, names), axes in zip(panels.items(), grid):
+        for name in names:
+            steps, values = series[name]
+            often = len(steps) > len(records) // 2 > 0
+            window = max(1, len(steps) // 50)
+            if often and window > 1:
+                line, = axes.plot(steps, values, linewidth=0.5, alpha=0.3)
+                smooth = torch.tensor(values).double().unfold(0, window, 1).mean(1)
+                axes.plot(steps[window // 2:][:len(smooth)], smooth, color=line.get_color(), linewidth=1.2, label=name)
+            else:
+                axes.plot(steps, values, linewidth=1.2, label=name, marker="" if often else ".")
+        axes.set_title(heading, fontproperties=_font(9))
+        axes.set_xlabel("step", fontproperties=_font(8))
+        axes.tick_params(labelsize=8)
+        axes.legend(prop=_font(7))
+    for axes in grid:
+        axes.set_axis_off()
+    return save(figure, path)

@@ -23,7 +23,6 @@ DRAWABLE = set(FT2Font(str(FONT)).get_charmap())
 VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 LONGEST_LABEL, MOST_TOKENS = 18, 120
 CELL = 0.17                                 # inches a token, so that 8 pt labels do not touch
-SHADES = dict(cmap="Blues", norm=PowerNorm(0.5, 0, 1))         # a weight of 0.04 is still seen
 
 # What --curves draws: panel → names in metrics.jsonl
 CURVES = {
@@ -72,9 +71,10 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
 
 # --------------------------------------------------------------------------------------------------------- attention
 
-def _attention(axes, weights: torch.Tensor, blocks: list[tuple[range, range]], width: float):
-    """weights (S, T) as shades, and every chunk's outline."""
-    image = axes.imshow(weights.numpy(), aspect="equal", interpolation="nearest", **SHADES)
+def _attention(axes, weights: torch.Tensor, blocks: list[tuple[range, range]], width: float, strongest: float):
+    """weights (S, T) as shades, of which `strongest` is the darkest, and every chunk's outline."""
+    # by the square root of the weight: a twentieth of the strongest is still seen
+    image = axes.imshow(weights.numpy(), aspect="equal", interpolation="nearest", cmap="Blues", norm=PowerNorm(0.5, 0, strongest))
     for rows, columns in blocks:
         axes.add_patch(Rectangle((columns.start - 0.5, rows.start - 0.5), len(columns), len(rows), fill=False, edgecolor="tab:orange",
                                  linewidth=width, clip_on=False))
@@ -107,11 +107,13 @@ def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: l
     size = len(panels) * (columns * cell + label[0] + 0.6) + 0.7, rows * cell + label[1] + 1.5
     figure = Figure(figsize=(max(size[0], 7.5), size[1]), layout="constrained")
     figure.suptitle(title, fontproperties=_font(9), parse_math=False)
+    strongest = max(float(weights[:rows, :columns].max()) for weights in panels.values())
     for axes, (heading, weights) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        image = _attention(axes, weights[:rows, :columns], [(a, b) for a, b in blocks if a and b], 1.0)
+        image = _attention(axes, weights[:rows, :columns], [(a, b) for a, b in blocks if a and b], 1.0, strongest)
         _labels(axes, student_labels, teacher_labels)
         axes.set_xlabel(heading, fontproperties=_font(9))
-    figure.colorbar(image, ax=figure.axes, ticks=(0, 0.01, 0.05, 0.2, 0.5, 1), shrink=min(1.0, 3 / size[1]), aspect=15).ax.tick_params(labelsize=8)
+    ticks = [share * strongest for share in (0, 0.05, 0.2, 0.5, 1)]
+    figure.colorbar(image, ax=figure.axes, ticks=ticks, format="%.2f", shrink=min(1.0, 3 / size[1]), aspect=15).ax.tick_params(labelsize=8)
     return save(figure, path, dpi=110)
 
 
@@ -122,7 +124,7 @@ def contact_sheet(path: Path, samples: list[tuple[str, torch.Tensor, list[tuple[
     figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flat
     for (title, weights, blocks), axes in zip(samples, panels):
-        _attention(axes, weights, blocks, 0.8)
+        _attention(axes, weights, blocks, 0.8 if max(weights.shape) <= 40 else 0.3, float(weights.max()))
         axes.set_title(title, fontproperties=_font(8))
         axes.set_xticks([]), axes.set_yticks([])
     for axes in panels:                     # what is left of the grid
@@ -166,6 +168,7 @@ def comparison(path: Path, columns: list[dict]) -> Path:
     rows, teacher_tokens = (max(min(len(c[name]), MOST_TOKENS) for c in columns) for name in ("student_labels", "teacher_labels"))
     size = max(5.5, CELL * teacher_tokens + 1.8), max(3.0, CELL * rows + 1.8)
     figure = Figure(figsize=(len(columns) * size[0], 5 + size[1]), layout="constrained")
+    strongest = max(float(c["weights"].max()) for c in columns)
     grid = figure.subplots(2, len(columns), height_ratios=(5, size[1]), squeeze=False)
     for (above, below), column in zip(grid.T, columns):
         if "queries" in column:
@@ -174,7 +177,7 @@ def comparison(path: Path, columns: list[dict]) -> Path:
             above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9))
             above.set_axis_off()
         cut = slice(0, MOST_TOKENS)
-        _attention(below, column["weights"][cut, cut], [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0)
+        _attention(below, column["weights"][cut, cut], [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0, strongest)
         _labels(below, column["student_labels"][cut], column["teacher_labels"][cut])
         below.set_xlabel(column["heading"], fontproperties=_font(9))
     return save(figure, path, dpi=110)

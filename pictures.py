@@ -23,6 +23,7 @@ DRAWABLE = set(FT2Font(str(FONT)).get_charmap())
 VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 LONGEST_LABEL, MOST_TOKENS = 18, 120
 CELL = 0.17                                 # inches a token, so that 8 pt labels do not touch
+CHARACTER, LINE = 0.07, 0.16                # inches, of 8 pt
 
 # What --curves draws: panel → names in metrics.jsonl
 CURVES = {
@@ -103,17 +104,25 @@ def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: l
         title += f"\nthe first {rows} of {whole[0]} student tokens, the first {columns} of {whole[1]} teacher tokens"
     blocks = [(a[:max(0, rows - a.start)], b[:max(0, columns - b.start)]) for a, b in blocks]
     cell = max(CELL, 2.4 / max(rows, columns))
-    label = 0.075 * max(map(len, student_labels)), 0.075 * max(map(len, teacher_labels))       # inches
-    size = len(panels) * (columns * cell + label[0] + 0.6) + 0.7, rows * cell + label[1] + 1.5
-    figure = Figure(figsize=(max(size[0], 7.5), size[1]), layout="constrained")
-    figure.suptitle(title, fontproperties=_font(9), parse_math=False)
+    # everything has its place in inches, from the left and from the bottom, so that nothing is cut or covered
+    label = [CHARACTER * max(map(len, labels)) + 0.15 for labels in (student_labels, teacher_labels)]
+    lines = [text.count("\n") + 1 for text in (title, *panels)]
+    slot = max(columns * cell, max(CHARACTER * 1.15 * len(line) for heading in panels for line in heading.split("\n")))
+    width = max(0.1 + len(panels) * (label[0] + slot + 0.2) + 1.0, CHARACTER * 1.15 * max(map(len, title.split("\n"))) + 0.4)
+    bottom, height = LINE * max(lines[1:]) + 0.25, rows * cell
+    figure = Figure(figsize=(width, bottom + height + label[1] + LINE * lines[0] + 0.25))
+    place = lambda x, y, w, h: (x / width, y / figure.get_figheight(), w / width, h / figure.get_figheight())
+    figure.text(0.5, 1 - 0.1 / figure.get_figheight(), title, ha="center", va="top", fontproperties=_font(9), parse_math=False)
     strongest = max(float(weights[:rows, :columns].max()) for weights in panels.values())
-    for axes, (heading, weights) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    x = 0.1
+    for heading, weights in panels.items():
+        x += label[0] + slot + 0.2
+        axes = figure.add_axes(place(x - 0.2 - (slot + columns * cell) / 2, bottom, columns * cell, height))
         image = _attention(axes, weights[:rows, :columns], [(a, b) for a, b in blocks if a and b], 1.0, strongest)
         _labels(axes, student_labels, teacher_labels)
         axes.set_xlabel(heading, fontproperties=_font(9))
-    ticks = [share * strongest for share in (0, 0.05, 0.2, 0.5, 1)]
-    figure.colorbar(image, ax=figure.axes, ticks=ticks, format="%.2f", shrink=min(1.0, 3 / size[1]), aspect=15).ax.tick_params(labelsize=8)
+    bar = figure.add_axes(place(x + 0.1, bottom + max(0.0, height - 3) / 2, 0.15, min(height, 3.0)))
+    figure.colorbar(image, cax=bar, ticks=[share * strongest for share in (0, 0.05, 0.2, 0.5, 1)], format="%.2f").ax.tick_params(labelsize=8)
     return save(figure, path, dpi=110)
 
 

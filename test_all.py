@@ -1413,31 +1413,32 @@ def test_token_labels(token, label):
     assert pictures.token_label(token) == label
 
 
-@pytest.mark.parametrize("length", (10, 120, 150))
-def test_heatmap_labels_are_legible(length, tmp_path, monkeypatch):
-    """No label touches its neighbour or leaves the picture, and all are there."""
+@pytest.mark.parametrize("rows, columns", [(10, 10), (120, 120), (150, 130), (3, 2), (12, 10), (9, 40), (40, 9), (1, 1)])
+def test_heatmap_labels_are_legible(rows, columns, tmp_path, monkeypatch):
+    """No text touches another or leaves the picture, and all are there."""
     figures, real_save = [], pictures.save
     monkeypatch.setattr(pictures, "save", lambda figure, path, dpi: figures.append((figure, dpi)) or real_save(figure, path, dpi))
-    labels = [pictures.token_label(token) for token in [b" straightforward", b"$a", b"<|x|>", "你".encode(), b" $b"] * (length // 5)]
-    weights = torch.eye(length)
-    blocks = [(range(i, i + 5), range(i, i + 5)) for i in range(0, length, 5)]
-    pictures.heatmap(tmp_path / "h.png", "a title", labels, labels, {"one\nway": weights, "the\nother": weights}, blocks)
-    (figure, dpi), shown = figures[0], min(length, pictures.MOST_TOKENS)
+    labels = [pictures.token_label(token) for token in [b" straightforward", b"$a", b"<|x|>", "你".encode(), b" $b"] * 30]
+    sides, most = (labels[:rows], labels[:columns]), pictures.MOST_TOKENS
+    blocks = [(range(i, min(i + 5, rows)), range(i, min(i + 5, columns))) for i in range(0, min(rows, columns), 5)]
+    heading = "student → teacher\nrows sum to 1\n{} % inside the right chunk"
+    pictures.heatmap(tmp_path / "h.png", "out/a-run-with-a-name, row 21\nstudent tokens down, teacher tokens across, chunks outlined", *sides,
+                     {heading.format(1): torch.rand(rows, columns), heading.format(2): torch.rand(rows, columns)}, blocks)
+    (figure, dpi), texts = figures[0], []
     figure.set_dpi(dpi)
     figure.draw_without_rendering()
-    texts = [figure._suptitle]
     for axes in figure.axes[:2]:
-        rows, columns = ([t.get_window_extent() for t in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
-        assert len(rows) == len(columns) == shown
-        assert [t.get_text() for t in axes.get_yticklabels()] == labels[:shown]
-        assert all(a.y0 >= b.y1 - 0.5 for a, b in zip(rows, rows[1:])) and all(a.x1 <= b.x0 + 0.5 for a, b in zip(columns, columns[1:]))
-        assert min(box.height for box in rows) > 8                  # pixels
-        assert len(axes.patches) == shown // 5
+        assert [t.get_text() for t in axes.get_yticklabels()] == sides[0][:most] and [t.get_text() for t in axes.get_xticklabels()] == sides[1][:most]
+        assert len(axes.patches) == sum(a.start < most and b.start < most for a, b in blocks)
         texts += [*axes.get_yticklabels(), *axes.get_xticklabels(), axes.xaxis.label]
-    for text in texts:
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height, text
-    assert figure.axes[0].get_tightbbox().x1 <= figure.axes[1].get_tightbbox().x0 + 1
+        assert (axes.bbox.width / min(columns, most)) == pytest.approx(axes.bbox.height / min(rows, most)) and axes.bbox.width / min(columns, most) > 16      # pixels a token
+    assert ("the first 120 of" in figure.texts[0].get_text()) == (max(rows, columns) > most)
+    boxes = [text.get_window_extent() for text in [*figure.texts, *texts, *figure.axes[2].get_yticklabels()]] + [axes.bbox for axes in figure.axes]
+    boxes = np.array([(b.x0 + 0.5, b.y0 + 0.5, b.x1 - 0.5, b.y1 - 0.5) for b in boxes])
+    assert boxes[:, :2].min() >= 0 and boxes[:, 2].max() <= figure.bbox.width and boxes[:, 3].max() <= figure.bbox.height
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        covered = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
+        assert covered.sum() == 1, i
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,8 @@
-"""Checkpoints: a model in the hub's layout with everything a run needs to go on beside it, whole or not at all."""
+"""Checkpoints: a model in the hub's layout with everything a run needs to go on beside it, whole or not at all.
+
+A checkpoint is written under another name, flushed with its folder and renamed; the one before it stays. checksums.json has
+the SHA-256 of every file, so that a damaged checkpoint is noticed and the one before is taken. Nothing is pickled.
+"""
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hub
+import lora
+import parallel
 from hub import InputError
 
 
@@ -15,55 +21,95 @@ def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer,
     """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
 
     The folder is a model in the hub's layout, with projectors.safetensors, discriminator.safetensors, training.json
-    (step, scores, data) and, where an optimizer is given, resume.safetensors: all that a run needs to go on.
+    (step, scores, data), with LoRA adapter/ and, where an optimizer is given, resume.safetensors: all that a run needs to go
+    on. A checkpoint with an optimizer that was there before stays as FOLDER.previous. Every process calls this, the first one writes.
+    Raises InputError where the disk does not take it; what was there before is untouched then.
     """
-    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save(temporary)
     tensors = {"projectors": projectors and projectors.state_dict(), "discriminator": discriminator and discriminator.state_dict(),
                "resume": optimizer and resume_tensors(optimizer)}
-    for name, content in tensors.items():
-        if content:
-            save_file({k: v.detach().contiguous() for k, v in content.items()}, temporary / f"{name}.safetensors")
-    (temporary / "training.json").write_text(json.dumps(state, indent=2))
-    for path in (*temporary.iterdir(), temporary):
-        hub.flush(path)
+    weights = {name: parallel.whole(tensor.detach()) for name, tensor in student.state_dict().items()}
+    if not parallel.is_first():
+        return
+    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".previous")
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        student.save(temporary, lora.merged(student, weights))
+        if lora.has_lora(student):
+            lora.save_adapter(temporary / "adapter", student, weights, state["student"])
+        for name, content in tensors.items():
+            if content:
+                save_file({k: v.detach().contiguous() for k, v in content.items()}, temporary / f"{name}.safetensors")
+        (temporary / "training.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        checksums = {str(path.relative_to(temporary)): hub.sha256(path) for path in files}
+        (temporary / "checksums.json").write_text(json.dumps(checksums, indent=2), encoding="utf-8")
+        for path in (*temporary.rglob("*"), temporary):
+            hub.flush(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error}); the checkpoint before it is whole: make room, then go on with --resume") from error
+    if previous.exists():
+        shutil.rmtree(previous)
     if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     temporary.rename(folder)
     hub.flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    if optimizer is None and previous.exists():
+        shutil.rmtree(previous)
 
 
 def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments by parameter number, and the state of the random number generators."""
-    tensors = {f"{number}.{name}": value for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    """AdamW's moments by parameter number, and the state of every process's random number generators."""
+    tensors = {f"{number}.{name}": parallel.whole(value) for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
+    states = {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    for rank, of_rank in enumerate(parallel.gather(states)):
+        tensors |= {f"{name}.{rank}": value for name, value in of_rank.items()}
     return tensors
 
 
+def check(folder: Path) -> None:
+    """Raise InputError where a file of a checkpoint is missing or not what was written."""
+    try:
+        checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        wrong = [name for name, checksum in checksums.items() if not (folder / name).is_file() or hub.sha256(folder / name) != checksum]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: this checkpoint is damaged (checksums.json: {error})") from error
+    if wrong:
+        raise InputError(f"{folder}: this checkpoint is damaged ({', '.join(wrong)})")
+
+
 def last_checkpoint(out_dir: Path) -> Path | None:
-    """The checkpoint to go on with, or None where the run had none yet. A run that died between the two renames of
-    save_checkpoint has left the one before as last.old."""
-    last, previous = out_dir / "last", out_dir / "last.old"
-    if previous.exists() and not last.exists():
-        previous.rename(last)
-    return last if last.exists() else None
+    """The checkpoint to go on with, or None where the run had none yet. Where the last one is damaged, or was lost between the
+    two renames of save_checkpoint, the one before is put in its place. Raises InputError where none is whole."""
+    last, previous = out_dir / "last", out_dir / "last.previous"
+    try:
+        if last.exists():
+            check(last)
+            return last
+        if not previous.exists():
+            return None
+    except InputError as error:
+        if not previous.exists():
+            raise
+        print(f"note: {error}; going on from the one before it")
+    check(previous)
+    if last.exists():
+        shutil.rmtree(last)
+    previous.rename(last)
+    return last
 
 
-def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> tuple[int, float]:
-    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → (steps done, best
-    score so far). Raises InputError where a file is damaged."""
+def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> dict:
+    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → training.json's content.
+    Raises InputError where a file is damaged."""
     load_modules(folder, projectors, discriminator)
     try:
         _load_optimizer(folder, optimizer)
         state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return state["step"], state["best_dev_rouge_l"]
-    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder}: this checkpoint is damaged ({error}); best/ beside it may still be whole") from error
+        return {"step": state["step"], "best_dev_rouge_l": state["best_dev_rouge_l"], **state}
+    except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError, TypeError, OSError) as error:
+        raise InputError(f"{folder}: this checkpoint is damaged ({error!r:.200})") from error
 
 
 def load_modules(folder: Path, projectors, discriminator) -> None:
@@ -78,12 +124,16 @@ def load_modules(folder: Path, projectors, discriminator) -> None:
 
 def _load_optimizer(folder: Path, optimizer) -> None:
     tensors = load_file(folder / "resume.safetensors")
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    tensors.pop("rng.cuda", None)
+    states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}
+    if len({name.rsplit(".", 1)[1] for name in states}) != parallel.world():
+        print("note: the run had another number of processes; what is random (dropout) goes on differently")
+    if f"rng.cpu.{parallel.rank()}" in states:
+        torch.set_rng_state(states[f"rng.cpu.{parallel.rank()}"])
+    if f"rng.cuda.{parallel.rank()}" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"rng.cuda.{parallel.rank()}"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = optimizer.state_dict()
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state["state"].setdefault(int(number), {})[name] = value
+        state["state"].setdefault(int(number), {})[name] = parallel.like(value, parameters[int(number)]) if value.dim() else value
     optimizer.load_state_dict(state)

@@ -2,6 +2,7 @@
 
     python eval_rouge.py out/toy-dskd_cma_ga --data toy toy-phrasings --seeds 10 20 30
 
+torchrun --nproc_per_node=8 eval_rouge.py … splits the rows over 8 processes; what is sampled then depends on their number.
 As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over references;
 mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
 
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import hub
+import parallel
 import porter
 import toy
 from config import flag, parse
@@ -109,6 +111,18 @@ def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: 
     return [answers[i] for i in range(len(rows))]
 
 
+def answer_together(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
+                    batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
+    """`answer`, where every process of torchrun answers a part of the rows and gets all answers. A sharded model needs its
+    processes in step, so there each answers everything."""
+    if parallel.world() == 1 or parallel.is_sharded(decoder):
+        return answer(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature, seed, desc)
+    mine = range(parallel.rank(), len(rows), parallel.world())
+    answers = answer(decoder, tokenizer, [rows[i] for i in mine], max_length, max_prompt_length, batch_size, temperature, seed + 1_000_003 * parallel.rank(), desc) if mine else []
+    by_row = {i: text for part in parallel.gather(dict(zip(mine, answers))) for i, text in part.items()}
+    return [by_row[i] for i in range(len(rows))]
+
+
 def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
     """Say how many prompts of a set exceed the limit, in tokens, where any does."""
     if cut := sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows):
@@ -134,10 +148,15 @@ class Config:
 
 
 def main() -> None:
-    config = parse(Config, __doc__, positional=("model",))
+    with parallel.started():
+        evaluate(parse(Config, __doc__, positional=("model",)))
+
+
+def evaluate(config: Config) -> None:
     if not config.model:
         raise InputError("name a checkpoint: python eval_rouge.py CHECKPOINT_OR_NAME --data NAME …")
-    toy.write_data_for(config.data)
+    with parallel.first_goes_first():
+        toy.write_data_for(config.data)
     sets = {name: read_rows(hub.data_file(name, "test"))[:config.num or None] for name in config.data}
     device, dtype = hub.pick_device(config.device, config.dtype)
     decoder, tokenizer = load(config.model, dtype=dtype, device=device), load_tokenizer(config.model)
@@ -158,11 +177,13 @@ def main() -> None:
         tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, max_length - 1))
         scores, matches = [], []
         for seed in passes:
-            answers = answer(decoder, tokenizer, rows, max_length, config.max_prompt_length, config.batch_size,
+            answers = answer_together(decoder, tokenizer, rows, max_length, config.max_prompt_length, config.batch_size,
                              0.0 if seed is None else config.temperature, seed or 0, f"{name}, {'greedy' if seed is None else f'seed {seed}'}")
             each = rouge_l(answers, [row.outputs for row in rows])
             scores.append(100 * statistics.mean(each))
             matches.append(100 * statistics.mean(exact_match(answers, [row.outputs for row in rows])))
+            if not parallel.is_first():
+                continue
             with hub.atomic_write(out_dir / f"answers-{labels[name]}-{'greedy' if seed is None else f'seed{seed}'}.jsonl") as file:
                 for row, text, score in zip(rows, answers, each):
                     file.write(json.dumps({"prompt": row.prompt, "answer": text, "output": row.outputs,
@@ -170,6 +191,8 @@ def main() -> None:
         results[name] = {"rows": len(rows), "rouge_l": statistics.mean(scores), "std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
                          "exact_match": statistics.mean(matches), "rouge_l_by_seed": scores}
 
+    if not parallel.is_first():
+        return
     others = [r["rouge_l"] for name, r in results.items() if not hub.same_data(name, trained_on)]
     summary = {"model": config.model, "seeds": passes, "trained_on": trained_on, "sets": results,
                "ood_mean": statistics.mean(others) if others and trained_on else None}

@@ -4,7 +4,7 @@ A multiplication of (m, k) by (k, n) is 2·m·k·n operations. What counts is wh
 is computed again to save memory, full attention as in the PaLM paper (arXiv 2204.02311).
 
     decoder, forward      2 · (weights of its layers) · tokens + 4 · layers · width · Σ rows length²
-    decoder, backward     twice that; the teacher has none
+    decoder, backward     twice that, with LoRA (lora.py) once; the teacher has none
     student's head        z_s: 6 · N_s · d_s · V_s (forward, and backward to states and weight);   z_t2s: 4 (to states alone)
     teacher's head        z_t: 2 · N_t · d_t · V_t;   z_s2t: 4
     attention A           Q Kᵀ and the two mixtures: 4 · Σ rows S·T · 2d_t, then 6 · Σ S·T · (d_s + d_t)
@@ -35,7 +35,8 @@ def step_flops(options, student, teacher, examples: list[Example], cached: bool 
     Conditional transport, soft-DTW and ULD's sorting are left out: a few hundredths."""
     n_s, n_t = (sum(getattr(e, side).valid for e in examples) for side in ("student", "teacher"))
     d_s, v_s = student.config.hidden_size, student.config.vocab_size
-    total = 3 * decoder_flops(student, [e.student for e in examples]) + 6 * n_s * d_s * v_s
+    of_weights = int(student.embed.weight.requires_grad)        # 0 with LoRA, whose own products are small
+    total = (2 + of_weights) * decoder_flops(student, [e.student for e in examples]) + (4 + 2 * of_weights) * n_s * d_s * v_s
     if options.method in ("sft", "seqkd"):
         return total
     d_t, v_t = teacher.config.hidden_size, teacher.config.vocab_size

@@ -16,7 +16,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
+if int(os.environ.get("RANK", 0)):              # of several processes only the first one shows its progress
+    os.environ["TQDM_DISABLE"] = "1"
+from tqdm import tqdm  # noqa: E402
 
 # Large tensors in huge pages (Linux, CPU): without them a third of a step is the system handing out pages of 4 KB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -215,6 +217,11 @@ def git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def sha256(path: Path) -> str:
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def fingerprint(path: Path, weights: bool = True) -> str:
     """A hash of a file's contents, or of those of a model's folder: config, tokenizer and, unless left out, weights."""
     wanted = ("config.json", *TOKENIZER_FILES)
@@ -222,8 +229,7 @@ def fingerprint(path: Path, weights: bool = True) -> str:
         f for f in path.iterdir() if f.name in wanted or weights and re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", f.name))
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
-            digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+        digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
     return digest.hexdigest()
 
 

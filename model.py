@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 import hub
 from hub import InputError
@@ -87,6 +88,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False
         self.source: Path | None = None     # the folder it was loaded from; save() copies the tokenizer from there
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -107,6 +109,12 @@ class Decoder(nn.Module):
         else:
             positions = mask.long().cumsum(1).sub(1).clamp(min=0)
         return self._hidden(ids, positions, self._masks(mask, ids.size(1), ids.size(1), ids.device), None)
+
+    def run(self, layer, *inputs) -> torch.Tensor:
+        """One block; with `checkpointing`, what it computes inside is thrown away and computed again for its gradient."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) → (..., V)"""
@@ -182,16 +190,17 @@ class Decoder(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         return torch.empty(0, device=device, dtype=torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the hub's layout: config.json, model.safetensors and, copied from `self.source`, the tokenizer's files."""
+    def save(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the hub's layout: config.json, model.safetensors and, copied from `self.source`, the tokenizer's files.
+        weights: what to write in place of the state_dict, where that is in pieces (parallel.shard)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in (weights or self.state_dict()).items():
             if name == "head.weight" and self.config.tie_head:
                 continue
             tensor = tensor.t() if name.endswith(self.transposed) else tensor
-            state[self._hub_name(name)] = tensor.detach().cpu().contiguous()
+            state[self.hub_name(name)] = tensor.detach().cpu().contiguous()
         with hub.whole_file(folder / "model.safetensors") as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
         config = copy.deepcopy(self.config.hub)
@@ -204,7 +213,8 @@ class Decoder(nn.Module):
             if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
                 shutil.copyfile(self.source / name, folder / name)
 
-    def _hub_name(self, name: str) -> str:
+    def hub_name(self, name: str) -> str:
+        """A parameter's name in the hub's files."""
         ours = next(prefix for prefix in self.hub_names if name.startswith(prefix))
         return self.hub_names[ours] + name.removeprefix(ours)
 
@@ -293,7 +303,7 @@ class GPT2(Decoder):
     def _hidden(self, ids, positions, masks, cache):
         x = self.dropout(self.embed(ids) + self.position_embed(positions))
         for layer in self.layers:
-            x = layer(x, masks, cache)
+            x = self.run(layer, x, masks, cache)
         return self.norm(x)
 
 
@@ -379,7 +389,7 @@ class Llama(Decoder):
         rope = angles.cos(), angles.sin()
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x, rope, masks, cache)
+            x = self.run(layer, x, rope, masks, cache)
         return self.norm(x)
 
 
@@ -399,7 +409,10 @@ def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype =
     with torch.device("meta"):              # no memory until the real weights arrive
         decoder = (GPT2 if config.family == "gpt2" else Llama)(config)
     if init == "random":
-        decoder.to_empty(device="cpu")
+        try:
+            decoder.to_empty(device="cpu")
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(f"{folder}: a model of {sum(p.numel() for p in decoder.parameters()):,} parameters does not fit into memory") from error
         decoder.tie()
         decoder.initialize()
         decoder.to(dtype)
@@ -422,10 +435,10 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
             name = f"transformer.{name}"            # the hub's own gpt2 was saved without the prefix
         if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # constants, not weights
             found[name] = tensor
-    wanted = {decoder._hub_name(name): (name, tensor) for name, tensor in decoder.state_dict().items()}
+    wanted = {decoder.hub_name(name): (name, tensor) for name, tensor in decoder.state_dict().items()}
     if decoder.config.tie_head:
         del wanted["lm_head.weight"]
-        embed_name = decoder._hub_name("embed.weight")
+        embed_name = decoder.hub_name("embed.weight")
         if embed_name in found and "lm_head.weight" in found and torch.equal(found["lm_head.weight"], found[embed_name]):
             del found["lm_head.weight"]
     state, problems = {}, []
@@ -440,6 +453,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
         if not tensor.is_floating_point():
             problems.append(f"{hub_name} is {tensor.dtype}, quantized weights are not implemented")
         state[name] = tensor.to(dtype).contiguous()
+        if not torch.isfinite(state[name]).all():
+            problems.append(f"{hub_name} holds numbers that are not finite in {dtype}")
     problems += [f"extra {name}" for name in found]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -458,23 +473,29 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
     paths = [files[0]]
     if files[0].suffix == ".json":
         try:
-            shards = set(json.loads(files[0].read_text())["weight_map"].values())
-            paths = [folder / Path(shard).name for shard in sorted(shards)]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{files[0]}: not an index of shards ({error!r})") from error
+            shards = sorted(set(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [folder / Path(shard).name for shard in shards]
+            outside = [shard for shard, path in zip(shards, paths) if folder / shard != path or shard in ("", ".", "..")]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f"{files[0]}: not an index of shards ({error!r:.200})") from error
+        if outside:
+            raise InputError(f"{files[0]}: names {outside[0]!r:.200}, which is not a file beside it")
     state = {}
     for path in paths:
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
-                    state |= {name: file.get_tensor(name) for name in file.keys() if layers or not re.search(IN_A_LAYER, name)}
+                    content = {name: file.get_tensor(name) for name in file.keys() if layers or not re.search(IN_A_LAYER, name)}
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-                state |= {name: tensor for name, tensor in content.items() if layers or not re.search(IN_A_LAYER, str(name))}
+                content = {name: tensor for name, tensor in content.items() if layers or not re.search(IN_A_LAYER, str(name))}
         except FileNotFoundError as error:
             raise InputError(f"{path}: this file is named by the index but is not there") from error
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read, it is cut or damaged ({error})") from error
         except Exception as error:      # pickle.UnpicklingError and its kin: torch refuses anything but tensors
             raise InputError(f"{path}: not plain weights ({type(error).__name__}); use safetensors") from error
+        if twice := content.keys() & state.keys():
+            raise InputError(f"{path}: holds {min(twice, key=str)!r:.200}, and so does another shard")
+        state |= content
     return state

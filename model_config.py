@@ -15,6 +15,8 @@ from hub import InputError
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
                  "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
+MOST, MOST_LAYERS = 1_000_000_000, 10_000       # of any size in a config.json; beyond it, the file is damaged
+
 # Fields that say nothing about the forward pass of a decoder (names of files, generation defaults, training history).
 HARMLESS = set("""architectures model_type dtype torch_dtype transformers_version _name_or_path name_or_path use_cache
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id initializer_range task_specific_params n_ctx
@@ -86,8 +88,9 @@ class _Fields:
 
     def size(self, name, *default) -> int:
         value = self(name, *default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f'{self.path}: "{name}" is {value!r}, but must be a positive whole number')
+        most = MOST_LAYERS if name in ("n_layer", "num_hidden_layers") else MOST
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise InputError(f'{self.path}: "{name}" is {value!r:.200}, but must be a whole number from 1 to {most:,}')
         return value
 
     def number(self, name, default: float, low: float, high: float = math.inf) -> float:

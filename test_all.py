@@ -13,28 +13,37 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import baselines
 import cache
+import checkpoint
 import cma
 import discriminator
 import distill
 import eval_rouge
 import flops
 import hub
+import lora
+import memory
 import model
+import parallel
 import pictures
 import porter
 import probe
+import run_folder
 import sample
 import soft_dtw
 import tokenize_align as ta
@@ -1252,7 +1261,7 @@ def test_resume_before_the_first_checkpoint(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file, content, message", [
     ("config.json", "{}", "not the folder of a run"), ("config.json", "[", "not the folder of a run"), ("last/training.json", "{", "damaged"),
-    ("last/resume.safetensors", "xx", "damaged"), ("last/model.safetensors", "xx", "cut or damaged"), ("metrics.jsonl", None, "metrics.jsonl is missing")])
+    ("last/resume.safetensors", "xx", "damaged"), ("last/model.safetensors", "xx", "damaged .model.safetensors"), ("metrics.jsonl", None, "metrics.jsonl is missing")])
 def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1", method="sft"))
     (tmp_path / "run" / file).unlink() if content is None else (tmp_path / "run" / file).write_text(content)
@@ -1262,17 +1271,14 @@ def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monk
         run_main(train, monkeypatch, "--out_dir", tmp_path / "run/best", "--resume")
 
 
-def test_a_step_that_explodes_is_not_taken(world, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="step 2: the loss is .* was not taken"):
+def test_steps_that_explode_end_the_run(world, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="3 steps in a row, up to step 4"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--lr", "1e30", "--save_interval", "1", "--max_steps", "9", method="sft"))
-    assert len(metrics(tmp_path / "run")) == 1
+    assert ["skipped_rows" in r for r in metrics(tmp_path / "run")] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("method", ("dskd_cma_ga", "dwa_kd", "mined"))
 def test_resume_is_exact(method, world, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     run_main(train, monkeypatch, *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4", method=method))
     real_append = train.append_line
 
@@ -1284,16 +1290,13 @@ def test_resume_is_exact(method, world, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run_main(train, monkeypatch, *flags(world, tmp_path / "cut", "--save_interval", "2", "--eval_interval", "4", method=method))
     monkeypatch.setattr(train, "append_line", real_append)
-    (tmp_path / "cut/last").rename(tmp_path / "cut/last.old")          # as if it had died while renaming
+    shutil.rmtree(tmp_path / "cut/last.previous")
+    (tmp_path / "cut/last").rename(tmp_path / "cut/last.previous")      # as if it had died while renaming
     steps, real_distill = [], train.distill
     monkeypatch.setattr(train, "distill", lambda *args: steps.append(1) or real_distill(*args))
     run_main(train, monkeypatch, "--out_dir", tmp_path / "cut", "--resume")
-    assert stable(metrics(tmp_path / "whole")) == stable(metrics(tmp_path / "cut")) and len(steps) == len(metrics(tmp_path / "whole")) - 6
-    files = [{str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()} for name in ("whole", "cut")]
-    assert files[0].keys() == files[1].keys() and {"last/vocab.json", "last/resume.safetensors", "best/merges.txt"} <= files[0].keys()
-    for file in files[0].keys() - {"config.json", "metrics.jsonl"}:
-        assert files[0][file] == files[1][file], file
-    assert not list((tmp_path / "cut").glob("*.tmp")) + list((tmp_path / "cut").glob("*.old"))
+    assert len(steps) == len(metrics(tmp_path / "whole")) - 6
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_learning_rate():
@@ -1335,6 +1338,655 @@ def test_bfloat16(method, more, world, tmp_path, monkeypatch):
     for half, full in zip(metrics(tmp_path / "half"), metrics(tmp_path / "full")):
         assert abs(half["loss"] - full["loss"]) < 0.05 * full["loss"] and half["loss"] != full["loss"]
     assert load_file(tmp_path / "half/best/model.safetensors")["transformer.wte.weight"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ a run is never lost
+
+class Killed(BaseException):
+    """What kill -9 is to a program, but for its finally blocks."""
+
+
+QUICK = ["--max_steps", "4", "--save_interval", "1", "--eval_interval", "2", "--eval_num", "2"]
+
+
+def assert_same_run(whole, cut, but=()):
+    assert stable(metrics(whole)) == stable(metrics(cut))
+    files = [{str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()} for folder in (whole, cut)]
+    assert files[0].keys() == files[1].keys() and {"last/vocab.json", "last/resume.safetensors", "best/merges.txt"} <= files[0].keys()
+    for file in files[0].keys() - {"config.json", "metrics.jsonl", *but}:
+        assert files[0][file] == files[1][file], file
+    assert not [f for f in cut.iterdir() if f.name.endswith((".tmp", ".partial"))]
+
+
+@pytest.fixture(scope="module")
+def quick_run(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "leave_pictures", lambda *args: [])
+        run_main(train, patch, *flags(world, folder, *QUICK))
+    return folder
+
+
+def test_killed_at_every_disk_operation_of_a_checkpoint(quick_run, world, tmp_path, monkeypatch):
+    """Before, and where it writes in the midst of, each operation by which the second checkpoints are saved."""
+    state = {"counting": False, "count": 0, "kill_at": None}
+
+    def counted(real, half=None):
+        def operation(*args, **more):
+            if state["counting"]:
+                state["count"] += 1
+                if state["count"] == state["kill_at"]:
+                    if half:
+                        half(*args)
+                    raise Killed
+            return real(*args, **more)
+        return operation
+
+    def half_a_file(content, path, **more):
+        Path(path).write_bytes(b"\x40\0\0\0\0\0\0\0{")
+
+    real_distill = train.distill
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "distill", lambda *args: state.update(counting=args[-1] == 1) or real_distill(*args))
+        patch.setattr(checkpoint, "save_file", counted(checkpoint.save_file, half_a_file))
+        patch.setattr(model, "save_file", counted(model.save_file, half_a_file))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(Path, "write_text", counted(Path.write_text, lambda path, text, **more: path.write_bytes(text.encode()[:5])))
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree, lambda path, **more: next(Path(path).iterdir()).unlink()))
+        patch.setattr(shutil, "copyfile", counted(shutil.copyfile, lambda source, target: Path(target).write_text("{")))
+        run_main(train, monkeypatch, *flags(world, tmp_path / "count", *QUICK))
+        operations = state["count"]
+        assert operations > 20
+        for kill_at in range(1, operations + 1):
+            state.update(counting=False, count=0, kill_at=kill_at)
+            out = tmp_path / f"run{kill_at}"
+            with pytest.raises(Killed):
+                run_main(train, monkeypatch, *flags(world, out, *QUICK))
+            state.update(counting=False, kill_at=None)
+            run_main(train, monkeypatch, "--out_dir", out, "--resume")
+            assert_same_run(quick_run, out)
+            shutil.rmtree(out)
+
+
+def test_kill_9(quick_run, world, tmp_path):
+    """Three times at moments that nobody chose."""
+    out, rng, kills = tmp_path / "run", random.Random(5), 0
+    command = [sys.executable, str(HERE / "train.py")]
+    while kills < 3:
+        argv = ["--out_dir", str(out), "--resume"] if (out / "config.json").exists() else flags(world, out, *QUICK)
+        process = subprocess.Popen([*command, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE)
+        start, lines = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0, 0
+        while process.poll() is None and lines <= start:                   # until it has taken a step …
+            time.sleep(0.02)
+            lines = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+        time.sleep(rng.uniform(0, 0.2))                                    # … and some time
+        process.kill()
+        kills += process.wait() == -9
+        if process.returncode == 0:
+            break
+    subprocess.run([*command, "--out_dir", str(out), "--resume"], check=True, capture_output=True, cwd=HERE)
+    pictures_too = [str(p.relative_to(out)) for p in out.glob("*.png")]
+    assert kills and pictures_too
+    for picture in pictures_too:
+        (out / picture).unlink()
+    assert_same_run(quick_run, out)
+
+
+@pytest.mark.parametrize("file", ("model.safetensors", "resume.safetensors", "training.json", "projectors.safetensors", "checksums.json", "merges.txt"))
+def test_a_damaged_checkpoint_is_noticed(file, quick_run, world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(quick_run, out)
+    damaged = out / "last" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    run_main(train, monkeypatch, "--out_dir", out, "--resume")
+    printed = capsys.readouterr().out
+    assert f"{out}/last: this checkpoint is damaged ({'' if file == 'checksums.json' else file}" in printed and "the one before" in printed and "from step 3" in printed
+    assert_same_run(quick_run, out, but=[str(f.relative_to(out)) for f in out.glob("last.previous/*")] )
+    for folder in ("last", "last.previous"):
+        (out / folder / "training.json").unlink()
+    with pytest.raises(InputError, match="damaged .*training.json"):
+        run_main(train, monkeypatch, "--out_dir", out, "--resume")
+
+
+def test_nothing_is_unpickled(monkeypatch):
+    for name in ("checkpoint.py", "run_folder.py", "train.py", "lora.py", "cache.py"):
+        assert "torch.load" not in (HERE / name).read_text() and "pickle" not in (HERE / name).read_text().replace("Nothing is pickled", "").replace("allow_pickle=False", "")
+
+
+@pytest.mark.parametrize("where", ("step", "scoring"))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_saves_and_leaves(where, number, quick_run, world, tmp_path, monkeypatch, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    real = train.distill if where == "step" else train.answer_together
+    calls = []
+
+    def caught(*args, **more):
+        calls.append(1)
+        if where == "step" and args[-1] == 2 or where == "scoring" and len(calls) == 1:
+            signal.raise_signal(number)
+            assert where == "step"              # a scoring does not go on
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "distill" if where == "step" else "answer_together", caught)
+        with pytest.raises(SystemExit) as left:
+            run_main(train, monkeypatch, *flags(world, tmp_path / "run", *QUICK[:2], "--eval_interval", "2", "--eval_num", "2", "--save_interval", "99"))
+    step = 3 if where == "step" else 2
+    assert left.value.code == 128 + number and [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert f"stopped by {number.name} after step {step} of 4" in (printed := capsys.readouterr().out) and f"train.py --out_dir {tmp_path}/run --resume" in printed
+    assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == step
+    run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
+    assert stable(metrics(tmp_path / "run")) == stable(metrics(quick_run))
+    for file in ("best/model.safetensors", "last/model.safetensors", "last/resume.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (quick_run / file).read_bytes()
+
+
+def test_sigterm_from_outside(quick_run, world, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *flags(world, out, *QUICK[2:], "--max_steps", "4000")], stdout=subprocess.PIPE, text=True, cwd=HERE)
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
+    assert process.returncode == 143 and f"train.py --out_dir {out} --resume" in printed
+    state = json.loads((out / "last/training.json").read_text())
+    assert state["step"] == len(metrics(out)) + ("unfinished" in state)
+
+
+def test_a_full_disk(quick_run, world, tmp_path, monkeypatch):
+    """A file may have no more bytes than the weights: resume.safetensors, which is larger, cannot be written."""
+    out = tmp_path / "run"
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        real_append = train.append_line
+        patch.setattr(train, "append_line", lambda path, record: real_append(path, record) if record["step"] < 3 else (_ for _ in ()).throw(Killed))
+        run_main(train, monkeypatch, *flags(world, out, *QUICK))
+    before = {f: f.read_bytes() for f in (out / "last").rglob("*")}
+    limit = (out / "last/resume.safetensors").stat().st_size - 1000
+    assert limit > (out / "last/model.safetensors").stat().st_size
+    code = (f"import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+            f"sys.argv = ['train.py', '--out_dir', {str(out)!r}, '--resume']; sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(error) == 1 and "cannot be written" in error[0] and "make room" in error[0] and "Traceback" not in result.stderr
+    assert before == {f: f.read_bytes() for f in (out / "last").rglob("*")} and not (out / "last.tmp").exists()
+    run_main(train, monkeypatch, "--out_dir", out, "--resume")
+    assert_same_run(quick_run, out)
+    with pytest.raises(InputError, match="metrics.jsonl: cannot be written"):
+        train.append_line(Path("/dev/full/metrics.jsonl") if not Path("/dev/full").exists() else tmp_path / "no/metrics.jsonl", {})
+
+
+def test_steps_that_are_not_finite(world, tmp_path, monkeypatch, capsys):
+    real = train.distill
+
+    def poisoned(bad):
+        def spy(options, batch, *rest):
+            parts = real(options, batch, *rest)
+            return parts | {"loss": parts["loss"] * float("nan")} if rest[-1] in bad else parts
+        return spy
+    seen = []
+    real_step_flops = train.step_flops
+    monkeypatch.setattr(train, "step_flops", lambda config, student, teacher, examples, cached: seen.append(sorted(e.row for e in examples)) or real_step_flops(config, student, teacher, examples, cached))
+    monkeypatch.setattr(train, "distill", poisoned({1, 2, 4}))
+    run_main(train, monkeypatch, *flags(world, tmp_path / "a", *QUICK[2:], "--max_steps", "5"))
+    records = metrics(tmp_path / "a")
+    assert [i for i, r in enumerate(records) if "skipped_rows" in r] == [1, 2, 4] == [i for i, r in enumerate(records) if "loss" not in r]
+    assert all(records[i]["skipped_rows"] == seen[i] for i in (1, 2, 4)) and "NaN" not in (tmp_path / "a/metrics.jsonl").read_text()
+    assert f"Its rows, from 0: {', '.join(map(str, seen[1]))}" in capsys.readouterr().out
+    assert (tmp_path / "a/last/model.safetensors").read_bytes() == (tmp_path / "a/last.previous/model.safetensors").read_bytes()      # step 5 took no step
+    monkeypatch.setattr(train, "distill", poisoned({2, 3, 4}))
+    with pytest.raises(InputError, match="3 steps in a row, up to step 5.*last good"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "b", *QUICK[2:], "--max_steps", "9"))
+    assert len(metrics(tmp_path / "b")) == 5 and "skipped_rows" in metrics(tmp_path / "b")[4]
+    weights = load_file(tmp_path / "b/last/model.safetensors")
+    assert all(torch.isfinite(x).all() for x in weights.values())
+    with pytest.raises(InputError, match="3 steps in a row, up to step 5"):            # two of them were before the checkpoint
+        run_main(train, monkeypatch, "--out_dir", tmp_path / "b", "--resume")
+    monkeypatch.setattr(train, "distill", real)
+    run_main(train, monkeypatch, "--out_dir", tmp_path / "b", "--resume")
+    assert len(metrics(tmp_path / "b")) == 9
+
+
+def test_one_run_a_folder(quick_run, world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(quick_run, out)
+    content = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    with run_folder.locked(out):
+        for more in (["--resume", "--out_dir", out], flags(world, out, "--overwrite")):
+            with pytest.raises(InputError, match="another run is writing there"):
+                run_main(train, monkeypatch, *more)
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        with run_folder.locked(empty), pytest.raises(InputError, match="another run is writing there"):
+            run_main(train, monkeypatch, *flags(world, empty))
+    assert content == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} and not any(empty.iterdir())
+    run_main(train, monkeypatch, "--resume", "--out_dir", out)                  # the lock is gone with its holder
+
+
+def test_folders_that_are_links_or_cannot_be_written(world, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for more in ([], ["--overwrite"]):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "link", "--max_steps", "1", *more, method="sft"))
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/best/model.safetensors").exists() and len(metrics(tmp_path / "disk")) == 1
+    run_main(train, monkeypatch, "--out_dir", tmp_path / "link", "--resume")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    (tmp_path / "disk/kept").symlink_to(precious)
+    run_main(train, monkeypatch, *flags(world, tmp_path / "link", "--max_steps", "1", "--overwrite", method="sft"))
+    assert (precious / "thesis.txt").read_text() == "mine"                      # a link in the folder is deleted, not what it shows
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="link to nothing"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "nowhere", method="sft"))
+    real_access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "read-only" and real_access(path, mode))
+    (tmp_path / "read-only").mkdir()
+    for out in (tmp_path / "read-only", tmp_path / "read-only/a/b"):
+        with pytest.raises(InputError, match="nothing can be written"):
+            run_main(train, monkeypatch, *flags(world, out, method="sft"))
+    assert not any((tmp_path / "read-only").iterdir())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: lines[:1] + lines[2:], "line of step 2 is missing"), (lambda lines: lines[:2] + ["{\n"] + lines[3:], "line of step 3 is missing")])
+def test_metrics_without_gap(change, message, quick_run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(quick_run, out)
+    path = out / "metrics.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(True))))
+    with pytest.raises(InputError, match=message):
+        run_main(train, monkeypatch, "--out_dir", out, "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+def torchrun(processes, script, *argv, check=True, timeout=240):
+    """Run a script as torchrun does; OMP_NUM_THREADS and the rest of the environment are ours."""
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script), *map(str, argv)],
+                            capture_output=True, text=True, cwd=HERE, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def odd_world(world, tmp_path_factory):
+    """41 training rows: in steps of 8, the last step of an epoch has one row, and one process has none."""
+    folder = tmp_path_factory.mktemp("odd")
+    shutil.copytree(world / "data", folder / "data")
+    lines = (folder / "data/train.jsonl").read_text().splitlines(True)[:41]
+    (folder / "data/train.jsonl").write_text("".join(lines))
+    return folder / "data"
+
+
+def compared(one, two, files=("best/model", "last/model", "last/projectors")):
+    """Runs of one and of two processes: the same losses and the same weights, but for rounding."""
+    a, b = metrics(one), metrics(two)
+    assert len(a) == len(b) == 12
+    for x, y in zip(stable(a), stable(b)):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert abs(x[name] - y[name]) <= 1e-5 * max(1, abs(x[name])), (x["step"], name, x[name], y[name])
+    for file in files:
+        x, y = (load_file(run / f"{file}.safetensors") for run in (one, two))
+        assert x.keys() == y.keys()
+        for name in x:          # a key's bias has no gradient but rounding, which AdamW enlarges
+            torch.testing.assert_close(y[name], x[name], rtol=1e-4, atol=1e-5)
+
+
+TWO = ["--batch_size", "4", "--grad_accum", "2", "--eval_interval", "6", "--probe_interval", "6"]
+
+
+def test_two_processes_equal_one(world, odd_world, tmp_path, monkeypatch):
+    argv = lambda out: [*flags(world, out, *TWO, method="dskd_cma"), "--data", str(odd_world)]
+    run_main(train, monkeypatch, *argv(tmp_path / "one"))
+    result = torchrun(2, HERE / "train.py", *argv(tmp_path / "two"))
+    assert result.stdout.count("ROUGE-L, greedy") == 1              # only the first one prints
+    compared(tmp_path / "one", tmp_path / "two")
+    assert json.loads((tmp_path / "one/results.json").read_text()) == json.loads((tmp_path / "two/results.json").read_text())
+    # both go on from the same checkpoint to the same end, in parts or whole
+    for name in ("parts", "again"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+        checkpoint_of_step_6(tmp_path / name, world, odd_world, monkeypatch, argv(tmp_path / f"{name}-six"))
+    torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "parts", "--resume", "--shard_student", "--shard_teacher")
+    torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "again", "--resume")
+    for name in ("parts", "again"):
+        compared(tmp_path / "one", tmp_path / name)
+    # scores are the same, whoever answers
+    run_main(eval_rouge, monkeypatch, tmp_path / "one", "--data", world / "data", "--greedy", "--out_dir", tmp_path / "scores1")
+    torchrun(2, HERE / "eval_rouge.py", tmp_path / "one", "--data", world / "data", "--greedy", "--out_dir", tmp_path / "scores2")
+    assert (tmp_path / "scores1/rouge.json").read_text() == (tmp_path / "scores2/rouge.json").read_text()
+
+
+def checkpoint_of_step_6(out, world, data, monkeypatch, argv):
+    """Put a checkpoint of step 6 in place of the last one."""
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        real_append = train.append_line
+        patch.setattr(train, "append_line", lambda path, record: real_append(path, record) or record["step"] == 6 and signal.raise_signal(signal.SIGTERM))
+        run_main(train, patch, *argv)
+    shutil.rmtree(out / "last")
+    shutil.copytree(Path(argv[argv.index("--out_dir") + 1]) / "last", out / "last")
+    assert json.loads((out / "last/training.json").read_text())["step"] == 6
+
+
+def test_sharded_from_the_start(world, odd_world, tmp_path, monkeypatch):
+    """Each process keeps its part of every layer: the same run, and the memory that memory.py says."""
+    script = tmp_path / "counted.py"
+    script.write_text("""
+import json, sys, torch, train, parallel
+from torch.distributed.tensor import DTensor
+local = lambda x: x.to_local() if isinstance(x, DTensor) else x
+size = lambda tensors: sum(local(x).nbytes for x in tensors)
+counts, real_clip, real_distill = {}, parallel.clip_gradients, train.distill
+def clip(parameters, largest):
+    counts["gradients"] = size(p.grad for p in parameters if p.grad is not None)
+    return real_clip(parameters, largest)
+def distill(options, batch, student, teacher, *rest):
+    counts["student"], counts["teacher"] = size(student.parameters()), size(teacher.parameters())
+    return real_distill(options, batch, student, teacher, *rest)
+parallel.clip_gradients, train.distill = clip, distill
+real_save = train.save_checkpoint
+def save(folder, student, projectors, discriminator, optimizer, state):
+    if optimizer is not None:
+        counts["moments"] = size(x for values in optimizer.state.values() for name, x in values.items() if name != "step")
+        if parallel.is_first():
+            json.dump(counts, open(sys.argv[0] + ".json", "w"))
+    return real_save(folder, student, projectors, discriminator, optimizer, state)
+train.save_checkpoint = save
+train.main()
+""")
+    argv = lambda out: [*flags(world, out, *TWO, method="dskd_cma"), "--data", str(odd_world)]
+    run_main(train, monkeypatch, *argv(tmp_path / "one"))
+    torchrun(2, script, *argv(tmp_path / "two"), "--shard_student", "--shard_teacher")
+    compared(tmp_path / "one", tmp_path / "two")
+    counts = json.loads(script.with_name("counted.py.json").read_text())
+    student, teacher = (memory.shape_of(str(world / side)) for side in ("student", "teacher"))
+    projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True)
+    expected = memory.state_bytes(student, teacher, [projectors], 4, 2, shard_student=True, shard_teacher=True)
+    assert counts == {"student": expected["student's weights"], "teacher": expected["teacher's weights"], "gradients": expected["gradients"], "moments": expected["AdamW's moments"]}
+    alone = memory.state_bytes(student, teacher, [projectors], 4)
+    assert expected["student's weights"] < alone["student's weights"] and expected["teacher's weights"] < alone["teacher's weights"]
+
+
+def test_memory_of_one_process(world, tmp_path, monkeypatch, capsys):
+    for more, lora_rank in (([], 0), (["--lora_rank", "3"], 3), (["--cache_teacher"], 0)):
+        counts, real_clip, real_save = {}, parallel.clip_gradients, train.save_checkpoint
+        size = lambda tensors: sum(x.nbytes for x in tensors)
+
+        def clip(parameters, largest):
+            counts["gradients"] = counts.get("gradients", 0) + size(p.grad for p in parameters if p.grad is not None)
+            return real_clip(parameters, largest)
+
+        def save(folder, student, projectors, discriminator, optimizer, state):
+            if optimizer is not None:
+                counts.update({"student's weights": size(student.parameters()), "projectors and adversary": size([*projectors.parameters(), *discriminator.parameters()]),
+                               "AdamW's moments": size(x for values in optimizer.state.values() for name, x in values.items() if name != "step")})
+            return real_save(folder, student, projectors, discriminator, optimizer, state)
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "clip_gradients", clip)
+            patch.setattr(train, "save_checkpoint", save)
+            run_main(train, patch, *flags(world, tmp_path / f"run{lora_rank}{len(more)}{more[:1]}", "--max_steps", "1", *more))
+        run_main(memory, monkeypatch, "--student", world / "student", "--teacher", world / "teacher", "--dtype", "float32", *(more if "--cache_teacher" in more else []),
+                 *(["--lora_rank", lora_rank] if lora_rank else []))
+        student, teacher = memory.shape_of(str(world / "student")), memory.shape_of(str(world / "teacher"))
+        if lora_rank:
+            lora.add_lora(student, lora_rank, 8.0, 0.1)
+        sizes = student.config.hidden_size, teacher.config.hidden_size
+        expected = memory.state_bytes(student, teacher, [cma.Projectors(*sizes, query=True), discriminator.Discriminator(2 * sizes[1])], 4, cache_teacher="--cache_teacher" in more)
+        loaded = model.load(world / "teacher", layers="--cache_teacher" not in more)
+        assert counts | {"teacher's weights": size(loaded.parameters())} == expected
+        assert f"{sum(expected.values()) / 1e9:8.2f} GB" in capsys.readouterr().out
+
+
+def test_several_processes_refuse(world, tmp_path, monkeypatch):
+    result = torchrun(2, HERE / "train.py", *flags(world, tmp_path / "run", "--batch_size", "8"), check=False)
+    assert result.returncode and "--batch_size 4 --grad_accum 2" in result.stderr and "Traceback" not in result.stderr.split("torch/distributed")[0] and not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="torchrun"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--shard_student"))
+    for more in (["--shard_teacher", "--cache_teacher"], ["--lora_rank", "2", "--student_init", "random"], ["--lora_alpha", "2"]):
+        with pytest.raises(InputError, match="--" + more[0].strip("-")):
+            run_main(train, monkeypatch, *flags(world, tmp_path / "run", *more))
+
+
+def test_a_dead_process_ends_the_others(world, odd_world, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text("""
+import os, train
+real = train.distill
+def distill(*args):
+    if args[-1] == 2 and os.environ["RANK"] == "1":
+        raise train.InputError("the second process dies here")
+    return real(*args)
+train.distill = distill
+train.hub.run(train.main)
+""")
+    started = time.monotonic()
+    result = torchrun(2, script, *flags(world, tmp_path / "run", *TWO, "--save_interval", "1", method="dskd_cma"), "--data", odd_world, check=False, timeout=120)
+    assert result.returncode and "error: the second process dies here" in result.stderr and time.monotonic() - started < 100
+    assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == 2
+    torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "run", "--resume")
+    assert len(metrics(tmp_path / "run")) == 12
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+@pytest.mark.parametrize("side", ("student", "teacher"))        # a GPT-2, a Llama
+def test_lora_equals_peft(side, world, tmp_path, monkeypatch):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    argv = ["--student", world / side, "--method", "sft", "--data", world / "data", "--max_length", "128", "--max_prompt_length", "100", "--batch_size", "8", "--eval_num", "2",
+            "--max_steps", "6", "--save_interval", "3", "--lora_rank", "4", "--lora_alpha", "8", "--lr", "1e-2"]
+    run_main(train, monkeypatch, *argv, "--out_dir", tmp_path / "run")
+    ids = torch.randint(0, 500, (2, 12))
+    merged = model.load(tmp_path / "run/last")
+    logits = merged.logits(merged(ids)).detach()
+    base = model.load(world / side)
+    assert (logits - base.logits(base(ids))).abs().max() > 0.01             # it has learned something
+    reference = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(world / side), tmp_path / "run/last/adapter").eval()
+    close(logits, reference(ids).logits.detach())
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/last").eval()
+    close(logits, reference(ids).logits.detach())
+    # our own model with the adapter, unmerged; and what the frozen weights are
+    lora.add_lora(base, 4, 8.0, 0.1)
+    lora.load_adapter(tmp_path / "run/last/adapter", base)
+    close(base.eval().logits(base(ids)).detach(), logits, 1e-5)
+    assert {n.rsplit(".", 1)[1] for n, p in base.named_parameters() if p.requires_grad} == {"a", "b"}
+    linears = [part for part in model.load(world / side).layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert sum(isinstance(part, lora.LoRA) for part in base.modules()) == len(linears)
+    before, after = load_file(world / side / "model.safetensors"), load_file(tmp_path / "run/last/model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name in before if ".h." in name and name.endswith(
+        ("c_attn.weight", "c_proj.weight", "c_fc.weight")) or "_proj.weight" in name}
+    # resumed exactly
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        real = train.append_line
+        patch.setattr(train, "append_line", lambda path, record: real(path, record) if record["step"] < 5 else (_ for _ in ()).throw(Killed))
+        run_main(train, patch, *argv, "--out_dir", tmp_path / "cut")
+    run_main(train, monkeypatch, "--out_dir", tmp_path / "cut", "--resume")
+    assert stable(metrics(tmp_path / "cut")) == stable(metrics(tmp_path / "run"))
+    for file in ("model.safetensors", "resume.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "cut/last" / file).read_bytes() == (tmp_path / "run/last" / file).read_bytes()
+    (tmp_path / "cut/last/adapter/adapter_model.safetensors").write_text("x")
+    with pytest.raises(InputError, match="adapter"):
+        lora.load_adapter(tmp_path / "cut/last/adapter", base)
+
+
+def test_lora_distils(world, odd_world, tmp_path, monkeypatch):
+    """With every other option: the same steps whether cut into parts, checkpointed or plain."""
+    argv = lambda out, *more: [*flags(world, out, *TWO, "--lora_rank", "4", "--lora_dropout", "0", *more, method="dskd_cma"), "--data", str(odd_world)]
+    run_main(train, monkeypatch, *argv(tmp_path / "one"))
+    assert metrics(tmp_path / "one")[-1]["loss"] < metrics(tmp_path / "one")[0]["loss"]
+    torchrun(2, HERE / "train.py", *argv(tmp_path / "two", "--shard_student", "--shard_teacher", "--gradient_checkpointing"))
+    compared(tmp_path / "one", tmp_path / "two", files=("best/model", "last/model", "last/projectors", "last/adapter/adapter_model"))
+
+
+@pytest.mark.parametrize("side", ("student", "teacher"))
+def test_gradient_checkpointing(side, world):
+    """The same gradients, also with dropout, and less is kept."""
+    ids, results, kept = torch.randint(0, 500, (2, 30)), [], []
+    for checkpointing in (False, True):
+        decoder = model.load(world / side).train()
+        for part in decoder.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.3
+        decoder.checkpointing = checkpointing
+        torch.manual_seed(3)
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x.nbytes) or x, lambda x: x):
+            hidden = decoder(ids)
+        kept.append(sum(seen))
+        hidden.square().sum().backward()
+        results.append([p.grad for p in decoder.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and len(results[0]) == len(results[1]) and kept[1] < 0.5 * kept[0]
+
+
+# -------------------------------------------------------------------------------------------------------- hostile files
+
+def test_hostile_weights(world, tmp_path):
+    def folder_with(name, tensors=None, index=None, **config):
+        folder = tmp_path / name
+        shutil.copytree(world / "student", folder)
+        if config:
+            (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+        if index is not None:
+            (folder / "model.safetensors").unlink()
+            (folder / "model.safetensors.index.json").write_text(index)
+        if tensors:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    whole = load_file(world / "student/model.safetensors")
+    name = "transformer.h.0.attn.c_attn.weight"
+    cases = [(folder_with("nan", whole | {name: torch.full_like(whole[name], float("nan"))}), f"{name} holds numbers that are not finite"),
+             (folder_with("inf", whole | {name: whole[name] / 0}), "not finite"),
+             (folder_with("layers", n_layer=10**9), "from 1 to 10,000"), (folder_with("vocabulary", vocab_size=10**18), "from 1 to"), (folder_with("negative", n_embd=-64), "from 1 to"),
+             (folder_with("wide", n_inner=10**9), "the config wants"), (folder_with("deep", index="[" * 100_000), "not an index")]
+    for i, shard in enumerate(("../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..")):
+        cases.append((folder_with(f"outside{i}", index=json.dumps({"weight_map": {"x": shard}})), "not a file beside it"))
+    twice = folder_with("twice", index=json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    for number in "12":
+        save_file(whole, twice / f"{number}.safetensors")
+    cases.append((twice, "so does another shard"))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}}).encode()
+    absurd = folder_with("absurd")
+    (absurd / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    cases.append((absurd, "cut or damaged"))
+    double = folder_with("double")
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (double / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    cases.append((double, "damaged|extra|missing"))
+    for folder, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            model.load(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    with pytest.raises(InputError, match="does not fit into memory"):
+        model.load(folder_with("huge", n_inner=10**9, n_layer=1000, vocab_size=10**9), init="random")
+
+
+def test_hostile_rows(tmp_path):
+    good = b'{"prompt": "a", "output": "b"}\n'
+    cases = [(b"\0" * 50 + b"\n", ":2: not JSON"), (b'{"prompt": "a", "output": "\0"}\n', ":2: not JSON"), (b'{"prompt": "' + b"a" * 100_000_000 + b'", "output": "b"}\n', ":2: 100,000,029 characters"),
+             (b'{"prompt": "\xff", "output": "b"}\n', ":2: not UTF-8"), (b'{"prompt": "\xed\xa0\x80", "output": "b"}\n', ":2: not UTF-8"), (rb'{"prompt": "\ud800", "output": "b"}' + b"\n", ":2: half of a surrogate"),
+             (b"[" * 200_000 + b"\n", ":2: not JSON"), (b'{"prompt": ' + b"9" * 5000 + b', "output": "b"}\n', ":2: "), (b'{"prompt": "a", "output": "b"} {}\n', ":2: not JSON")]
+    for content, message in cases:
+        (tmp_path / "rows.jsonl").write_bytes(good + content)
+        with pytest.raises(InputError, match=message) as error:
+            ta.read_rows(tmp_path / "rows.jsonl")
+        assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + good)
+    assert ta.read_rows(tmp_path / "rows.jsonl") == [ta.Row("a", ["b"])]
+    (tmp_path / "rows.jsonl").write_bytes(rb'{"prompt": "a\u0000", "output": "b"}')
+    assert ta.read_rows(tmp_path / "rows.jsonl")[0].prompt == "a\0"              # an escaped NUL is a character like others
+
+
+JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+FUZZ = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+
+
+def damage(data, content: bytes) -> bytes:
+    """Some JSON with a value changed, or some bytes with a few flipped, cut or put in."""
+    kind = data.draw(st.sampled_from(("value", "bytes", "cut")))
+    if kind == "cut":
+        return content[:data.draw(st.integers(0, len(content)))]
+    if kind == "value":
+        try:
+            whole = [json.loads(content)]
+        except ValueError:
+            return b""
+        node, path = whole, []
+        while isinstance(node, (dict, list)) and node and (not path or data.draw(st.booleans())):
+            path.append((node, data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))))
+            node = node[path[-1][1]]
+        holder, key = path[-1]
+        holder[key] = data.draw(JSON_VALUES)
+        return json.dumps(whole[0]).encode("utf-8", "surrogatepass")
+    content = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place:place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    return bytes(content)
+
+
+@hypothesis.given(data=st.data())
+@FUZZ
+def test_fuzz_rows(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    line = json.dumps({"instruction": "é", "input": "x", "prompt": "p", "output": ["a", "b"]}).encode()
+    path.write_bytes(data.draw(st.one_of(st.binary(max_size=60), st.just(damage(data, line) + b"\n" + line))))
+    try:
+        assert all(row.prompt.strip() and row.outputs for row in ta.read_rows(path))
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+@hypothesis.given(data=st.data())
+@FUZZ
+def test_fuzz_tokenizer_files(data, world, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "fuzz-tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    kind = data.draw(st.sampled_from(("student", "teacher", "json")))
+    if kind == "json":
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(byte_level_json({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+        (folder / "config.json").write_text("{}")
+    else:
+        shutil.copytree(world / kind, folder)
+    names = [f.name for f in sorted(folder.iterdir()) if f.name in hub.TOKENIZER_FILES or f.name == "config.json"]
+    path = folder / data.draw(st.sampled_from(names))
+    path.write_bytes(damage(data, path.read_bytes()))
+    try:
+        tokenizer = ta.load_tokenizer(folder)
+        for text in ("hello world", "12 é\n"):
+            ids, spans = tokenizer.encode_with_spans(text)
+            assert len(ids) == len(spans) and all(0 <= i < tokenizer.vocab_size for i in ids)
+            tokenizer.decode(ids)
+    except InputError as error:
+        assert "\n" not in " ".join(str(error).split())
+
+
+@hypothesis.given(data=st.data())
+@FUZZ
+def test_fuzz_checkpoints(data, quick_run, tmp_path_factory):
+    out = tmp_path_factory.getbasetemp() / "fuzz-run"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(quick_run / "last", out / "last")
+    path = out / "last" / data.draw(st.sampled_from(("config.json", "model.safetensors", "projectors.safetensors", "resume.safetensors", "training.json", "checksums.json")))
+    before = path.read_bytes()
+    path.write_bytes(damage(data, before))
+    changed = path.read_bytes() != before
+    try:
+        checkpoint.last_checkpoint(out)
+        assert not changed or path.name == "checksums.json"
+    except InputError as error:
+        assert changed and "damaged" in str(error)
+    projectors, adversary = cma.Projectors(64, 24, query=True), discriminator.Discriminator(48)
+    try:                                        # as if its checksum were right
+        student = model.load(out / "last")
+        optimizer = torch.optim.AdamW([*student.parameters(), *projectors.parameters(), *adversary.parameters()])
+        checkpoint.load_checkpoint(out / "last", projectors, adversary, optimizer)
+    except InputError:
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------- the attention

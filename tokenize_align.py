@@ -315,7 +315,7 @@ def _read_json(path: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
 
 
@@ -359,6 +359,9 @@ def make_prompt(instruction: str, input: str = "") -> str:
     return (ALPACA_WITH_INPUT if input else ALPACA).format(instruction=instruction, input=input)
 
 
+LONGEST_LINE = 10_000_000       # characters of a data file
+
+
 @dataclass
 class Row:
     """One line of a data file: a prompt and its answers. The first is trained on, all are references for scoring."""
@@ -379,6 +382,8 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(content.split("\n"), 1):
+        if len(line) > LONGEST_LINE:
+            raise InputError(f"{path}:{number}: {len(line):,} characters in one line, of at most {LONGEST_LINE:,}; a line holds one row")
         if line.strip():
             rows.append(_read_row(f"{path}:{number}", line))
     if not rows:

@@ -14,10 +14,12 @@ test every question is new, though each fact was asked for in other words. Three
 The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000 pieces), the student a
 GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them.
 """
+import functools
 import hashlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -270,9 +272,10 @@ def prepare(sides: list[str], machine: list[str]) -> None:
                 "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
         begun = (run / "last").exists() or (run / "last.old").exists()
         # standard output has a table that says nothing here; the progress bar stays
-        result = subprocess.run([*command, *(["--resume"] if begun else anew)], stdout=subprocess.DEVNULL)
+        run_alone = functools.partial(subprocess.run, stdout=subprocess.DEVNULL, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
+        result = run_alone([*command, *(["--resume"] if begun else anew)])
         if begun and result.returncode == 2:            # begun by another version of train.py, say
-            result = subprocess.run([*command, *anew], stdout=subprocess.DEVNULL)
+            result = run_alone([*command, *anew])
         if result.returncode:
             raise hub.InputError(f"preparing the toy {side} ended with exit code {result.returncode}; the same command goes on with it")
         # the world holds the toy's training rows, so this model was trained on them too

@@ -11,13 +11,15 @@
 Every term is a sum over valid tokens divided by their number in the whole optimizer step. The papers' settings are the
 defaults; the toy has its own (TOY below).
 """
-import dataclasses
+import contextlib
 import functools
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 import baselines
 import hub
+import parallel
 import probe
 import toy
 from cache import TeacherStates, cached_rows
@@ -35,10 +38,12 @@ from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from cma import Projectors
 from config import flag, parse
 from distill import ADVERSARIES, METHODS, Options, check_options, distill, total
-from eval_rouge import answer, rouge_l, tell_cut_prompts
+from eval_rouge import answer_together, rouge_l, tell_cut_prompts
 from flops import peak_flops, step_flops
 from hub import InputError
+from lora import add_lora, load_adapter
 from model import load
+from run_folder import Interrupted, Stop, append_line, check_out_dir, keep_metrics, locked, newest_run, saved_config, start_run
 from seqkd import teacher_rows
 from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
 
@@ -72,15 +77,20 @@ class Config(Options):
     cache_teacher: bool = flag(False, "write the teacher's hidden states to disk once, beside the data, and train without its layers")
     cache_dtype: str = flag("bfloat16", "their type", choices=("bfloat16", "float32"))
     compile: bool = flag(False, "torch.compile the two decoders")
+    gradient_checkpointing: bool = flag(False, "compute the student's layers again for their gradients in place of keeping what they computed")
+    lora_rank: int = flag(0, "train matrices of this rank beside the student's frozen ones, see lora.py (0: train all; the paper: 256)", at_least=0)
+    lora_alpha: float = flag(8.0, "α, their weight is α / rank (a number)", at_least=0)
+    lora_dropout: float = flag(0.1, "share of their inputs that is dropped", at_least=0, at_most=1)
     num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0, at_most=1024)
+    shard_student: bool = flag(False, "with torchrun: each process keeps a part of every layer of the student")
+    shard_teacher: bool = flag(False, "the same for the teacher")
     resume: bool = flag(False, "go on with the run in --out_dir; its own settings are taken")
     overwrite: bool = flag(False, "delete the run in --out_dir first")
 
 
 # Other defaults where the student is the toy. Chosen so that a run takes about two minutes on two cores.
 TOY = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100, eval_interval=225, probe_interval=45)
-# What may change between a run and its continuation.
-FREE = ("resume", "overwrite", "out_dir", "device", "num_threads")
+BAD_STEPS = 3           # in a row, and the run stops
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -91,7 +101,7 @@ def read_config(argv: list[str] | None = None) -> Config:
         if given.get("resume") and given.get("overwrite"):
             raise InputError("--resume goes on with a run and --overwrite deletes it: pass one of them")
         if given.get("resume"):
-            return saved_config(Path(given.get("out_dir") or newest_run(Config(**given))), given)
+            return saved_config(Config, Path(given.get("out_dir") or newest_run(Config(**given))), given)
         is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
         method = METHODS[given.get("method", Config.method)]
         return {**(TOY if is_toy else {}), **({} if "alignment" in method else {"probe_interval": 0}),
@@ -106,88 +116,20 @@ def read_config(argv: list[str] | None = None) -> Config:
             raise InputError(f"--method {config.method} needs a --teacher (--method sft trains the student alone)")
         config.teacher = "toy"
     check_options(config)
-    if config.method in ("sft", "seqkd") and config.cache_teacher:
-        raise InputError(f"--cache_teacher: --method {config.method} does not run the teacher while it trains")
+    if config.method in ("sft", "seqkd") and (config.cache_teacher or config.shard_teacher):
+        raise InputError(f"--cache_teacher, --shard_teacher: --method {config.method} does not run the teacher while it trains")
     if config.alignment == "none" and config.probe_interval:
         raise InputError(f"--probe_interval: --method {config.method} has no attention to look at")
+    if config.lora_rank and config.student_init == "random":
+        raise InputError("--lora_rank: keeps the student's weights as they are, so they cannot be random (--student_init random)")
+    for field in ("lora_alpha", "lora_dropout"):
+        if not config.lora_rank and getattr(config, field) != getattr(Config, field):
+            raise InputError(f"--{field}: without --lora_rank it has no use")
+    if config.cache_teacher and config.shard_teacher:
+        raise InputError("--cache_teacher trains without the teacher's layers, of which --shard_teacher keeps a part: pass one of them")
     if config.method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
     return config
-
-
-def run_name(config: Config) -> Path:
-    names = [Path(name).name for name in (config.teacher, config.student) if name and name != "toy"]
-    return Path("out") / "-".join([*(names or ["toy"]), config.method])
-
-
-def numbered(name: Path, number: int) -> Path:
-    return name if number == 1 else name.with_name(f"{name.name}-{number}")
-
-
-def newest_run(config: Config) -> Path:
-    """The last of out/NAME, out/NAME-2, …"""
-    name, number = run_name(config), 1
-    while (numbered(name, number + 1) / "config.json").exists():
-        number += 1
-    return numbered(name, number)
-
-
-def saved_config(out_dir: Path, given: dict) -> dict:
-    """The settings of the run in out_dir. Raises InputError where there is none or a given flag says otherwise."""
-    path = out_dir / "config.json"
-    if not path.exists():
-        raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        other_fields = saved.keys() ^ {field.name for field in dataclasses.fields(Config)}
-    except (ValueError, AttributeError):
-        saved, other_fields = {}, set()
-    if "method" not in saved or not (out_dir / "metrics.jsonl").exists():
-        raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's, or metrics.jsonl is missing)")
-    if other_fields:
-        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: {', '.join(sorted(other_fields))})")
-    for name, value in given.items():
-        if name not in FREE and value != saved[name]:
-            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; "
-                             "leave the flag out, or start a new run in another --out_dir")
-    return {**saved, "out_dir": str(out_dir)}
-
-
-def check_out_dir(config: Config, inputs: list[Path]) -> Path:
-    """Choose or check the run's folder and touch nothing yet. Raises InputError where it holds another run, or where
-    --overwrite would delete one of the inputs."""
-    if not config.out_dir:
-        number = 1
-        while not config.overwrite and (numbered(run_name(config), number) / "config.json").exists():
-            number += 1
-        config.out_dir = str(numbered(run_name(config), number))
-    out_dir = Path(config.out_dir)
-    if config.resume:
-        return out_dir
-    if out_dir.exists() and not out_dir.is_dir():
-        raise InputError(f"--out_dir {out_dir}: is a file")
-    if out_dir.is_dir() and any(out_dir.iterdir()):
-        if not (out_dir / "metrics.jsonl").exists():
-            raise InputError(f"--out_dir {out_dir}: holds files that are not a run's; pass another folder")
-        if not config.overwrite:
-            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete it, "
-                             "or another folder")
-        for path in inputs:
-            if path.resolve().is_relative_to(out_dir.resolve()):
-                raise InputError(f"--overwrite would delete {path}, which this run reads; pass another --out_dir")
-    return out_dir
-
-
-def start_run(config: Config, out_dir: Path) -> None:
-    """Make the run's folder, empty, and write config.json."""
-    if out_dir.exists() and config.overwrite:
-        shutil.rmtree(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if any(out_dir.iterdir()):          # it was empty when this run began to prepare its data
-        raise InputError(f"--out_dir {out_dir}: another run has begun there; pass another folder")
-    (out_dir / "metrics.jsonl").touch()
-    with hub.atomic_write(out_dir / "config.json") as file:
-        json.dump(dataclasses.asdict(config), file, indent=2)
 
 
 # -------------------------------------------------------------------------------------------------------- the models
@@ -215,7 +157,7 @@ def parameter_groups(config: Config, student, projectors, discriminator) -> list
     """AdamW's groups: each module's matrices (decayed) and its vectors (not)."""
     groups = []
     for module, lr in ((student, config.lr), (projectors, config.projector_lr), (discriminator, config.ga_lr)):
-        parameters = [] if module is None else list(module.parameters())
+        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         for decay, chosen in ((config.weight_decay, [p for p in parameters if p.dim() > 1]),
                               (0.0, [p for p in parameters if p.dim() <= 1])):
             if chosen:
@@ -234,7 +176,20 @@ def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
 # ---------------------------------------------------------------------------------------------------------- training
 
 def main() -> None:
-    config = read_config()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.started())
+        train(read_config(), stack)
+
+
+def train(config: Config, stack: contextlib.ExitStack) -> None:
+    """One run, from the flags to the table. stack: what is to be let go of at the end."""
+    several = parallel.world()
+    if config.grad_accum % several:
+        rows = config.batch_size * config.grad_accum
+        raise InputError(f"--grad_accum {config.grad_accum}: must be a multiple of the {several} processes, among which a step's forward passes are dealt "
+                         f"out; a step of {rows} rows is --batch_size {max(1, rows // several)} --grad_accum {several}")
+    if (config.shard_student or config.shard_teacher) and several == 1:
+        raise InputError("--shard_student, --shard_teacher: parts for several processes; start with torchrun --nproc_per_node=N train.py …")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = hub.pick_device(config.device, config.dtype)
@@ -242,22 +197,36 @@ def main() -> None:
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
         raise InputError(f"--compile: torch.compile needs a compiler ({compiler}, or the one that {variable} names), and there is none")
     autocast = functools.partial(hub.autocast, device, dtype)
-    toy.write_data_for([config.data])
+    with parallel.first_goes_first():
+        toy.write_data_for([config.data])
     files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
     rows = {split: read_rows(file) for split, file in files.items() if file}
 
     sides = [side for side in ("student", "teacher") if getattr(config, side)]
     folders = {side: toy.folder(side) if getattr(config, side) == "toy" else Path(getattr(config, side)) for side in sides}
     out_dir = check_out_dir(config, [*(file for file in files.values() if file), *folders.values()])
-    toy.prepare([side for side in sides if getattr(config, side) == "toy"], ["--device", config.device, "--num_threads", str(config.num_threads)])
-    last = last_checkpoint(out_dir) if config.resume else None
+    with parallel.first_goes_first():
+        toy.prepare([side for side in sides if getattr(config, side) == "toy"], ["--device", config.device, "--num_threads", str(config.num_threads)])
+    last = None
+    if config.resume:
+        if parallel.is_first():
+            stack.enter_context(locked(out_dir))
+            last = last_checkpoint(out_dir)
+        last = parallel.gather(last)[0]
 
     torch.manual_seed(config.seed)
     student_tokenizer = load_tokenizer(folders["student"])
-    student = load(last or folders["student"], init="pretrained" if last else config.student_init, device=device)
+    with_lora = config.lora_rank > 0
+    student = load(last if last and not with_lora else folders["student"], init="pretrained" if last else config.student_init,
+                   device="cpu" if config.shard_student else device)
+    student.checkpointing = config.gradient_checkpointing
+    if with_lora:
+        add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        if last:
+            load_adapter(last / "adapter", student)
     teacher = teacher_tokenizer = projectors = discriminator = None
     if config.method != "sft":
-        teacher = load(folders["teacher"], dtype=dtype, device=device, layers=not config.cache_teacher).requires_grad_(False)
+        teacher = load(folders["teacher"], dtype=dtype, device="cpu" if config.shard_teacher else device, layers=not config.cache_teacher).requires_grad_(False)
         teacher_tokenizer = load_tokenizer(folders["teacher"])
         recommend_sft(config, teacher)
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
@@ -266,13 +235,13 @@ def main() -> None:
         projectors = Projectors(*sizes, query=config.alignment in ("attention", "chunk_attention"), dtw_embed=config.dtw_weight > 0).to(device)
         discriminator = None if config.adversary == "none" else ADVERSARIES[config.adversary](2 * sizes[1]).to(device)
     if config.method == "seqkd":
-        with autocast():
+        with autocast(), parallel.first_goes_first():
             rows["train"] = teacher_rows(rows["train"], files["train"], config.teacher, teacher, teacher_tokenizer, config.max_length, config.max_prompt_length, config.batch_size)
-    mined = baselines.MinED(student_tokenizer, teacher_tokenizer, hub.DATA_DIR) if config.method == "mined" else None
-
     one_tokenizer = config.method in ("sft", "seqkd") or same_vocabulary(student_tokenizer, teacher_tokenizer)
-    examples, cut, dropped = cached_rows(hub.DATA_DIR / "tokens", rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
-                                         config.max_length, config.max_prompt_length)
+    with parallel.first_goes_first():
+        mined = baselines.MinED(student_tokenizer, teacher_tokenizer, hub.DATA_DIR) if config.method == "mined" else None
+        examples, cut, dropped = cached_rows(hub.DATA_DIR / "tokens", rows["train"], student_tokenizer, student_tokenizer if one_tokenizer else teacher_tokenizer,
+                                             config.max_length, config.max_prompt_length)
     if cut or dropped:
         print(f"{config.data}, train: {cut} of {len(rows['train'])} prompts cut to {config.max_prompt_length} tokens, "
               f"{dropped} rows dropped, because no response token fits into {config.max_length}")
@@ -282,33 +251,50 @@ def main() -> None:
     pads = student_tokenizer.eos_id, (teacher_tokenizer or student_tokenizer).eos_id
     states = None
     if config.cache_teacher:
-        states = TeacherStates(files["train"], config.teacher, teacher.source, examples, teacher.config.hidden_size, getattr(torch, config.cache_dtype), dtype)
-        if not states.complete:
-            with autocast():
+        with autocast(), parallel.first_goes_first():
+            states = TeacherStates(files["train"], config.teacher, teacher.source, examples, teacher.config.hidden_size, getattr(torch, config.cache_dtype), dtype)
+            if not states.complete:
                 states.fill(load(teacher.source, dtype=dtype, device=device), config.batch_size, pads[1], device)
     if config.compile:
         for decoder in (student, teacher):
             if decoder is not None:
                 decoder.compile(dynamic=True)
 
-    if not config.resume:
+    if not config.resume and parallel.is_first():
+        out_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(out_dir))
         start_run(config, out_dir)
-    optimizer = torch.optim.AdamW(parameter_groups(config, student, projectors, discriminator), betas=(0.9, 0.999), fused=True)
-    steps_per_epoch = math.ceil(math.ceil(len(examples) / config.batch_size) / config.grad_accum)
+    parallel.equal_weights(student, projectors, discriminator)
+    if config.shard_student:
+        parallel.shard(student, device)
+    if config.shard_teacher:
+        parallel.shard(teacher, device)
+    if parallel.rank():
+        torch.manual_seed(config.seed + 1_000_003 * parallel.rank())        # dropout differs between processes
+    optimizer = torch.optim.AdamW(parameter_groups(config, student, projectors, discriminator), betas=(0.9, 0.999), fused=not config.shard_student)
+    steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.grad_accum))
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     eval_interval = config.eval_interval or steps_per_epoch
-    start_step, best = 0, -1.0
+    state = {"step": 0, "best_dev_rouge_l": -1.0, "bad_steps": 0}
     if last:
-        start_step, best = load_checkpoint(last, projectors, discriminator, optimizer)
-    keep_metrics(out_dir / "metrics.jsonl", start_step)
+        state = load_checkpoint(last, projectors, discriminator, optimizer)
+    start_step, best, bad_steps, unfinished = state["step"], state["best_dev_rouge_l"], state["bad_steps"], state.get("unfinished")
+    if parallel.is_first():
+        keep_metrics(out_dir / "metrics.jsonl", start_step - (unfinished is not None))
 
     scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
     tell_cut_prompts(f"{config.data}, dev", scored["dev"], student_tokenizer, config.max_prompt_length)
 
+    def load_in_parts(folder: Path, sharded: bool):
+        model = load(folder, device="cpu" if sharded else device)
+        if sharded:
+            parallel.shard(model, device)
+        return model
+
     def score(model, tokenizer, split: str, desc: str) -> float:
         """ROUGE-L × 100 of a model's greedy answers, the mean over the scored rows of a split."""
         with autocast():
-            answers = answer(model, tokenizer, scored[split], config.max_length, config.max_prompt_length, temperature=0.0, desc=desc)
+            answers = answer_together(model, tokenizer, scored[split], config.max_length, config.max_prompt_length, temperature=0.0, desc=desc)
         return 100 * sum(rouge_l(answers, [row.outputs for row in scored[split]])) / len(answers)
 
     def look() -> dict[str, float]:
@@ -327,81 +313,116 @@ def main() -> None:
 
     @functools.lru_cache(maxsize=1)
     def epoch_batches(epoch: int):
-        return make_batches(examples, config.batch_size, seed=config.seed * 1_000_003 + epoch)
+        return make_batches(examples, config.batch_size * config.grad_accum, seed=config.seed * 1_000_003 + epoch)
 
     def prepare(step: int):
-        """A step's examples and, for each forward pass, its tensors."""
-        first = (step % steps_per_epoch) * config.grad_accum
-        parts = epoch_batches(step // steps_per_epoch)[first:first + config.grad_accum]
+        """A step's examples and, for each of this process's forward passes, its tensors and its weight: 0 where there is
+        nothing left for this process, which then goes through the motions so that the others need not wait."""
+        whole = epoch_batches(step // steps_per_epoch)[step % steps_per_epoch]
+        parts = [part for part in (whole[k::config.grad_accum] for k in range(config.grad_accum)) if part]
+        mine = range(parallel.rank(), math.ceil(len(parts) / several) * several, several)
+        weights, parts = [float(k < len(parts)) for k in mine], [parts[k % len(parts)] for k in mine]
         align_on = config.align_on if config.alignment.startswith("chunk") else None
         micro_batches = [collate(part, *pads, align_on) | (mined.tensors(part) if mined else {}) |
                          ({"teacher_hidden": states.grid(part, teacher.embed.weight.dtype)} if states else {}) for part in parts]
         if device == "cuda":
             micro_batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in micro_batches]
-        return [example for part in parts for example in part], micro_batches
+        return whole, list(zip(micro_batches, weights))
 
-    peak = peak_flops(device, dtype)
-    bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+    def finish(record: dict, bad_steps: int) -> None:
+        """After a step: score and look where that is due, write its line, and save."""
+        nonlocal best
+        step, done = record["step"], record["step"] == total_steps
+        state = {"step": step, "data": config.data, "method": config.method, "student": config.student, "best_dev_rouge_l": best, "bad_steps": bad_steps}
+        if step % eval_interval == 0 or done:
+            try:
+                with stop.at_once() if several == 1 else contextlib.nullcontext():
+                    record["dev_rouge_l"] = score(student, student_tokenizer, "dev", "scoring dev")
+            except Interrupted:
+                save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state | {"unfinished": record})
+                leave(config, stop.signal, step, total_steps)
+            tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}   dev ROUGE-L {record['dev_rouge_l']:.2f}")
+        if config.probe_interval and (step % config.probe_interval == 0 or done):
+            record |= look()
+        if parallel.is_first():
+            append_line(out_dir / "metrics.jsonl", record)
+        if record.get("dev_rouge_l", -1.0) > best:
+            best = state["best_dev_rouge_l"] = record["dev_rouge_l"]
+            save_checkpoint(out_dir / "best", student, projectors, discriminator, None, state)
+        told = parallel.add(torch.tensor(stop.signal)).item() > 0          # the processes leave after the same step
+        if step % (config.save_interval or eval_interval) == 0 or done or told:
+            hub.flush(out_dir / "metrics.jsonl")
+            save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state)
+        if told:
+            leave(config, stop.signal, step, total_steps)
+
+    stop = Stop()
+    stack.callback(stop.close)
+    if unfinished:
+        finish(unfinished, bad_steps)
+    peak = peak_flops(device, dtype) * several
+    bar = stack.enter_context(tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True))
     started = time.perf_counter()
     for step, (step_examples, micro_batches) in ahead(prepare, range(start_step, total_steps)):
-        n = {side: sum(int((b[f"{side}_labels"] != -100).sum()) for b in micro_batches) for side in ("student", "teacher")}
+        n = {side: sum(getattr(example, side).valid for example in step_examples) for side in ("student", "teacher")}      # of all processes
 
         student.train()
         sums: dict[str, torch.Tensor] = {}      # over the step's tokens
-        for batch in micro_batches:
+        for batch, weight in micro_batches:
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with autocast():
                 parts = distill(config, batch, student, teacher, projectors, discriminator, step)
-                loss = total(config, parts, n)
+                loss = weight * total(config, parts, n)
             loss.backward()
-            for name, value in {**parts, "loss": loss.detach() * n["student"]}.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+            for name, value in {**{name: weight * value.detach() for name, value in parts.items()}, "loss": loss.detach() * n["student"]}.items():
+                sums[name] = sums.get(name, 0) + value
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
-        learners = [p for module in (student, projectors) if module is not None for p in module.parameters()]
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(learners, config.clip_grad)
-        totals = dict(zip(sums, torch.stack([value.float() for value in sums.values()]).tolist()))      # the GPU is waited for here only
-        grad_norm = totals.pop("grad_norm")
-        if not math.isfinite(totals["loss"] + grad_norm):
-            bar.close()
-            raise InputError(f"step {step + 1}: the loss is {totals['loss']} and its gradient's norm {grad_norm}; the step was not "
-                             f"taken. Try a lower --lr, or a higher --warmup_steps; {out_dir / 'last'} holds the last checkpoint")
-        if discriminator is not None:       # the adversary's gradient must not shorten the student's
-            torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip_grad)
-        optimizer.step()
+        learners, adversaries = ([p for module in modules if module is not None for p in module.parameters()] for modules in ((student, projectors), (discriminator,)))
+        parallel.add_gradients(learners + adversaries)
+        norms = [parallel.clip_gradients(learners, config.clip_grad)]
+        if adversaries:                     # its gradient must not shorten the student's
+            norms.append(parallel.clip_gradients(adversaries, config.clip_grad))
+        numbers = torch.cat([parallel.add(torch.stack([value.float() for value in sums.values()])), torch.stack(norms).float()]).tolist()
+        totals, grad_norm = dict(zip(sums, numbers)), numbers[len(sums)]                     # the GPU is waited for here only
+        record = {"step": step + 1}
+        if math.isfinite(totals["loss"] + sum(numbers[len(sums):])):
+            optimizer.step()
+            bad_steps = 0
+        else:
+            bad_steps += 1
+            record["skipped_rows"] = sorted(example.row for example in step_examples)
+            tqdm.write(f"step {step + 1}: the loss is {totals['loss'] / n['student']} and the norm of its gradient {grad_norm}; the step is not taken. "
+                       f"Its rows, from 0: {', '.join(map(str, record['skipped_rows']))}")
         optimizer.zero_grad(set_to_none=True)
 
         seconds, started = time.perf_counter() - started, time.perf_counter()
         tokens = sum(len(e.student.ids) for e in step_examples)
         flops = step_flops(config, student, teacher, step_examples, cached=states is not None) / seconds
         of_teacher = ("s2t_acc", "adversary_key_loss", "adversary_key_acc")
-        record = {"step": step + 1, **{name: value / n["teacher" if name in of_teacher else "student"] for name, value in totals.items()},
-                  "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds,
-                  "tflops": flops / 1e12, "mfu": flops / peak, "seconds": seconds}
-        bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", mfu=f"{100 * flops / peak:.0f}%", refresh=False)
+        values = {name: value / n["teacher" if name in of_teacher else "student"] for name, value in totals.items()} | {"grad_norm": grad_norm}
+        record |= {name: value for name, value in values.items() if math.isfinite(value)}
+        record |= {"lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "tflops": flops / 1e12, "mfu": flops / peak, "seconds": seconds}
+        bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", mfu=f"{100 * flops / peak:.0f}%", refresh=False)
         bar.update()
-
-        done = step + 1 == total_steps
-        if (step + 1) % eval_interval == 0 or done:
-            record["dev_rouge_l"] = score(student, student_tokenizer, "dev", "scoring dev")
-            tqdm.write(f"step {step + 1:>6}   loss {record['loss']:.4f}   dev ROUGE-L {record['dev_rouge_l']:.2f}")
-        if config.probe_interval and ((step + 1) % config.probe_interval == 0 or done):
-            record |= look()
-        append_line(out_dir / "metrics.jsonl", record)
-        state = {"step": step + 1, "data": config.data, "method": config.method, "best_dev_rouge_l": max(best, record.get("dev_rouge_l", -1.0))}
-        if record.get("dev_rouge_l", -1.0) > best:
-            best = record["dev_rouge_l"]
-            save_checkpoint(out_dir / "best", student, projectors, discriminator, None, state)
-        if (step + 1) % (config.save_interval or eval_interval) == 0 or done:
-            save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state)
+        if bad_steps == BAD_STEPS:
+            if parallel.is_first():
+                append_line(out_dir / "metrics.jsonl", record)
+            raise InputError(f"{BAD_STEPS} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite. {out_dir / 'last'} holds the last good "
+                             "checkpoint, where there was one; try a lower --lr, a longer --warmup_steps or --dtype float32 in a new run")
+        finish(record, bad_steps)
         if "dev_rouge_l" in record or "probe_mass" in record:
             started = time.perf_counter()
     bar.close()
+    stop.close()
+    parallel.barrier()          # the first process may still be writing the last checkpoint
 
-    compared = [("student", load(out_dir / "best", device=device), student_tokenizer)]
+    compared = [("student", load_in_parts(out_dir / "best", config.shard_student), student_tokenizer)]
     if teacher is not None and not config.cache_teacher:
         compared.insert(0, ("teacher", teacher, teacher_tokenizer))
     results = {name: {split: score(model, tokenizer, split, f"scoring the {name} on {split}") for split in scored} for name, model, tokenizer in compared}
+    if not parallel.is_first():
+        return
     with hub.atomic_write(out_dir / "results.json") as file:
         json.dump(results, file, indent=2)
     print_table(config, results, {split: f"{split} ({len(scored[split])} of {len(rows[split])} rows)" for split in scored})
@@ -422,20 +443,17 @@ def ahead(prepare, steps: range):
             yield step, current.result()
 
 
+def leave(config: Config, number: int, step: int, total_steps: int) -> None:
+    """Exit as a program does that a signal ended, and say how to go on."""
+    torchrun = f"torchrun --nproc_per_node={parallel.world()} " if parallel.world() > 1 else "python "
+    if parallel.is_first():
+        print(f"\nstopped by {signal.Signals(number).name if number else 'a signal'} after step {step} of {total_steps}, which is saved; go on with:\n"
+              f"  {torchrun}train.py --out_dir {shlex.quote(config.out_dir)} --resume", flush=True)
+    sys.exit(128 + (number or signal.SIGTERM))
+
+
 def count(module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M"
-
-
-def append_line(path: Path, record: dict) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def keep_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with hub.atomic_write(path) as file:
-        file.writelines(lines)
 
 
 def recommend_sft(config: Config, teacher) -> None:

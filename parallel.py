@@ -1,0 +1,154 @@
+"""Several processes, on one machine or on many: torchrun starts them, this file connects them.
+
+    torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 …
+
+The forward passes of an optimizer step (--grad_accum) are dealt out to the processes; their gradients and losses, which are
+sums over tokens divided by the step's number of tokens, are added. So the step is the one that a single process would take.
+With --shard_student and --shard_teacher each process keeps only a part of every layer (FSDP2) and fetches the rest when it is
+needed. Without torchrun there is one process, and everything here does nothing.
+"""
+import contextlib
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hub import InputError
+
+BUCKET = 1 << 25            # gradients, in numbers, that travel together
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def started():
+    """Join the other processes where torchrun started several. All but the first print nothing but errors."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, so at most as many processes")
+        torch.cuda.set_device(local)
+    # the first process may write the teacher's states for hours while the others wait; of a dead one torchrun tells
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=24))
+    printed = sys.stdout
+    try:
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+        yield
+    finally:
+        sys.stdout = printed
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_goes_first():
+    """What is prepared on disk is prepared once on a machine: its first process goes through the block, then the others."""
+    waits = world() > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        barrier()
+    yield
+    if not waits:
+        barrier()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        dist.barrier()
+
+
+def gather(thing) -> list:
+    """Every process's thing, in order."""
+    things = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def add(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def equal_weights(*modules) -> None:
+    """Give every process the first one's weights, before anything is sharded."""
+    if world() > 1:
+        for module in filter(None, modules):
+            for parameter in module.parameters():
+                dist.broadcast(parameter.detach(), 0)
+
+
+def add_gradients(parameters) -> None:
+    """Sum the gradients over processes, many small ones in one message. Those of sharded layers were added by FSDP."""
+    if world() == 1:
+        return
+    bucket, size = [], 0
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    for number, gradient in enumerate(gradients, 1):
+        bucket.append(gradient)
+        size += gradient.numel()
+        if size >= BUCKET or number == len(gradients):
+            total = add(torch.cat([g.flatten() for g in bucket]))
+            for g, part in zip(bucket, total.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket, size = [], 0
+
+
+# ----------------------------------------------------------------------------------------------------------- sharding
+
+def shard(decoder, device: str) -> None:
+    """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings, the last norm and the head, which the losses
+    use at many places, stay whole."""
+    mesh = dist.init_device_mesh(device, (world(),))
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        layer.set_gradient_divide_factor(1.0)           # gradients are added, not averaged
+        layer.set_force_sum_reduction_for_comms(True)
+    decoder.to(device)
+
+
+def is_sharded(module) -> bool:
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as a whole one; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, sharded as the parameter is."""
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
+
+
+def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
+    """torch.nn.utils.clip_grad_norm_, also where some of the parameters are sharded → the norm before."""
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    square = lambda some: sum(g.square().sum() for g in some)
+    norm = (square(g for g in gradients if not isinstance(g, DTensor)) + add(square(g.to_local() for g in gradients if isinstance(g, DTensor)))).sqrt()
+    for g in gradients:
+        (g.to_local() if isinstance(g, DTensor) else g).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm

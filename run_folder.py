@@ -1,0 +1,179 @@
+"""A run's folder: which one, who may write in it, what of it goes on after an interruption.
+
+    out_dir/config.json      every setting              out_dir/best/            by ROUGE-L on dev
+    out_dir/metrics.jsonl    a line for every step      out_dir/last/            to go on from (checkpoint.py)
+    out_dir/results.json     the table at the end       out_dir/last.previous/   the one before, should that be damaged
+
+Notable here: nothing is deleted that is not a run's; two processes never write into one folder; SIGTERM and Ctrl-C save first.
+"""
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import hub
+from hub import InputError
+
+# What may change between a run and its continuation.
+FREE = ("resume", "overwrite", "out_dir", "device", "num_threads", "shard_student", "shard_teacher")
+
+
+def run_name(config) -> Path:
+    """out/TEACHER-STUDENT-METHOD"""
+    names = [Path(name).name for name in (config.teacher, config.student) if name and name != "toy"]
+    return Path("out") / "-".join([*(names or ["toy"]), config.method])
+
+
+def numbered(name: Path, number: int) -> Path:
+    return name if number == 1 else name.with_name(f"{name.name}-{number}")
+
+
+def newest_run(config) -> Path:
+    """The last of out/NAME, out/NAME-2, …"""
+    name, number = run_name(config), 1
+    while (numbered(name, number + 1) / "config.json").exists():
+        number += 1
+    return numbered(name, number)
+
+
+def saved_config(cls, out_dir: Path, given: dict) -> dict:
+    """The settings, fields of cls, of the run in out_dir. Raises InputError where there is none or a given flag says otherwise."""
+    path = out_dir / "config.json"
+    if not path.exists():
+        raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        other_fields = saved.keys() ^ {field.name for field in dataclasses.fields(cls)}
+    except (ValueError, AttributeError):
+        saved, other_fields = {}, set()
+    if "method" not in saved or not (out_dir / "metrics.jsonl").exists():
+        raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's, or metrics.jsonl is missing)")
+    if other_fields:
+        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: {', '.join(sorted(other_fields))})")
+    for name, value in given.items():
+        if name not in FREE and value != saved[name]:
+            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; "
+                             "leave the flag out, or start a new run in another --out_dir")
+    return {**saved, "out_dir": str(out_dir)}
+
+
+def check_out_dir(config, inputs: list[Path]) -> Path:
+    """Choose or check the run's folder and touch nothing yet. Raises InputError where it holds another run, cannot be written,
+    or where --overwrite would delete one of the inputs."""
+    if not config.out_dir:
+        number = 1
+        while not config.overwrite and (numbered(run_name(config), number) / "config.json").exists():
+            number += 1
+        config.out_dir = str(numbered(run_name(config), number))
+    out_dir = Path(config.out_dir)
+    if out_dir.exists() and not out_dir.is_dir() or out_dir.is_symlink() and not out_dir.exists():
+        raise InputError(f"--out_dir {out_dir}: is a file, or a link to nothing")
+    there = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--out_dir {out_dir}: nothing can be written into {there}")
+    if config.resume:
+        return out_dir
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        if not (out_dir / "metrics.jsonl").exists():
+            raise InputError(f"--out_dir {out_dir}: holds files that are not a run's; pass another folder")
+        if not config.overwrite:
+            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete it, "
+                             "or another folder")
+        for path in inputs:
+            if path.resolve().is_relative_to(out_dir.resolve()):
+                raise InputError(f"--overwrite would delete {path}, which this run reads; pass another --out_dir")
+    return out_dir
+
+
+@contextlib.contextmanager
+def locked(out_dir: Path):
+    """Keep other runs out of a folder. The system lets go of the lock when this process ends, however it ends."""
+    descriptor = os.open(out_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out_dir {out_dir}: another run is writing there; pass another folder, or wait for its end") from error
+        except OSError as error:            # a network file system without locks
+            print(f"note: {out_dir} cannot be locked ({error.strerror}); start no other run in it")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def start_run(config, out_dir: Path) -> None:
+    """Empty the run's folder, which is locked, and write config.json. Of a link the folder behind it is emptied."""
+    if config.overwrite:
+        for path in out_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if any(out_dir.iterdir()):          # it was empty when this run began to prepare its data
+        raise InputError(f"--out_dir {out_dir}: another run has begun there; pass another folder")
+    (out_dir / "metrics.jsonl").touch()
+    with hub.atomic_write(out_dir / "config.json") as file:
+        json.dump(dataclasses.asdict(config), file, indent=2)
+
+
+# ------------------------------------------------------------------------------------------------------ metrics.jsonl
+
+def append_line(path: Path, record: dict) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is whole: make room, then go on with --resume") from error
+
+
+def keep_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again. Raises InputError where one of those before is missing."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] == len(lines) + 1 <= step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError):       # the end of a file whose writing was interrupted
+            break
+    if len(lines) < step:
+        raise InputError(f"{path}: the line of step {len(lines) + 1} is missing or damaged, but the checkpoint is of step {step}; "
+                         "the file was changed after training")
+    with hub.atomic_write(path) as file:
+        file.writelines(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+class Interrupted(Exception):
+    """A signal came while the run may be interrupted at once."""
+
+
+class Stop:
+    """SIGTERM and SIGINT, until close(): `signal` is its number, and the run saves and leaves after its step; inside at_once()
+    Interrupted is raised. A second signal does not wait."""
+
+    def __init__(self):
+        self.signal, self._at_once = 0, False
+        self._before = {number: signal.signal(number, self._caught) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def close(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number, frame):
+        again, self.signal = self.signal, number
+        if again:
+            raise KeyboardInterrupt
+        if self._at_once:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def at_once(self):
+        self._at_once = True
+        try:
+            if self.signal:
+                raise Interrupted
+            yield
+        finally:
+            self._at_once = False

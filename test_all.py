@@ -2061,6 +2061,27 @@ def test_keys_and_queries_are_told_apart():
     close(torch.tensor(shares), singular[:2] ** 2 / np.sum(singular ** 2), 1e-6)
 
 
+def test_numbers_of_handmade_samples():
+    """Who repeats is a matter of label tokens; middles are in bytes; the probe is asked about samples it was not trained on."""
+    generator = torch.Generator().manual_seed(1)
+    student = ta.Sequence([9, 9, 4, 5, 4, 0], 2, [(0, 2), (2, 4), (4, 6), (6, 6)], [0, 0, 1, 2])
+    teacher = ta.Sequence([8, 7, 6, 1], 1, [(0, 4), (4, 6), (6, 6)], [0, 1, 2])
+    draw = lambda n, shift: torch.randn(n, 6, generator=generator) + shift
+    make = lambda shift: probe.Sample(0, student, teacher, torch.rand(4, 3), torch.eye(3, 4), draw(4, shift), draw(3, 0.0))
+    perfect = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    sample = dataclasses.replace(make(0.0), weights=perfect)
+    there, back = (values[0] for values in probe.attention_values([sample]).values())
+    assert [len(there[name]) for name in ("mass", "mass_once", "mass_repeated", "monotone_steps")] == [4, 2, 2, 3] and [len(back[name]) for name in ("mass_once", "mass_repeated")] == [3, 0]
+    assert there["byte_distance"].tolist() == [1, 1, 0, 0] and back["mass"].tolist() == [1, 0, 0] and back["byte_distance"].tolist() == [1, 2, 1]
+    assert sample.blocks == [(range(0, 2), range(0, 1)), (range(2, 3), range(1, 2)), (range(3, 4), range(2, 3))]
+    assert torch.equal(probe.attention_values([sample], "uniform")["student → teacher"][0]["mass"], torch.full((4,), 1 / 3).double().float().double())
+    apart = [make(9.0) for _ in range(10)]
+    assert all(len(part) == n and part.all() for side, n in zip(probe.matching_values(apart), (3, 4)) for part in side)
+    # samples that differ from one half to the other: what is right for the one half is wrong for the other
+    swapped = [make(9.0) if i % 2 else dataclasses.replace(make(0.0), keys=draw(3, 9.0)) for i in range(10)]
+    assert sum(part.sum() for side in probe.matching_values(swapped) for part in side) == 0
+
+
 @pytest.mark.parametrize("token, label", [
     (b" the", "␣the"), (b"\n\n", "↵↵"), ("é".encode(), "é"), ("你".encode(), r"\u4f60"), ("🧿".encode(), r"\U0001f9ff"), (b"\xe4\xbd", "<e4 bd>"), (b"a \xe4", "a␣<e4>"),
     (b"\xa0\xe4\xbd\xa0", r"<a0>\u4f60"), ("e\u0301".encode(), r"e\u0301"), (b"\x00", r"\x00"), (b"$x$", "$x$"), (b" " * 40, "␣" * 17 + "…"), (b"", "")])

@@ -1,7 +1,7 @@
 """How much memory a run's weights, gradients and optimizer take in each process, before it is started.
 
     python memory.py --teacher qwen --student gpt2
-    torchrun's 8 processes: python memory.py --teacher mistral --student tinyllama --processes 8 --shard_teacher --shard_student
+    python memory.py --teacher mistral --student tinyllama --processes 8 --shard_teacher --shard_student      # of torchrun
 
 Weights that are trained are float32 and cost 16 bytes a parameter: 4 for the weight, 4 for its gradient, 8 for AdamW's two
 moments. The teacher's are bfloat16 on a GPU, 2 bytes. What a step computes comes on top of it and grows with --batch_size
@@ -75,7 +75,8 @@ def main() -> None:
     if config.teacher:
         teacher = shape_of(config.teacher)
         sizes = student.config.hidden_size, teacher.config.hidden_size
-        others = [Projectors(*sizes, query=True), Discriminator(2 * sizes[1])]
+        with torch.device("meta"):
+            others = [Projectors(*sizes, query=True), Discriminator(2 * sizes[1])]
     parts = state_bytes(student, teacher, others, 2 if config.dtype == "bfloat16" else 4, config.processes, config.shard_student, config.shard_teacher, config.cache_teacher)
     for name, size in [*parts.items(), ("in each process", sum(parts.values()))]:
         print(f"{name:<28}{size / 1e9:8.2f} GB")

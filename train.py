@@ -125,6 +125,8 @@ def read_config(argv: list[str] | None = None) -> Config:
     for field in ("lora_alpha", "lora_dropout"):
         if not config.lora_rank and getattr(config, field) != getattr(Config, field):
             raise InputError(f"--{field}: without --lora_rank it has no use")
+    if config.compile and (config.shard_student or config.shard_teacher):
+        raise InputError("--compile: not together with --shard_student or --shard_teacher")
     if config.cache_teacher and config.shard_teacher:
         raise InputError("--cache_teacher trains without the teacher's layers, of which --shard_teacher keeps a part: pass one of them")
     if config.method == "sft" and config.teacher:

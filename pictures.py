@@ -223,3 +223,22 @@ def curves(path: Path, title: str, records: list[dict]) -> Path:
     for axes in grid:
         axes.set_axis_off()
     return save(figure, path)
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+def bars(path: Path, table: list[dict]) -> Path:
+    """compare.py's table: a group of bars for every column, a bar for every row, its deviation over training seeds on top."""
+    headings = list(table[0]["columns"])
+    figure = Figure(figsize=(max(6.0, 1.0 + 0.22 * len(headings) * (len(table) + 2)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(table)
+    for i, line in enumerate(table):
+        means, deviations = zip(*(line["columns"][heading] for heading in headings))
+        places = [j + (i - (len(table) - 1) / 2) * width for j in range(len(headings))]
+        axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}", hatch="//" if i >= 10 else None, error_kw=dict(linewidth=0.8))
+    axes.set_xticks(range(len(headings)), headings, fontproperties=_font(8), parse_math=False)
+    axes.set_ylabel("ROUGE-L × 100", fontproperties=_font(8))
+    axes.tick_params(labelsize=8)
+    axes.legend(prop=_font(7), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(figure, path)

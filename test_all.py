@@ -9,6 +9,7 @@ vocabularies and real text find them in NANODSKD_FIXTURES (default ../shared) an
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -32,6 +33,7 @@ import baselines
 import cache
 import checkpoint
 import cma
+import compare
 import discriminator
 import distill
 import eval_rouge
@@ -1652,7 +1654,7 @@ def odd_world(world, tmp_path_factory):
     return folder / "data"
 
 
-def compared(one, two, files=("best/model", "last/model", "last/projectors")):
+def assert_equal_runs(one, two, files=("best/model", "last/model", "last/projectors")):
     """Runs of one and of two processes: the same losses and the same weights, but for rounding."""
     a, b = metrics(one), metrics(two)
     assert len(a) == len(b) == 12
@@ -1675,7 +1677,7 @@ def test_two_processes_equal_one(world, odd_world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *argv(tmp_path / "one"))
     result = torchrun(2, HERE / "train.py", *argv(tmp_path / "two"))
     assert result.stdout.count("ROUGE-L, greedy") == 1              # only the first one prints
-    compared(tmp_path / "one", tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert json.loads((tmp_path / "one/results.json").read_text()) == json.loads((tmp_path / "two/results.json").read_text())
     # both go on from the same checkpoint to the same end, in parts or whole
     for name in ("parts", "again"):
@@ -1684,11 +1686,12 @@ def test_two_processes_equal_one(world, odd_world, tmp_path, monkeypatch):
     torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "parts", "--resume", "--shard_student", "--shard_teacher")
     torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "again", "--resume")
     for name in ("parts", "again"):
-        compared(tmp_path / "one", tmp_path / name)
+        assert_equal_runs(tmp_path / "one", tmp_path / name)
     # scores are the same, whoever answers
     run_main(eval_rouge, monkeypatch, tmp_path / "one", "--data", world / "data", "--greedy", "--out_dir", tmp_path / "scores1")
     torchrun(2, HERE / "eval_rouge.py", tmp_path / "one", "--data", world / "data", "--greedy", "--out_dir", tmp_path / "scores2")
-    assert (tmp_path / "scores1/rouge.json").read_text() == (tmp_path / "scores2/rouge.json").read_text()
+    scores = [{f.name: f.read_text() for f in (tmp_path / name).iterdir()} for name in ("scores1", "scores2")]
+    assert scores[0] == scores[1] and len(scores[0]) == 2 and len(set(scores[0]["answers-" + hub.label(str(world / "data")) + "-greedy.jsonl"].splitlines())) == 6
 
 
 def checkpoint_of_step_6(out, world, data, monkeypatch, argv):
@@ -1731,7 +1734,7 @@ train.main()
     argv = lambda out: [*flags(world, out, *TWO, method="dskd_cma"), "--data", str(odd_world)]
     run_main(train, monkeypatch, *argv(tmp_path / "one"))
     torchrun(2, script, *argv(tmp_path / "two"), "--shard_student", "--shard_teacher")
-    compared(tmp_path / "one", tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
     counts = json.loads(script.with_name("counted.py.json").read_text())
     student, teacher = (memory.shape_of(str(world / side)) for side in ("student", "teacher"))
     projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True)
@@ -1848,7 +1851,7 @@ def test_lora_distils(world, odd_world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *argv(tmp_path / "one"))
     assert metrics(tmp_path / "one")[-1]["loss"] < metrics(tmp_path / "one")[0]["loss"]
     torchrun(2, HERE / "train.py", *argv(tmp_path / "two", "--shard_student", "--shard_teacher", "--gradient_checkpointing"))
-    compared(tmp_path / "one", tmp_path / "two", files=("best/model", "last/model", "last/projectors", "last/adapter/adapter_model"))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", files=("best/model", "last/model", "last/projectors", "last/adapter/adapter_model"))
 
 
 @pytest.mark.parametrize("side", ("student", "teacher"))
@@ -2017,6 +2020,151 @@ def test_fuzz_checkpoints(data, quick_run, tmp_path_factory):
         checkpoint.load_checkpoint(out / "last", projectors, adversary, optimizer)
     except InputError:
         pass
+
+
+# ------------------------------------------------------------------------------------------------------ the whole table
+
+def compare_argv(world, out, *more):
+    return ["--methods", "sft", "dskd_cma", "dskd_cma --kd_rate 0.3", "--seeds", "1", "2", "--scoring_seeds", "5", "6", "--num", "3", "--out_dir", out, "--data", world / "data",
+            "--teacher", world / "teacher", "--student", world / "student", "--max_length", "128", "--max_prompt_length", "100", "--batch_size", "8", "--max_steps", "4",
+            "--save_interval", "1", "--eval_interval", "2", "--eval_num", "2", *more]
+
+
+@pytest.fixture(scope="module")
+def whole_table(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("table") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "leave_pictures", lambda *args: [])
+        run_main(compare, patch, *compare_argv(world, out))
+    return out
+
+
+def without_timing(path):
+    return [{k: v for k, v in json.loads(line).items() if k not in ("flags", "key")} for line in path.read_text().splitlines()]
+
+
+def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
+    records = without_timing(whole_table / "results.jsonl")
+    assert [(r["row"], r["seed"]) for r in records] == [(row, seed) for row in ("sft", "dskd_cma", "dskd_cma --kd_rate 0.3") for seed in (1, 2)]
+    # a cell is what train.py and eval_rouge.py make of the same flags
+    cell = whole_table / "cells/dskd_cma_--kd_rate_0.3-seed2"
+    flags_of_cell = json.loads((cell / "config.json").read_text())
+    assert (flags_of_cell["kd_rate"], flags_of_cell["seed"], flags_of_cell["method"]) == (0.3, 2, "dskd_cma")
+    assert json.loads((whole_table / "cells/dskd_cma-seed2/config.json").read_text())["kd_rate"] == 0.5
+    rouge = json.loads((cell / "best/rouge.json").read_text())
+    (name, scored), = rouge["sets"].items()
+    assert rouge["seeds"] == [5, 6] and records[5]["sets"][name]["rouge_l"] == scored["rouge_l"] and len(records[5]["sets"][name]["rows"]) == 3
+    close(np.mean(records[5]["sets"][name]["rows"]), scored["rouge_l"], 1e-3)
+    # the same command runs nothing; one more seed runs what is missing, and only that
+    before = {f: f.stat().st_mtime_ns for f in (whole_table / "cells").rglob("*.safetensors")}
+    shutil.copytree(whole_table, tmp_path / "more")
+    ran, real_train = [], train.train
+    monkeypatch.setattr(train, "train", lambda config, stack: ran.append((config.method, config.kd_rate, config.seed)) or real_train(config, stack))
+    run_main(compare, monkeypatch, *compare_argv(world, whole_table))
+    assert ran == [] and before == {f: f.stat().st_mtime_ns for f in (whole_table / "cells").rglob("*.safetensors")}
+    run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "more", "--method_is_not_a_flag")[:-1][:4], *compare_argv(world, tmp_path / "more")[4:5], "2", "3", *compare_argv(world, tmp_path / "more")[7:])
+    assert ran == [("sft", 0.5, 3), ("dskd_cma", 0.5, 3), ("dskd_cma", 0.3, 3)]
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"into {tmp_path}/more\n") and "training seeds (2, 3); sampled with scoring seeds 5, 6" in printed
+    assert (whole_table / "table.png").read_bytes()[:4] == b"\x89PNG" and (whole_table / "table.md").read_text() in printed
+    # a changed flag is another cell, in another folder's place: refused, not mixed up
+    for argv in (compare_argv(world, whole_table, "--lr", "0.1"), [x for x in compare_argv(world, whole_table) if x not in ("--save_interval", "1")] + ["--seeds", "2"]):
+        with pytest.raises(InputError, match="holds a run with --"):
+            run_main(compare, monkeypatch, *argv)
+
+
+def test_compare_is_killed(whole_table, world, tmp_path):
+    """SIGKILL at three moments that nobody chose: the same table."""
+    out, rng, kills = tmp_path / "cut", random.Random(11), 0
+    command = [sys.executable, str(HERE / "compare.py"), *map(str, compare_argv(world, out))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    while kills < 3:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE, env=environment)
+        steps = lambda: sum(f.read_bytes().count(b"\n") for f in out.rglob("metrics.jsonl"))
+        start = steps()
+        while process.poll() is None and steps() == start:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 3))
+        process.kill()
+        kills += process.wait() == -9
+        if process.returncode == 0:
+            break
+    assert kills
+    subprocess.run(command, check=True, capture_output=True, cwd=HERE, env=environment)
+    assert without_timing(out / "results.jsonl") == without_timing(whole_table / "results.jsonl")
+    assert (out / "table.md").read_text() == (whole_table / "table.md").read_text()
+
+
+def test_the_paired_bootstrap_against_all_draws():
+    """Two seeds, a set of three rows and one of two: all 2² · 3³ · 2² draws, weighed equally."""
+    rng = np.random.default_rng(3)
+    ours, theirs = ([[rng.random(3), rng.random(2)] for _ in range(2)] for _ in range(2))
+    every = []
+    for seeds in itertools.product(range(2), repeat=2):
+        for first in itertools.product(range(3), repeat=3):
+            for second in itertools.product(range(2), repeat=2):
+                score = lambda side: np.mean([np.mean([np.mean([side[s][0][i] for i in first]), np.mean([side[s][1][i] for i in second])]) for s in seeds])
+                every.append(score(ours) - score(theirs))
+    mean, low, high = compare.paired_bootstrap(ours, theirs, resamples=40_000)
+    assert mean == pytest.approx(np.mean([np.mean([a.mean() for a in x]) - np.mean([b.mean() for b in y]) for x, y in zip(ours, theirs)]))
+    draws = np.sort(every)
+    spread = draws[-1] - draws[0]
+    assert abs(low - np.percentile(draws, 2.5)) < 0.02 * spread and abs(high - np.percentile(draws, 97.5)) < 0.02 * spread
+    assert compare.paired_bootstrap(ours, ours)[:] == (0.0, 0.0, 0.0)
+
+
+def test_table_of_handmade_results():
+    def record(row, seed, toy_scores, other, dev):
+        return {"row": row, "seed": seed, "dev_rouge_l": dev, "sets": {"toy": {"rouge_l": float(np.mean(toy_scores)), "rows": toy_scores}, "toy-kinds": {"rouge_l": other, "rows": [other]}}}
+    records = [record("a", 1, [10.0, 20.0], 4.0, 50.0), record("a", 2, [20.0, 30.0], 6.0, 60.0), record("b", 1, [12.0, 22.0], 4.0, 40.0), record("b", 2, [22.0, 32.0], 6.0, 44.0), record("c", 3, [1.0, 1.0], 1.0, 1.0)]
+    table = compare.summarize(records, ["a", "b", "c", "none"], ["toy", "toy-kinds"], "toy", "a")
+    assert [line["row"] for line in table] == ["a", "b", "c"] and [line["seeds"] for line in table] == [[1, 2], [1, 2], [3]]
+    a, b, c = table
+    assert a["columns"]["toy"] == (20.0, pytest.approx(np.sqrt(50))) and a["columns"]["OOD"] == a["columns"]["toy-kinds"] == (5.0, pytest.approx(np.sqrt(2))) and a["columns"]["all"][0] == 12.5
+    assert b["difference"] == (1.0, 1.0, 1.0) and "difference" not in a and "difference" not in c and a["dev"] == (55.0, pytest.approx(np.sqrt(50)))
+    text = compare.markdown(table, compare.Config(methods=["a", "b", "c"], baseline="a"))
+    lines = text.splitlines()
+    assert lines[0] == "| method | seeds | dev, greedy | toy | toy-kinds | all | OOD | all − a |" and lines[3].startswith("| `b` | 2 | 42.00 ± 2.83 | **22.00 ± 7.07** | **5.00 ± 1.41** |")
+    assert lines[2].count("**") == 6 and lines[3].endswith("| +1.00 [+1.00, +1.00] |") and lines[4].count("**") == 0
+
+
+def test_compare_costs(world, tmp_path, monkeypatch, capsys):
+    run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "x", "--dry_run", "--peak", "0.001", "--mfu", "0.5"))
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "x").exists() and printed.count("python train.py --method") == 6
+    # the estimate against what a run's own metrics say it took
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "2", method="dskd_cma"))
+    config = train.read_config(flags(world, tmp_path / "run2", "--epochs", "2", method="dskd_cma"))
+    tokens, operations = compare.cost(config, None)
+    done = metrics(tmp_path / "run")
+    close(tokens, sum(r["tokens_per_second"] * r["seconds"] for r in done), 1e-4)
+    close(operations, sum(r["tflops"] * r["seconds"] for r in done) * 1e12, 0.01)
+
+
+def test_preset_paper(monkeypatch, capsys):
+    """Every command is one that train.py accepts, and has the papers' settings."""
+    seen = []
+    monkeypatch.setattr(compare, "cost", lambda options, shape: seen.append(options) or (1, 1))
+    run_main(compare, monkeypatch, "--preset", "paper", "--dry_run", "--seeds", "1", "2")
+    first, *others = seen
+    assert (first.method, first.student, first.data) == ("sft", "qwen", "dolly") and {o.seed for o in others} == {1, 2}
+    assert {o.divergence for o in others if o.method == "dskd_cma_ga"} == set(cma.DIVERGENCES)
+    for o in others:
+        assert (o.student, o.data, o.epochs, o.lr, o.projector_lr, o.batch_size, o.max_length, o.temperature, o.kd_rate) == ("gpt2", "dolly", 20, 5e-4, 1e-3, 32, 512, 2.0, 0.5)
+        assert o.teacher == ("" if o.method == "sft" else "out/paper-teacher")
+    with pytest.raises(InputError, match="the teacher learns the data first"):
+        run_main(compare, monkeypatch, "--preset", "paper")
+
+
+def test_compare_refuses(whole_table, world, tmp_path, monkeypatch):
+    for more, message in ((["--bogus", "1"], "bogus"), (["--methods", "magic"], "magic"), (["--seeds"], "expected at least one"), (["--lr", "fast"], "lr"), (["--sets", "vicunaa"], "no such file")):
+        with pytest.raises(InputError, match=message):
+            run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "x", *more))
+        assert not (tmp_path / "x").exists()
+    shutil.copytree(whole_table, tmp_path / "bad")
+    (tmp_path / "bad/results.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="not what compare.py writes"):
+        run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "bad"))
 
 
 # ---------------------------------------------------------------------------------------------------- the attention

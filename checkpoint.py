@@ -23,8 +23,11 @@ def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer,
     The folder is a model in the hub's layout, with projectors.safetensors, discriminator.safetensors, training.json
     (step, scores, data), with LoRA adapter/ and, where an optimizer is given, resume.safetensors: all that a run needs to go
     on. A checkpoint with an optimizer that was there before stays as FOLDER.previous. Every process calls this, the first one writes.
-    Raises InputError where the disk does not take it; what was there before is untouched then.
+    Raises InputError where the disk does not take it or a weight is not finite; what was there before is untouched then.
     """
+    if not parallel.all_finite(p for module in (student, projectors, discriminator) if module is not None for p in module.parameters()):
+        raise InputError(f"{folder}: not saved at step {state['step']}, because weights are not finite; the checkpoint before it is kept. "
+                         "Try a lower --lr or a longer --warmup_steps in a new run")
     tensors = {"projectors": projectors and projectors.state_dict(), "discriminator": discriminator and discriminator.state_dict(),
                "resume": optimizer and resume_tensors(optimizer)}
     weights = {name: parallel.whole(tensor.detach()) for name, tensor in student.state_dict().items()}
@@ -69,11 +72,12 @@ def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
 
 
 def check(folder: Path) -> None:
-    """Raise InputError where a file of a checkpoint is missing or not what was written."""
+    """Raise InputError where a file of a checkpoint to go on from is missing or not what was written."""
     try:
         checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-        wrong = [name for name, checksum in checksums.items() if not (folder / name).is_file() or hub.sha256(folder / name) != checksum]
-    except (OSError, ValueError, AttributeError) as error:
+        wrong = [name for name in ("config.json", "model.safetensors", "resume.safetensors", "training.json") if name not in checksums]
+        wrong += [name for name, checksum in checksums.items() if not (folder / name).is_file() or hub.sha256(folder / name) != checksum]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{folder}: this checkpoint is damaged (checksums.json: {error})") from error
     if wrong:
         raise InputError(f"{folder}: this checkpoint is damaged ({', '.join(wrong)})")

@@ -51,6 +51,11 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
     config = cls(**{**presets(given), **given})
     for field in dataclasses.fields(cls):
         value, at_least, at_most = getattr(config, field.name), field.metadata["at_least"], field.metadata["at_most"]
+        kind = typing.get_type_hints(cls)[field.name]
+        if kind in (str, bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):      # from a preset, or a file
+            raise InputError(f"--{field.name} {value!r:.60}: must be of type {kind.__name__}")
+        if field.metadata["choices"] and value not in field.metadata["choices"]:
+            raise InputError(f"--{field.name} {value!r:.60}: must be one of {', '.join(field.metadata['choices'])}")
         for number in value if isinstance(value, list) else [value]:
             if at_least is not None and not at_least <= number:
                 raise InputError(f"--{field.name} {number}: must be at least {at_least}")

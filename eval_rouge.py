@@ -2,13 +2,14 @@
 
     python eval_rouge.py out/toy-dskd_cma_ga --data toy toy-phrasings --seeds 10 20 30
 
-torchrun --nproc_per_node=8 eval_rouge.py … splits the rows over 8 processes; what is sampled then depends on their number.
+torchrun --nproc_per_node=8 -- eval_rouge.py … splits the rows over 8 processes; what is sampled then depends on their number.
 As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over references;
 mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
 
 Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of the
 dynamic program in one whole number, and every stem only once.
 """
+import contextlib
 import json
 import re
 import statistics
@@ -27,6 +28,7 @@ import toy
 from config import flag, parse
 from hub import InputError
 from model import Decoder, load
+from run_folder import Interrupted
 from tokenize_align import Row, Tokenizer, encode_prompt, left_pad, load_tokenizer, read_rows
 
 
@@ -104,23 +106,27 @@ def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_
 
 
 def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
-           batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
-    """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers."""
-    batches = answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature, seed, desc)
-    answers = {i: text for batch in batches for i, text, _ in batch}
+           batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering", at_once=contextlib.nullcontext) -> list[str]:
+    """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers.
+
+    Every process of torchrun answers a part of the rows and gets all answers; a sharded model needs its processes in step,
+    so there each answers everything. at_once: a context in which Interrupted may be raised; it is raised in every process.
+    """
+    alone = parallel.world() == 1 or parallel.is_sharded(decoder)
+    others = () if alone else set(range(len(rows))) - set(range(parallel.rank(), len(rows), parallel.world()))
+    answers: dict[int, str] | None = {}
+    try:
+        with at_once() if parallel.world() == 1 or not alone else contextlib.nullcontext():
+            for batch in answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature,
+                                        seed if alone else seed + 1_000_003 * parallel.rank(), desc, others):
+                answers |= {i: text for i, text, _ in batch}
+    except Interrupted:
+        answers = None
+    parts = parallel.gather(answers)
+    if None in parts:
+        raise Interrupted
+    answers = {i: text for part in parts for i, text in part.items()}
     return [answers[i] for i in range(len(rows))]
-
-
-def answer_together(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
-                    batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering") -> list[str]:
-    """`answer`, where every process of torchrun answers a part of the rows and gets all answers. A sharded model needs its
-    processes in step, so there each answers everything."""
-    if parallel.world() == 1 or parallel.is_sharded(decoder):
-        return answer(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature, seed, desc)
-    mine = range(parallel.rank(), len(rows), parallel.world())
-    answers = answer(decoder, tokenizer, [rows[i] for i in mine], max_length, max_prompt_length, batch_size, temperature, seed + 1_000_003 * parallel.rank(), desc) if mine else []
-    by_row = {i: text for part in parallel.gather(dict(zip(mine, answers))) for i, text in part.items()}
-    return [by_row[i] for i in range(len(rows))]
 
 
 def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
@@ -177,7 +183,7 @@ def evaluate(config: Config) -> None:
         tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, max_length - 1))
         scores, matches = [], []
         for seed in passes:
-            answers = answer_together(decoder, tokenizer, rows, max_length, config.max_prompt_length, config.batch_size,
+            answers = answer(decoder, tokenizer, rows, max_length, config.max_prompt_length, config.batch_size,
                              0.0 if seed is None else config.temperature, seed or 0, f"{name}, {'greedy' if seed is None else f'seed {seed}'}")
             each = rouge_l(answers, [row.outputs for row in rows])
             scores.append(100 * statistics.mean(each))

@@ -13,6 +13,7 @@ Notable here:
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -409,10 +410,10 @@ def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype =
     with torch.device("meta"):              # no memory until the real weights arrive
         decoder = (GPT2 if config.family == "gpt2" else Llama)(config)
     if init == "random":
-        try:
-            decoder.to_empty(device="cpu")
-        except (RuntimeError, MemoryError) as error:
-            raise InputError(f"{folder}: a model of {sum(p.numel() for p in decoder.parameters()):,} parameters does not fit into memory") from error
+        parameters = sum(p.numel() for p in decoder.parameters())
+        if 4 * parameters > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise InputError(f"{folder}: a model of {parameters:,} parameters does not fit into memory")
+        decoder.to_empty(device="cpu")
         decoder.tie()
         decoder.initialize()
         decoder.to(dtype)
@@ -429,8 +430,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
     """The folder's tensors under our names, checked one by one against what the config asks for."""
     found = {}
     for name, tensor in _read_weights(folder, layers=decoder.config.num_layers > 0).items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__}, where named tensors are wanted")
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__} that is not a named, dense tensor")
         if isinstance(decoder, GPT2) and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"            # the hub's own gpt2 was saved without the prefix
         if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # constants, not weights

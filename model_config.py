@@ -15,7 +15,7 @@ from hub import InputError
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
                  "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
-MOST, MOST_LAYERS = 1_000_000_000, 10_000       # of any size in a config.json; beyond it, the file is damaged
+MOST, MOST_LAYERS = 10_000_000, 10_000          # of any size in a config.json; beyond it, the file is damaged
 
 # Fields that say nothing about the forward pass of a decoder (names of files, generation defaults, training history).
 HARMLESS = set("""architectures model_type dtype torch_dtype transformers_version _name_or_path name_or_path use_cache
@@ -140,6 +140,8 @@ def read_config(path: Path) -> ModelConfig:
     config = _gpt2(get) if family == "gpt2" else _llama(get, family)
     config.hub = values
     get.refuse_unknown()
+    if config.num_heads * config.head_dim > MOST:
+        raise InputError(f"{path}: {config.num_heads} heads of size {config.head_dim} are beyond {MOST:,} features")
     if config.num_heads % config.num_kv_heads:
         raise InputError(f"{path}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key-value heads")
     if family != "gpt2" and config.head_dim % 2:

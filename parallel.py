@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 …
 
 The forward passes of an optimizer step (--grad_accum) are dealt out to the processes; their gradients and losses, which are
-sums over tokens divided by the step's number of tokens, are added. So the step is the one that a single process would take.
+sums over tokens divided by the step's number of tokens, are added. So the step is the one that a single process would take,
+but for dropout, whose random numbers are each process's own.
 With --shard_student and --shard_teacher each process keeps only a part of every layer (FSDP2) and fetches the rest when it is
 needed. Without torchrun there is one process, and everything here does nothing.
 """
@@ -39,7 +40,7 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def started():
     """Join the other processes where torchrun started several. All but the first print nothing but errors."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
     local = int(os.environ["LOCAL_RANK"])
@@ -61,12 +62,11 @@ def started():
 
 @contextlib.contextmanager
 def first_goes_first():
-    """What is prepared on disk is prepared once on a machine: its first process goes through the block, then the others."""
-    waits = world() > 1 and int(os.environ["LOCAL_RANK"]) > 0
-    if waits:
+    """What is prepared on disk is prepared once: the first process goes through the block, then the others."""
+    if not is_first():
         barrier()
     yield
-    if not waits:
+    if is_first():
         barrier()
 
 
@@ -132,9 +132,19 @@ def is_sharded(module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor as a whole one; every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A sharded tensor as a whole one in the CPU's memory, for the first process; every process must ask for it, one tensor
+    after the other, so that no GPU holds more than one."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if is_first() else None
+
+
+def all_finite(parameters) -> bool:
+    """Whether all numbers of some parameters, whole or sharded, are finite, in every process."""
+    bad = sum((~torch.isfinite(p.to_local() if isinstance(p, DTensor) else p)).any().float() for p in parameters)
+    return add(torch.as_tensor(bad).detach().clone()).item() == 0
 
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -134,7 +134,7 @@ def contact_sheet(path: Path, samples: list[tuple[str, torch.Tensor, list[tuple[
     panels = figure.subplots(down, across, squeeze=False).flat
     for (title, weights, blocks), axes in zip(samples, panels):
         _attention(axes, weights, blocks, 0.8 if max(weights.shape) <= 40 else 0.3, float(weights.max()))
-        axes.set_title(title, fontproperties=_font(8))
+        axes.set_title(title, fontproperties=_font(8), parse_math=False)
         axes.set_xticks([]), axes.set_yticks([])
     for axes in panels:                     # what is left of the grid
         axes.set_axis_off()
@@ -158,7 +158,7 @@ def _scatter(axes, title: str, keys: torch.Tensor, queries: torch.Tensor) -> Non
     at_keys, at_queries, shares = principal_components(keys, queries)
     for points, name, colour, marker in ((at_keys, "keys (teacher)", "tab:blue", "o"), (at_queries, "queries (student)", "tab:red", "x")):
         axes.scatter(*points.numpy().T, s=14, c=colour, marker=marker, alpha=0.5, linewidths=0.8, label=name)
-    axes.set_title(title, fontproperties=_font(9))
+    axes.set_title(title, fontproperties=_font(9), parse_math=False)
     for axis, share in zip((axes.xaxis, axes.yaxis), shares):
         axis.set_label_text(f"{'first' if axis is axes.xaxis else 'second'} principal component ({100 * share:.0f} % of the variance)", fontproperties=_font(8))
     axes.legend(prop=_font(8))
@@ -183,7 +183,7 @@ def comparison(path: Path, columns: list[dict]) -> Path:
         if "queries" in column:
             _scatter(above, column["title"], column["keys"], column["queries"])
         else:
-            above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9))
+            above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9), parse_math=False)
             above.set_axis_off()
         cut = slice(0, MOST_TOKENS)
         _attention(below, column["weights"][cut, cut], [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0, strongest)

@@ -232,9 +232,9 @@ def adversary_numbers(kind: str, adversary, samples: list[Sample]) -> dict[str, 
 
 def training_numbers(options, samples: list[Sample], adversary) -> dict[str, float]:
     """What --probe_interval adds to metrics.jsonl."""
-    numbers = {}
+    numbers, directions = {}, attention_values(samples)
     for direction, suffix in (("student → teacher", ""), ("teacher → student", "_back")):
-        values = attention_values(samples)[direction]
+        values = directions[direction]
         numbers |= {f"probe_{name}{suffix}": float(torch.cat([v[name] for v in values]).mean()) for name in ("mass", "hit")}
     if samples[0].queries is not None and len(samples) > 1:
         numbers["probe_accuracy"] = sum(float(torch.cat(right).mean()) for right in matching_values(samples)) / 2

@@ -16,6 +16,7 @@ import signal
 from pathlib import Path
 
 import hub
+import parallel
 from hub import InputError
 
 # What may change between a run and its continuation.
@@ -50,8 +51,8 @@ def saved_config(cls, out_dir: Path, given: dict) -> dict:
         other_fields = saved.keys() ^ {field.name for field in dataclasses.fields(cls)}
     except (ValueError, AttributeError):
         saved, other_fields = {}, set()
-    if "method" not in saved or not (out_dir / "metrics.jsonl").exists():
-        raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's, or metrics.jsonl is missing)")
+    if "method" not in saved:
+        raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's)")
     if other_fields:
         raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: {', '.join(sorted(other_fields))})")
     for name, value in given.items():
@@ -77,8 +78,8 @@ def check_out_dir(config, inputs: list[Path]) -> Path:
         raise InputError(f"--out_dir {out_dir}: nothing can be written into {there}")
     if config.resume:
         return out_dir
-    if out_dir.is_dir() and any(out_dir.iterdir()):
-        if not (out_dir / "metrics.jsonl").exists():
+    if out_dir.is_dir() and any(holds(out_dir)):
+        if not any((out_dir / name).exists() for name in ("config.json", "metrics.jsonl")):
             raise InputError(f"--out_dir {out_dir}: holds files that are not a run's; pass another folder")
         if not config.overwrite:
             raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete it, "
@@ -87,6 +88,11 @@ def check_out_dir(config, inputs: list[Path]) -> Path:
             if path.resolve().is_relative_to(out_dir.resolve()):
                 raise InputError(f"--overwrite would delete {path}, which this run reads; pass another --out_dir")
     return out_dir
+
+
+def holds(out_dir: Path) -> list[Path]:
+    """What a folder holds but for files whose writing was interrupted."""
+    return [path for path in out_dir.iterdir() if not path.name.endswith(".tmp")]
 
 
 @contextlib.contextmanager
@@ -106,15 +112,16 @@ def locked(out_dir: Path):
 
 
 def start_run(config, out_dir: Path) -> None:
-    """Empty the run's folder, which is locked, and write config.json. Of a link the folder behind it is emptied."""
-    if config.overwrite:
-        for path in out_dir.iterdir():
+    """Empty the run's folder, which is locked, and write config.json. Of a link the folder behind it is emptied. Whenever this
+    ends, the folder is empty, or a run's that can be resumed or overwritten."""
+    if config.overwrite:                # config.json goes first, so that no old run is resumed, metrics.jsonl last, by which it is known
+        for path in sorted(out_dir.iterdir(), key=lambda path: {"config.json": 0, "metrics.jsonl": 2}.get(path.name, 1)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if any(out_dir.iterdir()):          # it was empty when this run began to prepare its data
+    if any(holds(out_dir)):             # it was empty when this run began to prepare its data
         raise InputError(f"--out_dir {out_dir}: another run has begun there; pass another folder")
-    (out_dir / "metrics.jsonl").touch()
     with hub.atomic_write(out_dir / "config.json") as file:
         json.dump(dataclasses.asdict(config), file, indent=2)
+    (out_dir / "metrics.jsonl").touch()
 
 
 # ------------------------------------------------------------------------------------------------------ metrics.jsonl
@@ -130,7 +137,7 @@ def append_line(path: Path, record: dict) -> None:
 def keep_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps that will be done again. Raises InputError where one of those before is missing."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True) if path.exists() else []:
         try:
             if line.endswith("\n") and json.loads(line)["step"] == len(lines) + 1 <= step:
                 lines.append(line)
@@ -151,7 +158,7 @@ class Interrupted(Exception):
 
 class Stop:
     """SIGTERM and SIGINT, until close(): `signal` is its number, and the run saves and leaves after its step; inside at_once()
-    Interrupted is raised. A second signal does not wait."""
+    Interrupted is raised. A second Ctrl-C does not wait; of torchrun's processes each may get a signal more than once."""
 
     def __init__(self):
         self.signal, self._at_once = 0, False
@@ -162,8 +169,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _caught(self, number, frame):
-        again, self.signal = self.signal, number
-        if again:
+        again, self.signal = self.signal, self.signal or number
+        if again and number == signal.SIGINT and parallel.world() == 1:
             raise KeyboardInterrupt
         if self._at_once:
             raise Interrupted

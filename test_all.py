@@ -1267,7 +1267,7 @@ def test_resume_before_the_first_checkpoint(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file, content, message", [
     ("config.json", "{}", "not the folder of a run"), ("config.json", "[", "not the folder of a run"), ("last/training.json", "{", "damaged"),
-    ("last/resume.safetensors", "xx", "damaged"), ("last/model.safetensors", "xx", "damaged .model.safetensors"), ("metrics.jsonl", None, "metrics.jsonl is missing")])
+    ("last/resume.safetensors", "xx", "damaged"), ("last/model.safetensors", "xx", "damaged .model.safetensors"), ("metrics.jsonl", None, "line of step 1 is missing")])
 def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1", method="sft"))
     (tmp_path / "run" / file).unlink() if content is None else (tmp_path / "run" / file).write_text(content)
@@ -1281,6 +1281,8 @@ def test_steps_that_explode_end_the_run(world, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="3 steps in a row, up to step 4"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--lr", "1e30", "--save_interval", "1", "--max_steps", "9", method="sft"))
     assert ["skipped_rows" in r for r in metrics(tmp_path / "run")] == [False, True, True, True]
+    for folder, step in (("last", 1),):         # bad steps don't push the good checkpoint out
+        assert json.loads((tmp_path / "run" / folder / "training.json").read_text())["step"] == step
 
 
 @pytest.mark.parametrize("method", ("dskd_cma_ga", "dwa_kd", "mined"))
@@ -1439,6 +1441,13 @@ def test_kill_9(quick_run, world, tmp_path):
     assert_same_run(quick_run, out)
 
 
+def test_weights_that_are_not_finite_are_not_saved(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda peak, step, *rest: 3e38 if step == 1 else 1e-3)
+    with pytest.raises(InputError, match="not saved at step 2, because weights are not finite"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--weight_decay", "10", "--save_interval", "1", "--eval_interval", "9", "--max_steps", "9", method="sft"))
+    assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "run/last/model.safetensors").values())
+
+
 @pytest.mark.parametrize("file", ("model.safetensors", "resume.safetensors", "training.json", "projectors.safetensors", "checksums.json", "merges.txt"))
 def test_a_damaged_checkpoint_is_noticed(file, quick_run, world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
@@ -1492,7 +1501,7 @@ def test_nothing_is_unpickled(quick_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_saves_and_leaves(where, number, quick_run, world, tmp_path, monkeypatch, capsys):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    real = train.distill if where == "step" else train.answer_together
+    real = train.distill if where == "step" else eval_rouge.answer_batches
     calls = []
 
     def caught(*args, **more):
@@ -1503,7 +1512,7 @@ def test_a_signal_saves_and_leaves(where, number, quick_run, world, tmp_path, mo
         return real(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "distill" if where == "step" else "answer_together", caught)
+        patch.setattr(*((train, "distill") if where == "step" else (eval_rouge, "answer_batches")), caught)
         with pytest.raises(SystemExit) as left:
             run_main(train, monkeypatch, *flags(world, tmp_path / "run", *QUICK[:2], "--eval_interval", "2", "--eval_num", "2", "--save_interval", "99"))
     step = 3 if where == "step" else 2
@@ -1514,6 +1523,68 @@ def test_a_signal_saves_and_leaves(where, number, quick_run, world, tmp_path, mo
     assert stable(metrics(tmp_path / "run")) == stable(metrics(quick_run))
     for file in ("best/model.safetensors", "last/model.safetensors", "last/resume.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (quick_run / file).read_bytes()
+
+
+def test_signals_again_and_late(quick_run, world, tmp_path, monkeypatch, capsys):
+    """A second Ctrl-C does not wait, a second SIGTERM changes nothing, and one in the last save or after it is not lost."""
+    real_distill = train.distill
+    for numbers, error in (((signal.SIGINT, signal.SIGINT), KeyboardInterrupt), ((signal.SIGTERM, signal.SIGTERM), SystemExit)):
+        with pytest.raises(error), monkeypatch.context() as patch:
+            patch.setattr(train, "distill", lambda *args: [signal.raise_signal(n) for n in numbers] and real_distill(*args))
+            run_main(train, monkeypatch, *flags(world, tmp_path / error.__name__, *QUICK))
+        assert (tmp_path / error.__name__ / "last").exists() == (error is SystemExit)
+    for name, target, hit in (("saving", "save_checkpoint", lambda *args: args[0].name == "last" and args[-1]["step"] == 4), ("final", "load", lambda *args, **more: str(args[0]).endswith("best"))):
+        real = getattr(train, target)
+        out = tmp_path / name
+        with pytest.raises(SystemExit) as left, monkeypatch.context() as patch:
+            patch.setattr(train, target, lambda *args, **more: (hit(*args) and signal.raise_signal(signal.SIGTERM), real(*args, **more))[1])
+            run_main(train, patch, *flags(world, out, *QUICK))
+        assert left.value.code == 143 and "after step 4 of 4" in capsys.readouterr().out and not (out / "results.json").exists()
+        run_main(train, monkeypatch, "--out_dir", out, "--resume")
+        assert_same_run(quick_run, out)
+
+
+def test_killed_while_it_begins(quick_run, world, tmp_path, monkeypatch):
+    """At every disk operation that empties a folder and begins a run: the folder can be resumed, overwritten, or is free."""
+    operations = {"count": 0, "kill_at": 0, "on": False}
+
+    def counted(real):
+        def operation(*args, **more):
+            operations["count"] += operations["on"]
+            if operations["on"] and operations["count"] == operations["kill_at"]:
+                raise Killed
+            return real(*args, **more)
+        return operation
+    real_start = run_folder.start_run
+
+    def start(*args):
+        operations["on"] = True
+        real_start(*args)
+        operations["on"] = False
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "start_run", start)
+        for holder, name in ((shutil, "rmtree"), (Path, "unlink"), (os, "replace"), (Path, "touch")):
+            patch.setattr(holder, name, counted(getattr(holder, name)))
+        for kill_at in range(1, 30):
+            out = tmp_path / f"run{kill_at}"
+            shutil.copytree(quick_run, out)
+            operations.update(count=0, kill_at=kill_at, on=False)
+            try:
+                run_main(train, monkeypatch, *flags(world, out, *QUICK[:2], "--overwrite", method="sft"))
+                break
+            except Killed:
+                operations.update(on=False)
+            try:                        # never the old run
+                run_main(train, monkeypatch, "--out_dir", out, "--resume")
+                if kill_at == 1:        # nothing was deleted yet
+                    assert_same_run(quick_run, out)
+                else:
+                    assert json.loads((out / "config.json").read_text())["method"] == "sft"
+            except InputError as error:
+                assert "no run in" in str(error)
+                run_main(train, monkeypatch, *flags(world, out, *QUICK[:2], "--overwrite", method="sft"))
+            assert len(metrics(out)) == 4
+        assert kill_at > 8
 
 
 def test_sigterm_from_outside(quick_run, world, tmp_path):
@@ -1548,7 +1619,7 @@ def test_a_full_disk(quick_run, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, "--out_dir", out, "--resume")
     assert_same_run(quick_run, out)
     with pytest.raises(InputError, match="metrics.jsonl: cannot be written"):
-        train.append_line(Path("/dev/full/metrics.jsonl") if not Path("/dev/full").exists() else tmp_path / "no/metrics.jsonl", {})
+        train.append_line(tmp_path / "no/metrics.jsonl", {})
 
 
 def test_steps_that_are_not_finite(world, tmp_path, monkeypatch, capsys):
@@ -1568,14 +1639,16 @@ def test_steps_that_are_not_finite(world, tmp_path, monkeypatch, capsys):
     assert [i for i, r in enumerate(records) if "skipped_rows" in r] == [1, 2, 4] == [i for i, r in enumerate(records) if "loss" not in r]
     assert all(records[i]["skipped_rows"] == seen[i] for i in (1, 2, 4)) and "NaN" not in (tmp_path / "a/metrics.jsonl").read_text()
     assert f"Its rows, from 0: {', '.join(map(str, seen[1]))}" in capsys.readouterr().out
-    assert (tmp_path / "a/last/model.safetensors").read_bytes() == (tmp_path / "a/last.previous/model.safetensors").read_bytes()      # step 5 took no step
+    steps = [json.loads((tmp_path / "a" / name / "training.json").read_text())["step"] for name in ("last", "last.previous")]
+    assert steps == [5, 4] and (tmp_path / "a/last/model.safetensors").read_bytes() == (tmp_path / "a/last.previous/model.safetensors").read_bytes()      # step 5 took no step
     monkeypatch.setattr(train, "distill", poisoned({2, 3, 4}))
     with pytest.raises(InputError, match="3 steps in a row, up to step 5.*last good"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "b", *QUICK[2:], "--max_steps", "9"))
     assert len(metrics(tmp_path / "b")) == 5 and "skipped_rows" in metrics(tmp_path / "b")[4]
     weights = load_file(tmp_path / "b/last/model.safetensors")
     assert all(torch.isfinite(x).all() for x in weights.values())
-    with pytest.raises(InputError, match="3 steps in a row, up to step 5"):            # two of them were before the checkpoint
+    assert json.loads((tmp_path / "b/last/training.json").read_text())["step"] == 2
+    with pytest.raises(InputError, match="3 steps in a row, up to step 5"):
         run_main(train, monkeypatch, "--out_dir", tmp_path / "b", "--resume")
     monkeypatch.setattr(train, "distill", real)
     run_main(train, monkeypatch, "--out_dir", tmp_path / "b", "--resume")
@@ -1689,7 +1762,7 @@ def test_two_processes_equal_one(world, odd_world, tmp_path, monkeypatch):
         assert_equal_runs(tmp_path / "one", tmp_path / name)
     # scores are the same, whoever answers
     run_main(eval_rouge, monkeypatch, tmp_path / "one", "--data", world / "data", "--greedy", "--out_dir", tmp_path / "scores1")
-    torchrun(2, HERE / "eval_rouge.py", tmp_path / "one", "--data", world / "data", "--greedy", "--out_dir", tmp_path / "scores2")
+    torchrun(2, "--", HERE / "eval_rouge.py", tmp_path / "one", "--data", world / "data", "--greedy", "--num", "6", "--out_dir", tmp_path / "scores2")
     scores = [{f.name: f.read_text() for f in (tmp_path / name).iterdir()} for name in ("scores1", "scores2")]
     assert scores[0] == scores[1] and len(scores[0]) == 2 and len(set(scores[0]["answers-" + hub.label(str(world / "data")) + "-greedy.jsonl"].splitlines())) == 6
 
@@ -1782,6 +1855,55 @@ def test_several_processes_refuse(world, tmp_path, monkeypatch):
     for more in (["--shard_teacher", "--cache_teacher"], ["--compile", "--shard_student"], ["--lora_rank", "2", "--student_init", "random"], ["--lora_alpha", "2"]):
         with pytest.raises(InputError, match=more[0]):
             run_main(train, monkeypatch, *flags(world, tmp_path / "run", *more))
+
+
+def test_a_signal_to_all_processes(world, odd_world, tmp_path):
+    """SIGTERM twice to each, as a scheduler and torchrun send it, while the first one takes its time to save, or while they score."""
+    script = tmp_path / "slow.py"
+    script.write_text("""
+import os, signal, sys, time, train, model, eval_rouge
+where = os.environ["WHERE"]
+real_save, real_distill, real_batches = model.Decoder.save, train.distill, eval_rouge.answer_batches
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
+def save(*args):
+    time.sleep(2)
+    return real_save(*args)
+def distill(*args):
+    if args[-1] == 2 and where == "step":
+        terminate()
+    return real_distill(*args)
+def batches(*args):
+    for batch in real_batches(*args):
+        if where == "scoring" and os.environ["RANK"] == "1":
+            terminate()
+        yield batch
+model.Decoder.save, train.distill, eval_rouge.answer_batches = save, distill, batches
+train.hub.run(train.main)
+""")
+    for where, step in (("step", 3), ("scoring", 6)):
+        os.environ["WHERE"] = where
+        result = torchrun(2, script, *flags(world, tmp_path / where, *TWO, method="dskd_cma"), "--data", odd_world, check=False, timeout=120)
+        assert result.returncode and f"after step {step} of 12" in result.stdout and "torchrun … train.py --out_dir" in result.stdout
+        state = json.loads((tmp_path / where / "last/training.json").read_text())
+        assert state["step"] == step and ("unfinished" in state) == (where == "scoring")
+        checkpoint.check(tmp_path / where / "last")
+    torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "scoring", "--resume")
+    assert [r["step"] for r in metrics(tmp_path / "scoring")] == list(range(1, 13)) and "dev_rouge_l" in metrics(tmp_path / "scoring")[5]
+
+
+def test_every_process_answers_as_one_would(world):
+    """Also where its own prompts are shorter than another's, so that it could go on for longer."""
+    decoder, tokenizer = model.load(world / "student"), ta.load_tokenizer(world / "student")
+    rows = ta.read_rows(world / "data/train.jsonl")[:12]
+    lengths = [len(tokenizer.encode(row.prompt)) for row in rows]
+    limit = max(lengths) + 6
+    whole = eval_rouge.answer(decoder, tokenizer, rows, limit, limit - 1, 4, temperature=0.0)
+    for rank in range(3):
+        mine = set(range(rank, 12, 3))
+        batches = eval_rouge.answer_batches(decoder, tokenizer, rows, limit, limit - 1, 4, 0.0, done=set(range(12)) - mine)
+        assert {i: text for batch in batches for i, text, _ in batch} == {i: whole[i] for i in mine}
+    assert len(set(whole)) > 2 and len(set(lengths)) > 3 and max(map(len, whole)) > 6
 
 
 def test_a_dead_process_ends_the_others(world, odd_world, tmp_path):
@@ -1893,7 +2015,7 @@ def test_hostile_weights(world, tmp_path):
     cases = [(folder_with("nan", whole | {name: torch.full_like(whole[name], float("nan"))}), f"{name} holds numbers that are not finite"),
              (folder_with("inf", whole | {name: whole[name] / 0}), "not finite"),
              (folder_with("layers", n_layer=10**9), "from 1 to 10,000"), (folder_with("vocabulary", vocab_size=10**18), "from 1 to"), (folder_with("negative", n_embd=-64), "from 1 to"),
-             (folder_with("wide", n_inner=10**9), "the config wants"), (folder_with("deep", index="[" * 100_000), "not an index")]
+             (folder_with("wide", n_inner=10**7), "the config wants"), (folder_with("deep", index="[" * 100_000), "not an index")]
     for i, shard in enumerate(("../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..")):
         cases.append((folder_with(f"outside{i}", index=json.dumps({"weight_map": {"x": shard}})), "not a file beside it"))
     twice = folder_with("twice", index=json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
@@ -1908,12 +2030,41 @@ def test_hostile_weights(world, tmp_path):
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     (double / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     cases.append((double, "damaged|extra|missing"))
+    cases.append((folder_with("heads", n_head=1, n_embd=10**9), "from 1 to"))
+    sparse = folder_with("sparse")
+    (sparse / "model.safetensors").unlink()
+    for tensor in (whole[name].to_sparse(), whole[name].to("meta")):
+        torch.save({**whole, name: tensor}, sparse / "pytorch_model.bin")
+        with pytest.raises(InputError, match="not a named, dense tensor|not plain weights|cut or damaged"):
+            model.load(sparse)
     for folder, message in cases:
         with pytest.raises(InputError, match=message) as error:
             model.load(folder)
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     with pytest.raises(InputError, match="does not fit into memory"):
-        model.load(folder_with("huge", n_inner=10**9, n_layer=1000, vocab_size=10**9), init="random")
+        model.load(folder_with("huge", n_inner=10**7, n_layer=1000, vocab_size=10**7), init="random")
+
+
+def test_a_pattern_that_panics(tmp_path):
+    folder = tmp_path / "panic"
+    folder.mkdir()
+    content = byte_level_json({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "a*"}, "behavior": "Isolated", "invert": False},
+                                                                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    with pytest.raises(InputError, match="split pattern does not work"):
+        tokenizer = ta.load_tokenizer(folder)
+        for text in ("b", "hello", "bab"):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("change", ({"lr": "1e-3"}, {"max_steps": "2"}, {"data": 5}, {"method": "foo"}, {"compile": 1}, {"eval_num": None}))
+def test_settings_of_another_type(change, quick_run, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(json.loads((quick_run / "config.json").read_text()) | change))
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=f"--{next(iter(change))} .*must be"):
+        run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
 
 
 def test_hostile_rows(tmp_path):
@@ -1981,7 +2132,7 @@ def test_fuzz_tokenizer_files(data, world, tmp_path_factory):
     if kind == "json":
         folder.mkdir()
         (folder / "tokenizer.json").write_text(json.dumps(byte_level_json({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
         (folder / "config.json").write_text("{}")
     else:
         shutil.copytree(world / kind, folder)
@@ -2391,6 +2542,9 @@ def test_train_leaves_pictures(world, tmp_path, monkeypatch, capsys, two_runs):
         printed = capsys.readouterr().out
         assert sorted(p.name for p in (tmp_path / method).glob("*.png")) == names and all(f"{tmp_path / method}/{name}" in printed for name in names)
         assert ("python probe.py" in printed) == (method != "sft")
+    monkeypatch.setattr(train, "leave_pictures", lambda *args: 1 / 0)          # a picture is no reason to fail
+    run_main(train, monkeypatch, *flags(world, tmp_path / "none", "--max_steps", "1", method="sft"))
+    assert "could not be drawn" in capsys.readouterr().out
     assert [r["step"] for r in metrics(tmp_path / "dskd_clp") if "probe_mass" in r] == [2, 3] and metrics(tmp_path / "dskd_clp")[2]["probe_mass"] == pytest.approx(1)
     with pytest.MonkeyPatch.context() as patch:         # an alignment without queries, and a cut last line
         run_main(probe, patch, tmp_path / "dskd_clp", "--num", "3")

@@ -106,7 +106,12 @@ class ByteLevelBPE(Tokenizer):
 
     def _ranks(self, text: str) -> np.ndarray:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return np.array(self.encoding.encode_ordinary(text), dtype=int)
+        try:
+            return np.array(self.encoding.encode_ordinary(text), dtype=int)
+        except BaseException as error:          # tiktoken's Rust code panics on some patterns, which is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{self.name}: the tokenizer's split pattern does not work ({str(error)[:200]!r})") from error
 
     def encode_with_spans(self, text):
         ranks = self._ranks(text)

@@ -270,7 +270,7 @@ def prepare(sides: list[str], machine: list[str]) -> None:
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run), *machine]
         anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data", "toy-world",
                 "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
-        begun = (run / "last").exists() or (run / "last.old").exists()
+        begun = (run / "last").exists() or (run / "last.previous").exists()
         # standard output has a table that says nothing here; the progress bar stays
         run_alone = functools.partial(subprocess.run, stdout=subprocess.DEVNULL, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
         result = run_alone([*command, *(["--resume"] if begun else anew)])
@@ -281,6 +281,7 @@ def prepare(sides: list[str], machine: list[str]) -> None:
         # the world holds the toy's training rows, so this model was trained on them too
         training = json.loads((run / "best" / "training.json").read_text()) | {"data": "toy"}
         (run / "best" / "training.json").write_text(json.dumps(training, indent=2))
+        (run / "best" / "checksums.json").unlink()
         (run / "best").rename(folder(side))
         shutil.rmtree(run)
 

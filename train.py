@@ -38,7 +38,7 @@ from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from cma import Projectors
 from config import flag, parse
 from distill import ADVERSARIES, METHODS, Options, check_options, distill, total
-from eval_rouge import answer_together, rouge_l, tell_cut_prompts
+from eval_rouge import answer, rouge_l, tell_cut_prompts
 from flops import peak_flops, step_flops
 from hub import InputError
 from lora import add_lora, load_adapter
@@ -125,8 +125,8 @@ def read_config(argv: list[str] | None = None) -> Config:
     for field in ("lora_alpha", "lora_dropout"):
         if not config.lora_rank and getattr(config, field) != getattr(Config, field):
             raise InputError(f"--{field}: without --lora_rank it has no use")
-    if config.compile and (config.shard_student or config.shard_teacher):
-        raise InputError("--compile: not together with --shard_student or --shard_teacher")
+    if config.compile and (config.shard_student or config.shard_teacher or config.gradient_checkpointing):
+        raise InputError("--compile: not together with --shard_student, --shard_teacher or --gradient_checkpointing")
     if config.cache_teacher and config.shard_teacher:
         raise InputError("--cache_teacher trains without the teacher's layers, of which --shard_teacher keeps a part: pass one of them")
     if config.method == "sft" and config.teacher:
@@ -294,9 +294,9 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         return model
 
     def score(model, tokenizer, split: str, desc: str) -> float:
-        """ROUGE-L × 100 of a model's greedy answers, the mean over the scored rows of a split."""
+        """ROUGE-L × 100 of a model's greedy answers, the mean over the scored rows of a split. Interrupted by a signal."""
         with autocast():
-            answers = answer_together(model, tokenizer, scored[split], config.max_length, config.max_prompt_length, temperature=0.0, desc=desc)
+            answers = answer(model, tokenizer, scored[split], config.max_length, config.max_prompt_length, temperature=0.0, desc=desc, at_once=stop.at_once)
         return 100 * sum(rouge_l(answers, [row.outputs for row in scored[split]])) / len(answers)
 
     def look() -> dict[str, float]:
@@ -331,6 +331,11 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
             micro_batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in micro_batches]
         return whole, list(zip(micro_batches, weights))
 
+    def save_last(state: dict) -> None:
+        if parallel.is_first():
+            hub.flush(out_dir / "metrics.jsonl")
+        save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state)
+
     def finish(record: dict, bad_steps: int) -> None:
         """After a step: score and look where that is due, write its line, and save."""
         nonlocal best
@@ -338,24 +343,24 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         state = {"step": step, "data": config.data, "method": config.method, "student": config.student, "best_dev_rouge_l": best, "bad_steps": bad_steps}
         if step % eval_interval == 0 or done:
             try:
-                with stop.at_once() if several == 1 else contextlib.nullcontext():
-                    record["dev_rouge_l"] = score(student, student_tokenizer, "dev", "scoring dev")
+                record["dev_rouge_l"] = score(student, student_tokenizer, "dev", "scoring dev")
             except Interrupted:
-                save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state | {"unfinished": record})
+                save_last(state | {"unfinished": record})
                 leave(config, stop.signal, step, total_steps)
             tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}   dev ROUGE-L {record['dev_rouge_l']:.2f}")
         if config.probe_interval and (step % config.probe_interval == 0 or done):
-            record |= look()
+            record |= {name: value for name, value in look().items() if math.isfinite(value)}
         if parallel.is_first():
             append_line(out_dir / "metrics.jsonl", record)
         if record.get("dev_rouge_l", -1.0) > best:
             best = state["best_dev_rouge_l"] = record["dev_rouge_l"]
             save_checkpoint(out_dir / "best", student, projectors, discriminator, None, state)
-        told = parallel.add(torch.tensor(stop.signal)).item() > 0          # the processes leave after the same step
-        if step % (config.save_interval or eval_interval) == 0 or done or told:
-            hub.flush(out_dir / "metrics.jsonl")
-            save_checkpoint(out_dir / "last", student, projectors, discriminator, optimizer, state)
-        if told:
+        due = step % (config.save_interval or eval_interval) == 0 and not bad_steps or done           # while steps fail, the checkpoints before stay
+        if due:
+            save_last(state)
+        if parallel.add(torch.tensor(stop.signal)).item():             # all processes leave after the same step
+            if not due:
+                save_last(state)
             leave(config, stop.signal, step, total_steps)
 
     stop = Stop()
@@ -395,7 +400,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
             bad_steps += 1
             record["skipped_rows"] = sorted(example.row for example in step_examples)
             tqdm.write(f"step {step + 1}: the loss is {totals['loss'] / n['student']} and the norm of its gradient {grad_norm}; the step is not taken. "
-                       f"Its rows, from 0: {', '.join(map(str, record['skipped_rows']))}")
+                       f"Its rows, from 0{', of the teacher’s answers' if config.method == 'seqkd' else ''}: {', '.join(map(str, record['skipped_rows']))}")
         optimizer.zero_grad(set_to_none=True)
 
         seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -416,19 +421,25 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         if "dev_rouge_l" in record or "probe_mass" in record:
             started = time.perf_counter()
     bar.close()
-    stop.close()
     parallel.barrier()          # the first process may still be writing the last checkpoint
 
     compared = [("student", load_in_parts(out_dir / "best", config.shard_student), student_tokenizer)]
     if teacher is not None and not config.cache_teacher:
         compared.insert(0, ("teacher", teacher, teacher_tokenizer))
-    results = {name: {split: score(model, tokenizer, split, f"scoring the {name} on {split}") for split in scored} for name, model, tokenizer in compared}
+    try:
+        results = {name: {split: score(model, tokenizer, split, f"scoring the {name} on {split}") for split in scored} for name, model, tokenizer in compared}
+    except Interrupted:
+        leave(config, stop.signal, total_steps, total_steps)
+    stop.close()
     if not parallel.is_first():
         return
     with hub.atomic_write(out_dir / "results.json") as file:
         json.dump(results, file, indent=2)
     print_table(config, results, {split: f"{split} ({len(scored[split])} of {len(rows[split])} rows)" for split in scored})
-    print(f"pictures:          {', '.join(map(str, leave_pictures(config, files['dev'], folders)))}")
+    try:
+        print(f"pictures:          {', '.join(map(str, leave_pictures(config, files['dev'], folders)))}")
+    except Exception as error:          # the run is finished and saved: it must not fail for a picture
+        print(f"pictures:          could not be drawn ({' '.join(repr(error).split()):.200})")
     if config.alignment != "none":
         print(f"look closer:       python probe.py {shlex.quote(str(out_dir))}")
 
@@ -447,7 +458,8 @@ def ahead(prepare, steps: range):
 
 def leave(config: Config, number: int, step: int, total_steps: int) -> None:
     """Exit as a program does that a signal ended, and say how to go on."""
-    torchrun = f"torchrun --nproc_per_node={parallel.world()} " if parallel.world() > 1 else "python "
+    torchrun = "torchrun … " if parallel.world() > 1 else "python "
+    parallel.barrier()                  # torchrun ends all processes when the first one leaves, which may still be saving
     if parallel.is_first():
         print(f"\nstopped by {signal.Signals(number).name if number else 'a signal'} after step {step} of {total_steps}, which is saved; go on with:\n"
               f"  {torchrun}train.py --out_dir {shlex.quote(config.out_dir)} --resume", flush=True)

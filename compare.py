@@ -12,7 +12,6 @@ Notable here: a finished cell is a line of results.jsonl and never runs again, a
 the same command can be given again after a kill, and with more seeds or rows. The difference to --baseline has a paired
 bootstrap interval: training seeds are drawn, and within each set its rows, for both methods alike.
 """
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -45,7 +44,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl",
 # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
 PRESETS = {"paper": dict(
     first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", "out/paper-teacher"],
-    flags=["--teacher", "out/paper-teacher", "--student", "gpt2", "--data", "dolly"],
+    flags=["--teacher", "out/paper-teacher", "--student", "gpt2"], data="dolly",
     methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)])}
 
 
@@ -81,23 +80,12 @@ class Cell:
 
 def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
     """Our flags, and the rest, which is for train.py."""
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        many, switch = field.type in (list[str], list[int]), field.type is bool
-        known.add_argument(f"--{field.name}", **(dict(action="store_true") if switch else dict(nargs="*" if many else None)))
-    known.add_argument("--help", "-h", action="store_true")
-    try:
-        others = known.parse_known_args(argv)[1]
-    except SystemExit:
-        raise InputError(f"cannot read the command line {shlex.join(argv)} (--help lists the flags)") from None
-    ours = list(argv)
-    for start in range(len(argv) - len(others) + 1 if others else 0):           # flags for train.py may stand anywhere
-        if argv[start:start + len(others)] == others:
-            ours = argv[:start] + argv[start + len(others):]
-            break
-    else:
-        if others:
-            raise InputError(f"put the flags for train.py, {shlex.join(others)}, beside each other, at the end")
+    names, ours, others = {field.name for field in dataclasses.fields(Config)} | {"help"}, [], []
+    target = ours
+    for part in argv:
+        if part.startswith("--"):
+            target = ours if part[2:].split("=")[0] in names else others
+        target.append(part)
     return parse(Config, __doc__, ours), others
 
 
@@ -283,8 +271,7 @@ def compare(config: Config, shared: list[str]) -> None:
     first = []
     if config.preset:
         preset = PRESETS[config.preset]
-        first, shared, config.methods, config.data = preset["first"], [*preset["flags"], *shared], preset["methods"], "dolly"
-        shared = [part for part in shared if part not in ("--data", "dolly")]
+        first, shared, config.methods, config.data = preset["first"], [*preset["flags"], *shared], preset["methods"], preset["data"]
     out_dir = Path(config.out_dir or f"out/compare-{config.preset or hub.label(config.data)}")
     cells = make_cells(config, shared, out_dir)
     if config.dry_run:

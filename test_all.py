@@ -2213,7 +2213,7 @@ def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train", lambda config, stack: ran.append((config.method, config.kd_rate, config.seed)) or real_train(config, stack))
     run_main(compare, monkeypatch, *compare_argv(world, whole_table))
     assert ran == [] and before == {f: f.stat().st_mtime_ns for f in (whole_table / "cells").rglob("*.safetensors")}
-    run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "more", "--method_is_not_a_flag")[:-1][:4], *compare_argv(world, tmp_path / "more")[4:5], "2", "3", *compare_argv(world, tmp_path / "more")[7:])
+    run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "more", "--seeds", "2", "3"))         # our flags after train.py's
     assert ran == [("sft", 0.5, 3), ("dskd_cma", 0.5, 3), ("dskd_cma", 0.3, 3)]
     printed = capsys.readouterr().out
     assert printed.endswith(f"into {tmp_path}/more\n") and "training seeds (2, 3); sampled with scoring seeds 5, 6" in printed

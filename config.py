@@ -34,8 +34,9 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
     Raises InputError for an unknown flag, a value of the wrong type or outside its range.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = typing.get_type_hints(cls)[field.name]
+        kind = kinds[field.name]
         options = dict(default=argparse.SUPPRESS, help=_help(field))
         if kind is bool:
             options["action"] = "store_true"
@@ -51,7 +52,7 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
     config = cls(**{**presets(given), **given})
     for field in dataclasses.fields(cls):
         value, at_least, at_most = getattr(config, field.name), field.metadata["at_least"], field.metadata["at_most"]
-        kind = typing.get_type_hints(cls)[field.name]
+        kind = kinds[field.name]
         if kind in (str, bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):      # from a preset, or a file
             raise InputError(f"--{field.name} {value!r:.60}: must be of type {kind.__name__}")
         if field.metadata["choices"] and value not in field.metadata["choices"]:

@@ -12,7 +12,7 @@ import torch
 import baselines
 import discriminator
 import soft_dtw
-from cma import ALIGNMENTS, DIVERGENCES, Valid, dskd, dskd_cma, kd, sft
+from cma import ALIGNMENTS, DIVERGENCES, Projectors, Valid, dskd, dskd_cma, kd, sft
 from config import flag
 from hub import InputError
 
@@ -72,6 +72,13 @@ def check_options(options: Options) -> None:
             raise InputError(f"--{field} {getattr(options, field)}: --method {options.method} has no use for it; it is for {needs}")
     if options.alignment == "chunk_mean" and options.adversary != "none":
         raise InputError(f"--adversary {options.adversary}: --alignment chunk_mean has no queries that could be matched with keys")
+
+
+def make_modules(options: Options, student_size: int, teacher_size: int):
+    """What learns beside the student in the dual-space methods: the projectors, and the adversary or None. Sizes: d_s, d_t.
+    options: Options or a run's settings."""
+    projectors = Projectors(student_size, teacher_size, query=options.alignment in ("attention", "chunk_attention"), dtw_embed=options.dtw_weight > 0)
+    return projectors, None if options.adversary == "none" else ADVERSARIES[options.adversary](2 * teacher_size)
 
 
 def distill(options: Options, batch, student, teacher, projectors, adversary, step: int) -> dict[str, torch.Tensor]:

@@ -112,13 +112,14 @@ def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: 
     Every process of torchrun answers a part of the rows and gets all answers; a sharded model needs its processes in step,
     so there each answers everything. at_once: a context in which Interrupted may be raised; it is raised in every process.
     """
-    alone = parallel.world() == 1 or parallel.is_sharded(decoder)
-    others = () if alone else set(range(len(rows))) - set(range(parallel.rank(), len(rows), parallel.world()))
+    sharded = parallel.is_sharded(decoder)
+    first, every = (0, 1) if sharded else (parallel.rank(), parallel.world())
+    others = set(range(len(rows))) - set(range(first, len(rows), every))
     answers: dict[int, str] | None = {}
     try:
-        with at_once() if parallel.world() == 1 or not alone else contextlib.nullcontext():
+        with contextlib.nullcontext() if sharded else at_once():
             for batch in answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature,
-                                        seed if alone else seed + 1_000_003 * parallel.rank(), desc, others):
+                                        seed + 1_000_003 * first, desc, others):
                 answers |= {i: text for i, text, _ in batch}
     except Interrupted:
         answers = None

@@ -30,9 +30,9 @@ import hub
 import pictures
 import toy
 from checkpoint import load_modules
-from cma import Projectors, Valid, align
+from cma import Valid, align
 from config import flag, parse
-from distill import ADVERSARIES
+from distill import make_modules
 from hub import InputError
 from model import load
 from tokenize_align import Example, Sequence, collate, encode_rows, load_tokenizer, read_rows
@@ -123,6 +123,11 @@ def tell_apart(keys: torch.Tensor, queries: torch.Tensor, key_fold: torch.Tensor
     return right[0], right[1]
 
 
+def evenly(vectors: torch.Tensor) -> torch.Tensor:
+    """At most MOST_POINTS of them."""
+    return vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), MOST_POINTS)).long()]
+
+
 def distances(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
     """How far queries (M, d) are from keys (N, d), in the keys' standard deviation: the root mean square distance of a key
     from the keys' mean.
@@ -132,7 +137,7 @@ def distances(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
     """
     keys, queries = keys.double(), queries.double()
     deviation = (keys - keys.mean(0)).square().sum(1).mean().sqrt()
-    some_keys, some_queries = (x[torch.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).long()] for x in (keys, queries))
+    some_keys, some_queries = evenly(keys), evenly(queries)
     within = sum(torch.pdist(x).mean() for x in (some_keys, some_queries))
     return {"mean_distance": float((keys.mean(0) - queries.mean(0)).norm() / deviation),
             "energy_distance": float((2 * torch.cdist(some_keys, some_queries).mean() - within) / deviation)}
@@ -271,7 +276,7 @@ def load_run(checkpoint: str, teacher: str = "", device: str = "cpu") -> Run:
     out_dir, folder = run_folder(checkpoint), hub.model_dir(checkpoint)
     try:
         settings = types.SimpleNamespace(**json.loads((out_dir / "config.json").read_text(encoding="utf-8")))
-        method, alignment, kind = settings.method, settings.alignment, settings.adversary
+        method, alignment, _ = settings.method, settings.alignment, settings.adversary
         teacher = teacher or settings.teacher
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{out_dir}/config.json: not what train.py writes ({error})") from error
@@ -280,9 +285,7 @@ def load_run(checkpoint: str, teacher: str = "", device: str = "cpu") -> Run:
     if teacher == "toy":
         teacher = str(toy.folder("teacher"))
     student, frozen = load(folder, device=device, layers=False), load(teacher, device=device, layers=False)
-    sizes = student.config.hidden_size, frozen.config.hidden_size
-    projectors = Projectors(*sizes, query=alignment != "chunk_mean", dtw_embed=settings.dtw_weight > 0).to(device)
-    adversary = None if kind == "none" else ADVERSARIES[kind](2 * sizes[1]).to(device)
+    projectors, adversary = (module and module.to(device) for module in make_modules(settings, student.config.hidden_size, frozen.config.hidden_size))
     load_modules(folder, projectors, adversary)
     return Run(checkpoint, folder, settings, student, frozen, projectors, adversary, (load_tokenizer(folder), load_tokenizer(teacher)))
 
@@ -408,8 +411,7 @@ def scatter_title(name: str, result: dict) -> str:
 
 def points(samples: list[Sample]) -> list[torch.Tensor]:
     """At most MOST_POINTS keys and as many queries, evenly chosen."""
-    whole = [torch.cat([s.keys for s in samples]), torch.cat([s.queries for s in samples])]
-    return [x[torch.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).long()] for x in whole]
+    return [evenly(torch.cat([s.keys for s in samples])), evenly(torch.cat([s.queries for s in samples]))]
 
 
 def readable(samples: list[Sample]) -> Sample:
@@ -424,7 +426,9 @@ def draw_curves(out_dir: Path) -> Path:
     for number, line in enumerate((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True), 1):
         if line.endswith("\n"):             # the last line of a run that is going on may be half-written
             try:
-                records.append(json.loads(line) | {"step": json.loads(line)["step"]})
+                record = json.loads(line)
+                record["step"]
+                records.append(record)
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{out_dir}/metrics.jsonl:{number}: not what train.py writes ({error!r})") from error
     if not records:

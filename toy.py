@@ -15,7 +15,6 @@ The models are ordinary folders in the hub's layout: the teacher a Llama with Se
 GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them.
 """
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -242,7 +241,7 @@ def folder(side: str) -> Path:
 
 def write_data_for(names: list[str]) -> None:
     """Write the toy's data when one of the names of --data is a toy set. A change of this file makes everything anew."""
-    mark, made_by = hub.DATA_DIR / "toy" / "made_by.txt", hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    mark, made_by = hub.DATA_DIR / "toy" / "made_by.txt", hub.sha256(Path(__file__))
     if not set(names) & {*SETS, "toy-world"} or mark.exists() and mark.read_text() == made_by:
         return
     rows = make_rows()

@@ -35,9 +35,8 @@ import probe
 import toy
 from cache import TeacherStates, cached_rows
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from cma import Projectors
 from config import flag, parse
-from distill import ADVERSARIES, METHODS, Options, check_options, distill, total
+from distill import METHODS, Options, check_options, distill, make_modules, total
 from eval_rouge import answer, rouge_l, tell_cut_prompts
 from flops import peak_flops, step_flops
 from hub import InputError
@@ -233,9 +232,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         recommend_sft(config, teacher)
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
     if config.method.startswith(("dskd", "dwa_kd")):
-        sizes = student.config.hidden_size, teacher.config.hidden_size
-        projectors = Projectors(*sizes, query=config.alignment in ("attention", "chunk_attention"), dtw_embed=config.dtw_weight > 0).to(device)
-        discriminator = None if config.adversary == "none" else ADVERSARIES[config.adversary](2 * sizes[1]).to(device)
+        projectors, discriminator = (module and module.to(device) for module in make_modules(config, student.config.hidden_size, teacher.config.hidden_size))
     if config.method == "seqkd":
         with autocast(), parallel.first_goes_first():
             rows["train"] = teacher_rows(rows["train"], files["train"], config.teacher, teacher, teacher_tokenizer, config.max_length, config.max_prompt_length, config.batch_size)

@@ -96,7 +96,7 @@ def make_cells(config: Config, shared: list[str], out_dir: Path) -> list[Cell]:
         method, *own = shlex.split(row)
         for seed in dict.fromkeys(config.seeds):
             folder = out_dir / "cells" / f"{hub.label(row)}-seed{seed}"
-            flags = ["--method", method, *own, *(teacherless(shared) if method == "sft" else shared), *(["--data", config.data] if config.data != "toy" else []), "--seed", str(seed)]
+            flags = ["--method", method, *own, *flags_for(method, shared), *(["--data", config.data] if config.data != "toy" else []), "--seed", str(seed)]
             check_begun(folder, train.read_config([*flags, "--out_dir", str(folder)]))
             cells.append(Cell(row, seed, flags, folder))
     return cells
@@ -112,12 +112,15 @@ def check_begun(folder: Path, wanted) -> None:
             raise InputError(f"{folder}: holds a run with --{name} {saved[name]}, not {value}; pass another --out_dir")
 
 
-def teacherless(flags: list[str]) -> list[str]:
-    """The flags without --teacher NAME, which --method sft refuses."""
-    if "--teacher" not in flags:
-        return flags
-    place = flags.index("--teacher")
-    return flags[:place] + flags[place + 2:]
+def flags_for(method: str, flags: list[str]) -> list[str]:
+    """The flags without those of a teacher that this method refuses."""
+    flags = list(flags)
+    if method == "sft" and "--teacher" in flags:
+        place = flags.index("--teacher")
+        del flags[place:place + 2]
+    if method in ("sft", "seqkd") and "--cache_teacher" in flags:
+        flags.remove("--cache_teacher")
+    return flags
 
 
 # -------------------------------------------------------------------------------------------------------------- cells

@@ -60,7 +60,7 @@ class Config(Options):
     grad_accum: int = flag(1, "forward passes an optimizer step", at_least=1)
     lr: float = flag(5e-4, "peak learning rate of the student, cosine to 1e-7", at_least=0)
     projector_lr: float = flag(1e-3, "the same for the projectors", at_least=0)
-    ga_lr: float = flag(1e-3, "the same for the adversary", at_least=0)
+    ga_lr: float = flag(1e-3, "the same for the adversary; 0 leaves it as it was drawn, as in the release", at_least=0)
     weight_decay: float = flag(0.01, "AdamW's decay of matrices, per unit of learning rate", at_least=0)
     warmup_steps: int = flag(0, "optimizer steps until the peak learning rate", at_least=0)
     clip_grad: float = flag(1.0, "largest gradient norm", at_least=1e-6)
@@ -233,6 +233,8 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
     if config.method.startswith(("dskd", "dwa_kd")):
         projectors, discriminator = (module and module.to(device) for module in make_modules(config, student.config.hidden_size, teacher.config.hidden_size))
+    if discriminator is not None:
+        discriminator.requires_grad_(config.ga_lr > 0)
     if config.method == "seqkd":
         with autocast(), parallel.first_goes_first():
             rows["train"] = teacher_rows(rows["train"], files["train"], config.teacher, teacher, teacher_tokenizer, config.max_length, config.max_prompt_length, config.batch_size)
@@ -382,7 +384,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
                 sums[name] = sums.get(name, 0) + value
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
-        learners, adversaries = ([p for module in modules if module is not None for p in module.parameters()] for modules in ((student, projectors), (discriminator,)))
+        learners, adversaries = ([p for module in modules if module is not None for p in module.parameters() if p.requires_grad] for modules in ((student, projectors), (discriminator,)))
         parallel.add_gradients(learners + adversaries)
         norms = [parallel.clip_gradients(learners, config.clip_grad)]
         if adversaries:                     # its gradient must not shorten the student's

@@ -36,6 +36,7 @@ import toy
 from cache import TeacherStates, cached_rows
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from config import flag, parse
+from cma import init_from_shared
 from distill import METHODS, Options, check_options, distill, make_modules, total
 from eval_rouge import answer, rouge_l, tell_cut_prompts
 from flops import peak_flops, step_flops
@@ -233,6 +234,11 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
     if config.method.startswith(("dskd", "dwa_kd")):
         projectors, discriminator = (module and module.to(device) for module in make_modules(config, student.config.hidden_size, teacher.config.hidden_size))
+        if config.projector_init != "random" and not last:
+            of_text = {teacher_tokenizer.token_bytes(i): i for i in reversed(range(teacher_tokenizer.vocab_size))}
+            pairs = [(i, of_text[text]) for i in range(student_tokenizer.vocab_size) if (text := student_tokenizer.token_bytes(i)) and text in of_text]
+            print(f"{len(pairs)} shared tokens")
+            init_from_shared(projectors, student, teacher, pairs, config.projector_init)
     if discriminator is not None:
         discriminator.requires_grad_(config.ga_lr > 0)
     if config.method == "seqkd":
@@ -323,7 +329,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         parts = [part for part in (whole[k::config.grad_accum] for k in range(config.grad_accum)) if part]
         mine = range(parallel.rank(), math.ceil(len(parts) / several) * several, several)
         weights, parts = [float(k < len(parts)) for k in mine], [parts[k % len(parts)] for k in mine]
-        align_on = config.align_on if config.alignment.startswith("chunk") else None
+        align_on = config.align_on if config.alignment.startswith("chunk") or config.anchor_weight else None
         micro_batches = [collate(part, *pads, align_on) | (mined.tensors(part) if mined else {}) |
                          ({"teacher_hidden": states.grid(part, teacher.embed.weight.dtype)} if states else {}) for part in parts]
         if device == "cuda":

@@ -41,11 +41,17 @@ from tokenize_align import encode_rows, load_tokenizer, read_rows
 RESAMPLES = 2000
 PAPER_SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
-# GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
-PRESETS = {"paper": dict(
-    first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", "out/paper-teacher"],
-    flags=["--teacher", "out/paper-teacher", "--student", "gpt2"], data="dolly",
-    methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)])}
+PRESETS = {
+    # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
+    "paper": dict(
+        first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", "out/paper-teacher"],
+        flags=["--teacher", "out/paper-teacher", "--student", "gpt2"], data="dolly",
+        methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
+    # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), the adversary, and whether it is trained
+    "ablation": dict(
+        first=[], flags=["--epochs", "24", "--probe_interval", "0", "--cache_teacher"], data="toy",
+        methods=["sft", "dskd_cma", *(f"{method} --ga_weight {weight} --ga_lr {lr}" for method in ("dskd_cma_ga", "dskd_cma_ct")
+                                      for weight in ("0.0057", "0.01", "0.1", "0.3", "1") for lr in ("1e-3", "0"))])}
 
 
 @dataclass
@@ -58,7 +64,7 @@ class Config:
     baseline: str = flag("dskd_cma", "the row to which the others' difference is given")
     data: str = flag("toy", "training data, as in train.py")
     out_dir: str = flag("", "where cells, results.jsonl, table.md and table.png go (default: out/compare-DATA)")
-    preset: str = flag("", "the settings of a published experiment, in place of --methods and --data", choices=("", *PRESETS))
+    preset: str = flag("", "a known experiment, in place of --methods and --data", choices=("", *PRESETS))
     dry_run: bool = flag(False, "print every command and its estimated cost, and run nothing")
     peak: float = flag(989.0, "for --dry_run: the machine's peak (TFLOP/s; an H100 in bfloat16: 989)", at_least=1e-3)
     mfu: float = flag(0.4, "for --dry_run: the share of the peak that is reached", at_least=1e-3, at_most=1)

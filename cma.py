@@ -131,27 +131,6 @@ class Projectors(nn.Module):
         self.dtw_embed = nn.Linear(teacher_size, student_size) if dtw_embed else None
 
 
-@torch.no_grad()
-def init_from_shared(projectors: Projectors, student, teacher, pairs: list[tuple[int, int]], which: str) -> None:
-    """Least squares on shared tokens, pairs of (student id, teacher id): P_t2s so that W_s P_t2s h_t ≈ W_t h_t, "both": P_s2t
-    so that W_t P_s2t h_s ≈ W_s h_s, "query": P_q so that a query is about the key of the same tokens. h_t comes divided by its
-    standard deviation, about that of the final norm's weights."""
-    ids_s, ids_t = (torch.tensor(ids) for ids in zip(*pairs))
-    solve = lambda a, b: torch.linalg.lstsq(a, b, driver="gelsd").solution          # X with A X ≈ B
-    head_s, head_t = student.head.weight[ids_s].float(), teacher.head.weight[ids_t].float()
-    if which in ("t2s", "both", "all"):
-        projectors.t2s.weight.copy_(teacher.norm.weight.float().square().mean().sqrt() * solve(head_s, head_t))
-        projectors.t2s.bias.zero_()
-    if which in ("both", "all"):
-        projectors.s2t.weight.copy_(solve(head_t, head_s))
-        projectors.s2t.bias.zero_()
-    if which in ("query", "all"):
-        embed_t = teacher.embed.weight[ids_t].float()
-        across = solve(student.embed.weight[ids_s].float(), embed_t).t() / embed_t.std()
-        projectors.query.weight.copy_(torch.block_diag(across, across))
-        projectors.query.bias.zero_()
-
-
 # ----------------------------------------------------------------------------------------------- the heads, chunked
 
 def _chunk_size(hidden: torch.Tensor) -> int:
@@ -353,7 +332,7 @@ def align(batch, student_valid: Valid, teacher_valid: Valid, student_embed, teac
 
 
 def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_embed, student_head, h_t, teacher_embed, teacher_head,
-             projectors, name, temperature, kd_rate, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0, carry_label: bool = True):
+             projectors, name, temperature, kd_rate, alignment: str = "attention", entropy_weights: bool = False, ramp: float = 1.0):
     """Dual-space distillation across tokenizers, summed → the loss parts, Aligned.
 
     batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T) and, for the chunk alignments,
@@ -364,7 +343,7 @@ def dskd_cma(batch, student_valid: Valid, teacher_valid: Valid, h_s, student_emb
     """
     found = align(batch, student_valid, teacher_valid, student_embed, teacher_embed, projectors, alignment)
     unit = lambda grid: grid / teacher_valid.deviation(grid)
-    t2s_hidden = found.weights @ projectors.t2s(unit(h_t) + (unit(found.teacher_label_embed) if carry_label else 0))       # (B, S, d_s)
+    t2s_hidden = found.weights @ projectors.t2s(unit(h_t) + unit(found.teacher_label_embed))       # (B, S, d_s)
     s2t_hidden = found.back @ projectors.s2t(h_s)                                                  # (B, T, d_t)
     met_s, met_t = (valid.pack(mixture.detach().sum(-1) > 0).float() for valid, mixture in ((student_valid, found.weights), (teacher_valid, found.back)))
     packed_s, packed_t = student_valid.pack(h_s), teacher_valid.pack(h_t)

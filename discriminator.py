@@ -48,19 +48,15 @@ class Highway(nn.Module):
 class Discriminator(nn.Module):
     """C: (N, size) → (N,) logits of "this is a key". size = 2 d_t."""
 
-    def __init__(self, size: int, hidden_size: int = 768, dropout: float = 0.1, classes: int = 1, spectral: bool = False):
+    def __init__(self, size: int, hidden_size: int = 768, dropout: float = 0.1):
         super().__init__()
         self.highway = Highway(size)
         self.dropout = nn.Dropout(dropout)
         self.linear1 = nn.Linear(size, hidden_size)
-        self.linear2 = nn.Linear(hidden_size, classes)
-        if spectral:
-            for module in (self.highway.linear, self.linear1, self.linear2):
-                nn.utils.parametrizations.spectral_norm(module)
+        self.linear2 = nn.Linear(hidden_size, 1)
 
-    def forward(self, v: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
-        logits = self.linear2(F.leaky_relu(self.linear1(self.dropout(self.highway(v))), 0.1))
-        return logits[:, 0] if classes is None else logits.gather(1, classes[:, None]).squeeze(1)
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        return self.linear2(F.leaky_relu(self.linear1(self.dropout(self.highway(v))), 0.1)).squeeze(-1)
 
 
 class Transport(nn.Module):
@@ -78,17 +74,16 @@ class Transport(nn.Module):
         return F.normalize(feature.float(), dim=-1), F.normalize(navigator.float(), dim=-1)
 
 
-def gan(discriminator: Discriminator, keys: torch.Tensor, queries: torch.Tensor, key_classes=None, query_classes=None) -> dict[str, torch.Tensor]:
+def gan(discriminator: Discriminator, keys: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
     """The discriminator's losses and successes, as SUMS: keys (N_t, 2 d_t), queries (N_s, 2 d_t) of valid positions.
 
     → adversary_key_loss and _acc over keys, adversary_query_loss and _acc over queries (the accuracies are counts).
     GA = adversary_key_loss / N_t + adversary_query_loss / N_s.
     """
-    key_logits = discriminator(keys.detach(), key_classes).float()
-    query_logits = discriminator(reverse_gradient(queries), query_classes).float()
-    even = lambda classes: 1 if classes is None else (len(classes) / 3 / classes.bincount(minlength=3).clamp(min=1))[classes]      # every class counts the same
-    return {"adversary_key_loss": (even(key_classes) * F.softplus(-key_logits)).sum(), "adversary_key_acc": (key_logits > 0).sum(),
-            "adversary_query_loss": (even(query_classes) * F.softplus(query_logits)).sum(), "adversary_query_acc": (query_logits <= 0).sum()}
+    key_logits = discriminator(keys.detach()).float()
+    query_logits = discriminator(reverse_gradient(queries)).float()
+    return {"adversary_key_loss": F.softplus(-key_logits).sum(), "adversary_key_acc": (key_logits > 0).sum(),
+            "adversary_query_loss": F.softplus(query_logits).sum(), "adversary_query_acc": (query_logits <= 0).sum()}
 
 
 def conditional_transport(transport: Transport, keys: torch.Tensor, queries: torch.Tensor, key_mask: torch.Tensor,

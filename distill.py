@@ -47,13 +47,8 @@ class Options:
     kd_rate: float = flag(0.5, "α, share of distillation in the loss (0 to 1)", at_least=0, at_most=1)
     temperature: float = flag(2.0, "T of the divergences (a number)", at_least=1e-3)
     ga_weight: float = flag(0.1, "λ_GA, weight of key-query matching (a number)", at_least=0)
-    ga_steps: int = flag(1, "steps of the adversary for one of the student (on trial)", at_least=1)
-    ga_classes: bool = flag(False, "match first tokens, last tokens and others apart (on trial)")
-    ga_spectral: bool = flag(False, "spectral norm in the discriminator (on trial)")
-    ga_scale: bool = flag(False, "bring queries to the keys' scale before matching (on trial)")
-    anchor_weight: float = flag(0.0, "weight of exact-match tokens as labels for the attention (on trial)", at_least=0)
-    projector_init: str = flag("random", "or by least squares on shared tokens: P_t2s by the heads, both ways, or P_q by the embeddings too (on trial)", choices=("random", "t2s", "both", "query", "all"))
-    value: str = flag("both", "what is carried from the teacher: its states and its label's embedding, or the states only (on trial)", choices=("both", "hidden"))
+    projector_init: str = flag("random", "the projectors' first weights; shared: from the tokens both vocabularies have, see projector_init.py",
+                               choices=("random", "shared"))
     ramp_steps: int = flag(300, "optimizer steps until the entropy-weighted term has its full weight", at_least=0)
     dtw_gamma_start: float = flag(2.0, "γ of soft-DTW at the first step (cosine distance)", at_least=0.01, at_most=10)
     dtw_gamma_end: float = flag(0.8, "γ at the end (cosine distance)", at_least=0.01, at_most=10)
@@ -74,6 +69,7 @@ def check_options(options: Options) -> None:
     for field, unused, needs in (
             ("adversary", without_alignment, "dskd_cma or dskd_cla"), ("weights", without_alignment, "dskd_cma, dskd_cla or dskd_clp"),
             ("dtw_weight", without_alignment, "dskd_cma, dskd_cla or dskd_clp"), ("align_on", not options.alignment.startswith("chunk"), "dskd_clp or dskd_cla"),
+            ("projector_init", without_alignment and options.method != "dskd", "one of the dual-space methods"),
             ("divergence", options.method in ("sft", "seqkd", "uld", "mined"), "kd or one of the dual-space methods")):
         if unused and getattr(options, field) != getattr(Options, field):
             raise InputError(f"--{field} {getattr(options, field)}: --method {options.method} has no use for it; it is for {needs}")
@@ -85,8 +81,6 @@ def make_modules(options: Options, student_size: int, teacher_size: int):
     """What learns beside the student in the dual-space methods: the projectors, and the adversary or None. Sizes: d_s, d_t.
     options: Options or a run's settings."""
     projectors = Projectors(student_size, teacher_size, query=options.alignment in ("attention", "chunk_attention"), dtw_embed=options.dtw_weight > 0)
-    if options.adversary == "gan":
-        return projectors, discriminator.Discriminator(2 * teacher_size, classes=3 if options.ga_classes else 1, spectral=options.ga_spectral)
     return projectors, None if options.adversary == "none" else ADVERSARIES[options.adversary](2 * teacher_size)
 
 
@@ -122,53 +116,14 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
         return dskd(*one_to_one, projectors, options.divergence, options.temperature, options.kd_rate)
     ramp = min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0
     parts, aligned = dskd_cma(batch, student_valid, teacher_valid, h_s, student.embed, head_s, h_t, teacher.embed, head_t, projectors, options.divergence,
-                              options.temperature, options.kd_rate, options.alignment, options.weights == "entropy", ramp, options.value == "both")
+                              options.temperature, options.kd_rate, options.alignment, options.weights == "entropy", ramp)
     if options.adversary == "gan":
-        queries = aligned.queries / student_valid.deviation(aligned.queries) if options.ga_scale else aligned.queries
-        keys, queries = teacher_valid.pack(aligned.keys), student_valid.pack(queries)
-        classes = [valid.pack(position_classes(valid.mask)) for valid in (teacher_valid, student_valid)] if options.ga_classes else (None, None)
-        if torch.is_grad_enabled():
-            for _ in range(options.ga_steps - 1):
-                adversary_step(options, adversary, keys, queries.detach(), *classes)
-        parts |= discriminator.gan(adversary, keys, queries, *classes)
+        parts |= discriminator.gan(adversary, teacher_valid.pack(aligned.keys), student_valid.pack(aligned.queries))
     elif options.adversary == "ct":
         parts |= discriminator.conditional_transport(adversary, aligned.keys, aligned.queries, teacher_valid.mask, student_valid.mask)
-    if options.anchor_weight:
-        parts["anchor_loss"] = anchor_loss(batch, student_valid, teacher_valid, aligned)
     if options.dtw_weight:
         parts |= _dtw(options, batch, student, projectors, student_valid, teacher_valid, h_s, h_t, aligned, step)
     return parts
-
-
-def position_classes(mask):
-    """0: a row's first valid position, 1: its last, EOS, 2: the others. mask (B, L) → (B, L)"""
-    classes = torch.full_like(mask, 2, dtype=torch.long)
-    classes[:, 0] = 0
-    return classes.scatter(1, mask.sum(1, keepdim=True) - 1, 1)
-
-
-def adversary_step(options, adversary, keys, queries, *classes) -> None:
-    """One more step of the adversary alone."""
-    parts = discriminator.gan(adversary, keys, queries, *classes)
-    loss = parts["adversary_key_loss"] / len(keys) + parts["adversary_query_loss"] / len(queries)
-    parameters = list(adversary.parameters())
-    if not hasattr(adversary, "own_optimizer"):
-        object.__setattr__(adversary, "own_optimizer", torch.optim.AdamW(parameters, lr=options.ga_lr, weight_decay=options.weight_decay, fused=True))
-    gradients = torch.autograd.grad(loss, parameters)
-    for p, gradient in zip(parameters, gradients):
-        p.grad = gradient
-    adversary.own_optimizer.step()
-    for p in parameters:
-        p.grad = None
-
-
-def anchor_loss(batch, student_valid, teacher_valid, aligned) -> torch.Tensor:
-    """−½ Σ (log softmax_rows(A)_ij + log softmax_rows(Aᵀ)_ji) over anchors: chunks of one token on either side."""
-    same = student_valid.grid(batch["student_chunks"])[:, :, None] == teacher_valid.grid(batch["teacher_chunks"])[:, None, :]
-    same = same & student_valid.mask[:, :, None] & teacher_valid.mask[:, None, :]
-    anchors = same & (same.sum(1, keepdim=True) == 1) & (same.sum(2, keepdim=True) == 1)
-    log = lambda weights: weights.float().clamp(min=1e-30).log()
-    return -0.5 * (log(aligned.weights) + log(aligned.back).transpose(1, 2))[anchors].sum()
 
 
 def _dtw(options: Options, batch, student, projectors, student_valid, teacher_valid, h_s, h_t, aligned, step: int) -> dict[str, torch.Tensor]:
@@ -192,8 +147,6 @@ def total(options: Options, parts: dict[str, torch.Tensor], n: dict[str, int]) -
     loss = parts["loss"] / n["student"]
     if "adversary_key_loss" in parts:
         loss = loss + options.ga_weight * (parts["adversary_key_loss"] / n["teacher"] + parts["adversary_query_loss"] / n["student"])
-    if "anchor_loss" in parts:
-        loss = loss + options.anchor_weight * parts["anchor_loss"] / n["student"]
     if "dtw_embed_loss" in parts:
         loss = loss + options.dtw_weight * (parts["dtw_embed_loss"] + parts["dtw_hidden_loss"]) / n["student"]
     return loss

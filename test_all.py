@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import hypothesis
@@ -46,6 +47,7 @@ import parallel
 import pictures
 import porter
 import probe
+import projector_init
 import run_folder
 import sample
 import soft_dtw
@@ -526,6 +528,77 @@ def test_queries_projector_gets_the_reversed_gradient():
     projector.zero_grad()
     torch.nn.functional.softplus(critic(projector(x))).sum().backward()
     close(-reversed_gradient, projector.weight.grad, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- projectors
+
+class Vocabulary:
+    def __init__(self, *tokens):
+        self.tokens, self.vocab_size = tokens, len(tokens)
+
+    def token_bytes(self, i):
+        return self.tokens[i]
+
+
+def test_shared_tokens():
+    a, b = Vocabulary(b"", b"the", b" a", b"the", b"x"), Vocabulary(b"", b" a", b"y", b"the", b" a")
+    assert projector_init.shared_tokens(a, b) == [(1, 3), (2, 1)]
+    with pytest.raises(InputError, match="no token in common"):
+        projector_init.shared_tokens(a, Vocabulary(b"", b"z"))
+
+
+def two_decoders(shared, sizes=(6, 10)):
+    """Heads and embeddings of 40 and 50 tokens, of which the first `shared` are the same."""
+    torch.manual_seed(3)
+    make = lambda vocabulary, size: SimpleNamespace(embed=torch.nn.Embedding(vocabulary, size), head=torch.nn.Linear(size, vocabulary, bias=False), norm=torch.nn.LayerNorm(size))
+    return make(40, sizes[0]), make(50, sizes[1]), [(i, i + 5) for i in range(shared)]
+
+
+def test_projectors_from_shared_tokens_find_a_map_that_exists():
+    """Where the teacher's rows are the student's, turned, z_t2s is z_t, z_s2t is z_s and attention finds equal tokens."""
+    student, teacher, pairs = two_decoders(30)
+    turn = torch.linalg.qr(torch.randn(10, 10))[0][:6]          # (6, 10) with orthonormal rows
+    ids_s, ids_t = (torch.tensor(side) for side in zip(*pairs))
+    with torch.no_grad():
+        for part in ("embed", "head"):
+            getattr(teacher, part).weight[ids_t] = getattr(student, part).weight[ids_s] @ turn
+        teacher.norm.weight.fill_(3.0)
+    projectors = cma.Projectors(6, 10, query=True, dtw_embed=True)
+    projector_init.init_from_shared(projectors, student, teacher, pairs)
+    h_s, h_t = torch.randn(4, 6), 3 * torch.randn(4, 10)
+    close(student.head(projectors.t2s(h_t / 3))[:, ids_s], teacher.head(h_t)[:, ids_t], 1e-5)
+    close(teacher.head(projectors.s2t(h_s))[:, ids_t], student.head(h_s)[:, ids_s], 1e-5)
+    close(projectors.dtw_embed(teacher.embed(ids_t)), student.embed(ids_s), 1e-5)
+    queries = projectors.query(torch.cat([student.embed(ids_s), student.embed(ids_s.flip(0))], -1))
+    close(queries, torch.cat([teacher.embed(ids_t), teacher.embed(ids_t.flip(0))], -1) / teacher.embed.weight[ids_t].std(), 1e-5)
+
+
+@pytest.mark.parametrize("shared", [30, 4])         # more tokens than dimensions, and fewer
+def test_projectors_from_shared_tokens_are_least_squares(shared):
+    student, teacher, pairs = two_decoders(shared)
+    projectors = cma.Projectors(6, 10, query=True)
+    projector_init.init_from_shared(projectors, student, teacher, pairs)
+    ids_s, ids_t = (torch.tensor(side) for side in zip(*pairs))
+    rows = [getattr(decoder, part).weight.detach()[ids].double().numpy() for part in ("head", "embed") for decoder, ids in ((student, ids_s), (teacher, ids_t))]
+    close(projectors.t2s.weight, np.linalg.pinv(rows[0]) @ rows[1], 1e-4)
+    close(projectors.s2t.weight, np.linalg.pinv(rows[1]) @ rows[0], 1e-4)
+    half = (np.linalg.pinv(rows[2]) @ rows[3]).T / rows[3].std(ddof=1)
+    close(projectors.query.weight, np.block([[half, 0 * half], [0 * half, half]]), 1e-4)
+    assert not any(layer.bias.any() for layer in (projectors.t2s, projectors.s2t, projectors.query))
+
+
+def test_training_from_shared_tokens(world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--projector_init", "shared", "--max_steps", "1", "--projector_lr", "0", method="dwa_kd"))
+    student, teacher = (model.load(world / side) for side in ("student", "teacher"))
+    pairs = projector_init.shared_tokens(*(ta.load_tokenizer(world / side) for side in ("student", "teacher")))
+    expected = cma.Projectors(64, 24, query=True, dtw_embed=True)
+    projector_init.init_from_shared(expected, student, teacher, pairs)
+    saved = load_file(tmp_path / "run/last/projectors.safetensors")
+    assert len(pairs) > 300 and saved.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        close(saved[name], tensor, 1e-5)
+    with pytest.raises(InputError, match="--projector_init shared: --method uld has no use for it"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "x", "--projector_init", "shared", method="uld"))
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -1285,9 +1358,9 @@ def test_steps_that_explode_end_the_run(world, tmp_path, monkeypatch):
         assert json.loads((tmp_path / "run" / folder / "training.json").read_text())["step"] == step
 
 
-@pytest.mark.parametrize("method", ("dskd_cma_ga", "dwa_kd", "mined"))
-def test_resume_is_exact(method, world, tmp_path, monkeypatch):
-    run_main(train, monkeypatch, *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4", method=method))
+@pytest.mark.parametrize("method, more", (("dskd_cma_ga", ()), ("dskd_cma_ct", ("--ga_lr", "0")), ("dwa_kd", ("--projector_init", "shared")), ("mined", ())))
+def test_resume_is_exact(method, more, world, tmp_path, monkeypatch):
+    run_main(train, monkeypatch, *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4", *more, method=method))
     real_append = train.append_line
 
     def dies(path, record):
@@ -1296,7 +1369,7 @@ def test_resume_is_exact(method, world, tmp_path, monkeypatch):
             raise Killed
     monkeypatch.setattr(train, "append_line", dies)
     with pytest.raises(Killed):
-        run_main(train, monkeypatch, *flags(world, tmp_path / "cut", "--save_interval", "2", "--eval_interval", "4", method=method))
+        run_main(train, monkeypatch, *flags(world, tmp_path / "cut", "--save_interval", "2", "--eval_interval", "4", *more, method=method))
     monkeypatch.setattr(train, "append_line", real_append)
     shutil.rmtree(tmp_path / "cut/last.previous")
     (tmp_path / "cut/last").rename(tmp_path / "cut/last.previous")      # as if it had died while renaming
@@ -1305,6 +1378,19 @@ def test_resume_is_exact(method, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, "--out_dir", tmp_path / "cut", "--resume")
     assert len(steps) == len(metrics(tmp_path / "whole")) - 6
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_adversary_stays_as_it_was_drawn(world, tmp_path, monkeypatch):
+    """--ga_lr 0: it gets no gradient and no step, and still passes its gradient on to the queries' projector."""
+    runs = {}
+    for name, more in {"frozen": ("--ga_lr", "0"), "without": ("--ga_lr", "0", "--ga_weight", "0"), "trained": ()}.items():
+        run_main(train, monkeypatch, *flags(world, tmp_path / name, "--max_steps", "3", *more))
+        runs[name] = {part: load_file(tmp_path / name / f"last/{part}.safetensors") for part in ("projectors", "discriminator")}
+    moments = lambda name: sum(".exp_avg" in key and "_sq" not in key for key in load_file(tmp_path / name / "last/resume.safetensors"))
+    assert moments("trained") - moments("frozen") == len(runs["frozen"]["discriminator"])
+    same = lambda part, a, b: all(torch.equal(runs[a][part][name], runs[b][part][name]) for name in runs[a][part])
+    assert same("discriminator", "frozen", "without") and not same("discriminator", "frozen", "trained")
+    assert not torch.equal(runs["frozen"]["projectors"]["query.weight"], runs["without"]["projectors"]["query.weight"])
 
 
 def test_learning_rate():
@@ -2305,6 +2391,18 @@ def test_preset_paper(monkeypatch, capsys):
         assert o.teacher == ("" if o.method == "sft" else "out/paper-teacher")
     with pytest.raises(InputError, match="the teacher learns the data first"):
         run_main(compare, monkeypatch, "--preset", "paper")
+
+
+def test_preset_ablation(monkeypatch, capsys):
+    """Twenty settings of the adversary and two rows without one; sft is not given the flag that it refuses."""
+    seen = []
+    monkeypatch.setattr(compare, "cost", lambda options, shape: seen.append(options) or (1, 1))
+    run_main(compare, monkeypatch, "--preset", "ablation", "--dry_run", "--seeds", "1", "2", "--num_threads", "1")
+    settings = [(o.adversary, o.ga_weight, o.ga_lr, o.seed) for o in seen if o.adversary != "none"]
+    assert len(settings) == len({*settings}) == 40 and {weight for _, weight, *_ in settings} == {0.0057, 0.01, 0.1, 0.3, 1.0}
+    assert {(a, lr) for a, _, lr, _ in settings} == {("gan", 1e-3), ("gan", 0.0), ("ct", 1e-3), ("ct", 0.0)}
+    assert {(o.method, o.cache_teacher) for o in seen if o.adversary == "none"} == {("sft", False), ("dskd_cma", True)}
+    assert {(o.epochs, o.num_threads, o.student) for o in seen} == {(24, 1, "toy")}
 
 
 def test_compare_refuses(whole_table, world, tmp_path, monkeypatch):

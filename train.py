@@ -36,13 +36,13 @@ import toy
 from cache import TeacherStates, cached_rows
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from config import flag, parse
-from cma import init_from_shared
 from distill import METHODS, Options, check_options, distill, make_modules, total
 from eval_rouge import answer, rouge_l, tell_cut_prompts
 from flops import peak_flops, step_flops
 from hub import InputError
 from lora import add_lora, load_adapter
 from model import load
+from projector_init import init_from_shared, shared_tokens
 from run_folder import Interrupted, Stop, append_line, check_out_dir, keep_metrics, locked, newest_run, saved_config, start_run
 from seqkd import teacher_rows
 from tokenize_align import collate, encode_rows, load_tokenizer, make_batches, read_rows
@@ -234,11 +234,8 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
     check_pair(config, student, teacher, student_tokenizer, teacher_tokenizer)
     if config.method.startswith(("dskd", "dwa_kd")):
         projectors, discriminator = (module and module.to(device) for module in make_modules(config, student.config.hidden_size, teacher.config.hidden_size))
-        if config.projector_init != "random" and not last:
-            of_text = {teacher_tokenizer.token_bytes(i): i for i in reversed(range(teacher_tokenizer.vocab_size))}
-            pairs = [(i, of_text[text]) for i in range(student_tokenizer.vocab_size) if (text := student_tokenizer.token_bytes(i)) and text in of_text]
-            print(f"{len(pairs)} shared tokens")
-            init_from_shared(projectors, student, teacher, pairs, config.projector_init)
+        if config.projector_init == "shared" and not last:
+            init_from_shared(projectors, student, teacher, shared_tokens(student_tokenizer, teacher_tokenizer))
     if discriminator is not None:
         discriminator.requires_grad_(config.ga_lr > 0)
     if config.method == "seqkd":
@@ -329,7 +326,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         parts = [part for part in (whole[k::config.grad_accum] for k in range(config.grad_accum)) if part]
         mine = range(parallel.rank(), math.ceil(len(parts) / several) * several, several)
         weights, parts = [float(k < len(parts)) for k in mine], [parts[k % len(parts)] for k in mine]
-        align_on = config.align_on if config.alignment.startswith("chunk") or config.anchor_weight else None
+        align_on = config.align_on if config.alignment.startswith("chunk") else None
         micro_batches = [collate(part, *pads, align_on) | (mined.tensors(part) if mined else {}) |
                          ({"teacher_hidden": states.grid(part, teacher.embed.weight.dtype)} if states else {}) for part in parts]
         if device == "cuda":

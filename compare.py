@@ -9,8 +9,9 @@ student is scored with the sampling seeds --scoring_seeds, and a cell's score is
 training seeds.
 
 Notable here: a finished cell is a line of results.jsonl and never runs again, a half one goes on where it stopped, so that
-the same command can be given again after a kill, and with more seeds or rows. The difference to --baseline has a paired
-bootstrap interval: training seeds are drawn, and within each set its rows, for both methods alike.
+the same command can be given again after a kill, and with more seeds or rows. A cell is known by train.py's settings, however
+they were spelled, and the data and models by their contents. The difference to --baseline has a paired bootstrap interval:
+training seeds are drawn, and within each set its rows, for both methods alike.
 """
 import contextlib
 import dataclasses
@@ -35,21 +36,22 @@ import toy
 import train
 from config import flag, parse
 from hub import InputError
-from run_folder import FREE, append_line, saved_config
+from run_folder import FREE, append_line, locked, saved_config
 from tokenize_align import encode_rows, load_tokenizer, read_rows
 
 RESAMPLES = 2000
+DEFAULT_BASELINE = "dskd_cma"
 PAPER_SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
 PRESETS = {
     # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
     "paper": dict(
         first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", "out/paper-teacher"],
-        flags=["--teacher", "out/paper-teacher", "--student", "gpt2"], data="dolly",
+        flags=["--teacher", "out/paper-teacher", "--student", "gpt2"], data="dolly", baseline="dskd_cma --divergence forward_kl",
         methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
     # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), the adversary, and whether it is trained
     "ablation": dict(
-        first=[], flags=["--epochs", "24", "--probe_interval", "0", "--cache_teacher"], data="toy",
+        first=[], flags=["--epochs", "24", "--probe_interval", "0", "--cache_teacher"], data="toy", baseline="dskd_cma",
         methods=["sft", "dskd_cma", *(f"{method} --ga_weight {weight} --ga_lr {lr}" for method in ("dskd_cma_ga", "dskd_cma_ct")
                                       for weight in ("0.0057", "0.01", "0.1", "0.3", "1") for lr in ("1e-3", "0"))])}
 
@@ -61,7 +63,7 @@ class Config:
     scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds with which every trained student is scored", at_least=0, at_most=2**40)
     sets: list[str] = flag([], "the table's columns: data sets to score on (default: the toy's four, the papers' five, or --data)")
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
-    baseline: str = flag("dskd_cma", "the row to which the others' difference is given")
+    baseline: str = flag("", "the row to which the others' difference is given (default: dskd_cma, where it is one)")
     data: str = flag("toy", "training data, as in train.py")
     out_dir: str = flag("", "where cells, results.jsonl, table.md and table.png go (default: out/compare-DATA)")
     preset: str = flag("", "a known experiment, in place of --methods and --data", choices=("", *PRESETS))
@@ -72,16 +74,17 @@ class Config:
 
 @dataclass
 class Cell:
-    """One training run: a row of the table, a training seed, and all of train.py's flags."""
+    """One training run: a row of the table, a training seed, and all of train.py's flags and settings."""
     row: str
     seed: int
     flags: list[str]
     folder: Path
+    settings: train.Config
 
-    @property
-    def key(self) -> str:
-        """What a finished cell is recognized by: everything that its scores depend on."""
-        return hashlib.sha256(repr(self.flags).encode()).hexdigest()[:16]
+    def key(self, without: tuple[str, ...] = ()) -> str:
+        """What a finished cell is known by: the settings that its scores depend on. without "seed": those of its whole row."""
+        kept = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in (*FREE, *without)}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
@@ -95,16 +98,49 @@ def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
     return parse(Config, __doc__, ours), others
 
 
-def make_cells(config: Config, shared: list[str], out_dir: Path) -> list[Cell]:
-    """Every cell, its flags checked by train.py before anything runs."""
-    cells = []
+def as_flags(argv: list[str]) -> dict[str, list[str]]:
+    """--name value …, or --name=value → {name: [value, …]}."""
+    flags: dict[str, list[str]] = {}
+    for word in argv:
+        if not word.startswith("--"):
+            if not flags:
+                raise InputError(f"{word!r}: which flag's value is it?")
+            flags[list(flags)[-1]].append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name in flags:
+            raise InputError(f"--{name} is given twice")
+        if name in ("method", "seed", "data", "out_dir", "resume", "overwrite"):
+            raise InputError(f"--{name}: is not for a row or for all of them; compare.py sets it (--methods, --seeds, --data, --out_dir)")
+        flags[name] = [value] if equals else []
+    return flags
+
+
+def make_cells(config: Config, shared: dict[str, list[str]], out_dir: Path, preset: dict[str, list[str]] = {}) -> list[Cell]:
+    """Every cell, its flags checked by train.py before anything runs. shared: flags for all rows; preset: what these may change."""
+    cells, of_folder, of_key = [], {}, {}
     for row in dict.fromkeys(config.methods):
-        method, *own = shlex.split(row)
+        try:
+            method, *own = shlex.split(row)
+        except ValueError as error:
+            raise InputError(f"--methods {row!r}: is not a method with its flags ({error})") from error
+        own = as_flags(own)
+        for name in own.keys() & shared.keys():
+            raise InputError(f"--{name}: is given for the row {row!r} and for all rows")
+        flags = {"method": [method], **preset, **shared, **own, "data": [config.data]}
+        for name in {"sft": ("teacher", "cache_teacher"), "seqkd": ("cache_teacher",)}.get(method, ()):       # which these refuse
+            if name not in own:
+                flags.pop(name, None)
         for seed in dict.fromkeys(config.seeds):
             folder = out_dir / "cells" / f"{hub.label(row)}-seed{seed}"
-            flags = ["--method", method, *own, *flags_for(method, shared), *(["--data", config.data] if config.data != "toy" else []), "--seed", str(seed)]
-            check_begun(folder, train.read_config([*flags, "--out_dir", str(folder)]))
-            cells.append(Cell(row, seed, flags, folder))
+            argv = [word for name, values in {**flags, "seed": [str(seed)]}.items() for word in (f"--{name}", *values)]
+            cell = Cell(row, seed, argv, folder, train.read_config([*argv, "--out_dir", str(folder)]))
+            if of_folder.setdefault(folder, row) != row:
+                raise InputError(f"--methods: the rows {of_folder[folder]!r} and {row!r} would be written into one folder, {folder}; tell them apart by more than punctuation")
+            if of_key.setdefault(cell.key(("seed",)), row) != row:
+                raise InputError(f"--methods: the rows {of_key[cell.key(('seed',))]!r} and {row!r} have the same settings")
+            check_begun(folder, cell.settings)
+            cells.append(cell)
     return cells
 
 
@@ -118,38 +154,42 @@ def check_begun(folder: Path, wanted) -> None:
             raise InputError(f"{folder}: holds a run with --{name} {saved[name]}, not {value}; pass another --out_dir")
 
 
-def flags_for(method: str, flags: list[str]) -> list[str]:
-    """The flags without those of a teacher that this method refuses."""
-    flags = list(flags)
-    if method == "sft" and "--teacher" in flags:
-        place = flags.index("--teacher")
-        del flags[place:place + 2]
-    if method in ("sft", "seqkd") and "--cache_teacher" in flags:
-        flags.remove("--cache_teacher")
-    return flags
+def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
+    """Keep the hash of every data file and model folder. Raises InputError where one has changed since another cell was made."""
+    files = {f"{name}, {split}": hub.data_file(name, split) for name, splits in [(cells[0].settings.data, ("train", "dev")), *((name, ("test",)) for name in sets)] for split in splits}
+    models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher) if name and name != "toy"}
+    found = {name: hub.fingerprint(file) for name, file in files.items()} | {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not what compare.py writes ({error}); move the folder away to begin anew") from error
+    for name, value in found.items():
+        if known.get(name, value) != value:
+            raise InputError(f"{name}: has changed since the cells in {path.parent} were made; pass another --out_dir")
+    if known | found != known:
+        with hub.atomic_write(path) as file:
+            json.dump(known | found, file, indent=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- cells
 
 def run_cell(cell: Cell, config: Config, sets: list[str]) -> dict:
     """Train, or go on training, and score → the cell's line of results.jsonl."""
-    begun = (cell.folder / "config.json").exists()
-    argv = ["--out_dir", str(cell.folder), "--resume"] if begun else [*cell.flags, "--out_dir", str(cell.folder)]
-    limits = train.read_config(argv)
+    settings = dataclasses.replace(cell.settings, resume=(cell.folder / "config.json").exists())
     if not (cell.folder / "results.json").exists():             # train.py's last word
         with contextlib.ExitStack() as stack:
-            train.train(limits, stack)
+            train.train(settings, stack)
     parallel.barrier()
-    eval_rouge.evaluate(eval_rouge.Config(model=str(cell.folder), data=sets, seeds=config.scoring_seeds, num=config.num, max_length=limits.max_length,
-                                          max_prompt_length=limits.max_prompt_length))
+    eval_rouge.evaluate(eval_rouge.Config(model=str(cell.folder), data=sets, seeds=config.scoring_seeds, num=config.num, max_length=settings.max_length,
+                                          max_prompt_length=settings.max_prompt_length, device=settings.device, dtype=settings.dtype))
     if not parallel.is_first():
         return {}
     scored = json.loads((cell.folder / "best" / "rouge.json").read_text(encoding="utf-8"))["sets"]
-    record = {"key": cell.key, "row": cell.row, "seed": cell.seed, "flags": cell.flags, "scoring_seeds": config.scoring_seeds, "num": config.num,
+    record = {"key": cell.key(), "row_key": cell.key(("seed",)), "row": cell.row, "seed": cell.seed, "flags": cell.flags, "scoring_seeds": config.scoring_seeds, "num": config.num,
               "dev_rouge_l": json.loads((cell.folder / "best" / "training.json").read_text(encoding="utf-8"))["best_dev_rouge_l"], "sets": {}}
     for name in sets:
         files = [cell.folder / "best" / f"answers-{hub.label(name)}-seed{seed}.jsonl" for seed in config.scoring_seeds]
-        rows = [[json.loads(line)["rouge_l"] for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+        rows = [[json.loads(line)["rouge_l"] for line in file.read_text(encoding="utf-8").split("\n") if line] for file in files]
         record["sets"][name] = {"rouge_l": scored[name]["rouge_l"], "exact_match": scored[name]["exact_match"], "rows": [round(statistics.mean(r), 3) for r in zip(*rows)]}
     return record
 
@@ -158,17 +198,17 @@ def read_results(path: Path) -> list[dict]:
     """The finished cells; a line whose writing was interrupted is dropped from the file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(True)
-    whole = [line for line in lines if line.endswith("\n")]
     try:
+        *whole, rest = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in whole]
         for record in records:
-            record["key"], record["row"], record["seed"], record["sets"]
-    except (ValueError, KeyError, TypeError) as error:
+            [record[name] for name in ("key", "row_key", "row", "seed", "scoring_seeds", "num")], float(record["dev_rouge_l"])
+            [(float(scores["rouge_l"]), np.array(scores["rows"], float)) for scores in record["sets"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not what compare.py writes ({error!r:.200}); move it away to begin anew") from error
-    if len(whole) < len(lines) and parallel.is_first():
+    if rest and parallel.is_first():
         with hub.atomic_write(path) as file:
-            file.writelines(whole)
+            file.writelines(line + "\n" for line in whole)
     return records
 
 
@@ -217,7 +257,8 @@ def summarize(records: list[dict], rows: list[str], sets: list[str], trained_on:
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation, which is nan for a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def markdown(table: list[dict], config: Config) -> str:
@@ -227,9 +268,9 @@ def markdown(table: list[dict], config: Config) -> str:
 
     def show(line, heading):
         mean, deviation = line["dev"] if heading == "dev" else line["columns"][heading]
-        text = f"{mean:.2f} ± {deviation:.2f}"
+        text = f"{mean:.2f} ± {deviation:.2f}" if math.isfinite(deviation) else f"{mean:.2f}"
         return f"**{text}**" if mean == best[heading] else text
-    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline} |", "|---" * (len(headings) + 4) + "|"]
+    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline or DEFAULT_BASELINE} |", "|---" * (len(headings) + 4) + "|"]
     for line in table:
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*line["difference"]) if "difference" in line else ""
         lines.append(f"| `{line['row']}` | {len(line['seeds'])} | {show(line, 'dev')} | " + " | ".join(show(line, h) for h in headings) + f" | {difference} |")
@@ -255,9 +296,9 @@ def dry_run(cells: list[Cell], first: list[str], config: Config) -> None:
 
 def cost(options, teacher_shape: str | None) -> tuple[int, int]:
     """Student tokens and operations of a whole run. teacher_shape: a name for a teacher that is only to be trained."""
-    folder = lambda name: str(toy.folder(name)) if name in ("student", "teacher") else name
-    names = {"student": folder("student") if options.student == "toy" else options.student,
-             "teacher": folder("teacher") if options.teacher == "toy" else (teacher_shape or options.teacher) if options.teacher else ""}
+    toys = {side: str(toy.folder(side) if toy.folder(side).exists() else toy.folder(f"{side}-start")) for side in ("student", "teacher")}
+    names = {"student": toys["student"] if options.student == "toy" else options.student,
+             "teacher": toys["teacher"] if options.teacher == "toy" else (teacher_shape or options.teacher) if options.teacher else ""}
     models = {side: memory.shape_of(name) if name else None for side, name in names.items()}
     tokenizers = {side: load_tokenizer(name) if name else None for side, name in names.items()}
     examples = encode_rows(read_rows(hub.data_file(options.data, "train")), tokenizers["student"], tokenizers["teacher"] or tokenizers["student"],
@@ -265,7 +306,7 @@ def cost(options, teacher_shape: str | None) -> tuple[int, int]:
     steps = math.ceil(len(examples) / (options.batch_size * options.grad_accum))
     passes = options.max_steps / steps if options.max_steps else options.epochs
     tokens = sum(len(e.student.ids) for e in examples)
-    return round(passes * tokens), round(passes * flops.step_flops(options, models["student"], models["teacher"], examples))
+    return round(passes * tokens), round(passes * flops.step_flops(options, models["student"], models["teacher"], examples, cached=options.cache_teacher))
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -275,52 +316,69 @@ def main() -> None:
         compare(*read_command_line(sys.argv[1:]))
 
 
-def compare(config: Config, shared: list[str]) -> None:
-    """Run the cells that are missing, then write the table and print it."""
-    first = []
+def compare(config: Config, argv: list[str]) -> None:
+    """Run the cells that are missing, then write the table and print it. argv: flags of train.py for all rows."""
+    shared, first, more = as_flags(argv), [], {}
     if config.preset:
         preset = PRESETS[config.preset]
-        first, shared, config.methods, config.data = preset["first"], [*preset["flags"], *shared], preset["methods"], preset["data"]
+        for name in ("methods", "data", "baseline"):
+            if getattr(config, name) != getattr(Config(), name):
+                raise InputError(f"--preset {config.preset} --{name}: a preset has its own")
+            setattr(config, name, preset[name])
+        first, more = preset["first"], as_flags(preset["flags"])
+    if config.baseline and config.baseline not in config.methods:
+        raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, {', '.join(map(repr, config.methods))}")
     out_dir = Path(config.out_dir or f"out/compare-{config.preset or hub.label(config.data)}")
-    cells = make_cells(config, shared, out_dir)
+    cells = make_cells(config, shared, out_dir, more)
+    sets = config.sets or {"toy": list(toy.SETS), "dolly": list(PAPER_SETS)}.get(config.data, [config.data])
+    if len({hub.label(name) for name in sets}) < len(sets):
+        raise InputError(f"--sets {' '.join(sets)}: two of them would write into the same files")
+    with parallel.first_goes_first():
+        toy.write_data_for([config.data, *sets])
     if config.dry_run:
         dry_run(cells, first, config)
         return
     if first and not (Path("out/paper-teacher") / "results.json").exists():
         raise InputError(f"--preset {config.preset}: the teacher learns the data first:  python train.py {shlex.join(first)}")
-    with parallel.first_goes_first():
-        toy.write_data_for([config.data])
-    sets = config.sets or {"toy": list(toy.SETS), "dolly": list(PAPER_SETS)}.get(config.data, [config.data])
     for name in sets:
-        hub.data_file(name, "test")             # before training, not after it
+        read_rows(hub.data_file(name, "test"))             # before training, not after it
     out_dir.mkdir(parents=True, exist_ok=True)
+    with locked(out_dir) if parallel.is_first() else contextlib.nullcontext():
+        with parallel.first_goes_first():
+            check_inputs(out_dir / "inputs.json", cells, sets)
+        fill(config, cells, out_dir, sets)
+
+
+def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> None:
+    """Run what results.jsonl does not have, and write the table of these cells' rows with all their training seeds."""
     results = out_dir / "results.jsonl"
-    wanted = {"scoring_seeds": config.scoring_seeds, "num": config.num}
-    done = {}
-    for record in read_results(results):
-        if all(record.get(name) == value for name, value in wanted.items()) and set(sets) <= record["sets"].keys():
-            done[record["key"]] = record
-    for number, cell in enumerate(cells, 1):
-        if cell.key in done:
-            continue
-        print(f"cell {number} of {len(cells)}: {cell.row}, training seed {cell.seed} → {cell.folder}", flush=True)
-        (out_dir / "cells").mkdir(exist_ok=True)
-        with open(cell.folder.with_name(cell.folder.name + ".log"), "a") if parallel.is_first() else contextlib.nullcontext(sys.stdout) as log, \
-                contextlib.redirect_stdout(log):
-            record = run_cell(cell, config, sets)
-        if parallel.is_first():
-            append_line(results, record)
-            hub.flush(results)
-            done[cell.key] = record
-    if not parallel.is_first():
-        return
-    records = [done[cell.key] for cell in cells]
-    table = summarize(records, list(dict.fromkeys(config.methods)), sets, config.data, config.baseline)
-    text = markdown(table, config)
-    with hub.atomic_write(out_dir / "table.md") as file:
-        file.write(text)
-    pictures.bars(out_dir / "table.png", table)
-    print(f"\n{text}\nwrote table.md, table.png and results.jsonl into {out_dir}")
+    scored_alike = lambda record: (record["scoring_seeds"], record["num"]) == (config.scoring_seeds, config.num) and set(sets) <= record["sets"].keys()
+    done = {record["key"]: record for record in read_results(results) if scored_alike(record)}
+    try:
+        for number, cell in enumerate(cells, 1):
+            if cell.key() in done:
+                continue
+            print(f"cell {number} of {len(cells)}: {cell.row}, training seed {cell.seed} → {cell.folder}", flush=True)
+            (out_dir / "cells").mkdir(exist_ok=True)
+            with open(cell.folder.with_name(cell.folder.name + ".log"), "a") if parallel.is_first() else contextlib.nullcontext(sys.stdout) as log, \
+                    contextlib.redirect_stdout(log):
+                record = run_cell(cell, config, sets)
+            if parallel.is_first():
+                append_line(results, record)
+                hub.flush(results)
+                done[cell.key()] = record
+    except InputError as error:
+        raise InputError(f"{cell.folder}: {error}") from error
+    finally:
+        rows = {cell.key(("seed",)): cell.row for cell in cells}
+        records = [record | {"row": rows[record["row_key"]]} for record in done.values() if record["row_key"] in rows]
+        if parallel.is_first() and records:
+            table = summarize(records, list(dict.fromkeys(config.methods)), sets, config.data, config.baseline or DEFAULT_BASELINE)
+            text = markdown(table, config)
+            with hub.atomic_write(out_dir / "table.md") as file:
+                file.write(text)
+            pictures.bars(out_dir / "table.png", table)
+            print(f"\n{text}\nwrote table.md, table.png and results.jsonl into {out_dir}")
 
 
 if __name__ == "__main__":

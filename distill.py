@@ -69,7 +69,7 @@ def check_options(options: Options) -> None:
     for field, unused, needs in (
             ("adversary", without_alignment, "dskd_cma or dskd_cla"), ("weights", without_alignment, "dskd_cma, dskd_cla or dskd_clp"),
             ("dtw_weight", without_alignment, "dskd_cma, dskd_cla or dskd_clp"), ("align_on", not options.alignment.startswith("chunk"), "dskd_clp or dskd_cla"),
-            ("projector_init", without_alignment and options.method != "dskd", "one of the dual-space methods"),
+            ("projector_init", without_alignment, "dskd_cma and those after it"),
             ("divergence", options.method in ("sft", "seqkd", "uld", "mined"), "kd or one of the dual-space methods")):
         if unused and getattr(options, field) != getattr(Options, field):
             raise InputError(f"--{field} {getattr(options, field)}: --method {options.method} has no use for it; it is for {needs}")

@@ -236,7 +236,7 @@ def bars(path: Path, table: list[dict]) -> Path:
     for i, line in enumerate(table):
         means, deviations = zip(*(line["columns"][heading] for heading in headings))
         places = [j + (i - (len(table) - 1) / 2) * width for j in range(len(headings))]
-        axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}", hatch="//" if i >= 10 else None, error_kw=dict(linewidth=0.8))
+        axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}", hatch=(None, "//", "..")[i // 10 % 3], error_kw=dict(linewidth=0.8))
     axes.set_xticks(range(len(headings)), headings, fontproperties=_font(8), parse_math=False)
     axes.set_ylabel("ROUGE-L × 100", fontproperties=_font(8))
     axes.tick_params(labelsize=8)

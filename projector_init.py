@@ -33,7 +33,7 @@ def init_from_shared(projectors: Projectors, student, teacher, pairs: list[tuple
     """Set the projectors from pairs of shared_tokens. student, teacher: decoders with .embed, .head and .norm. Solved on the
     CPU in float32.
 
-    P_t2s is given h_t / σ_h, so it is multiplied by σ_h, taken as the root mean square of the final norm's weights.
+    P_t2s is given h_t / σ_h + E_t(y_t) / σ_y, so it is multiplied by σ_h, taken as the root mean square of the final norm's weights.
     """
     ids = [torch.tensor(side) for side in zip(*pairs)]
     head_s, head_t, embed_s, embed_t = (layer.weight[i.to(layer.weight.device)].float().cpu()

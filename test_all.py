@@ -2276,12 +2276,12 @@ def whole_table(world, tmp_path_factory):
     return out
 
 
-def without_timing(path):
-    return [{k: v for k, v in json.loads(line).items() if k not in ("flags", "key")} for line in path.read_text().splitlines()]
+def without_settings(path):
+    return [{k: v for k, v in json.loads(line).items() if k not in ("flags", "key", "row_key")} for line in path.read_text().splitlines()]
 
 
 def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
-    records = without_timing(whole_table / "results.jsonl")
+    records = without_settings(whole_table / "results.jsonl")
     assert [(r["row"], r["seed"]) for r in records] == [(row, seed) for row in ("sft", "dskd_cma", "dskd_cma --kd_rate 0.3") for seed in (1, 2)]
     # a cell is what train.py and eval_rouge.py make of the same flags
     cell = whole_table / "cells/dskd_cma_--kd_rate_0.3-seed2"
@@ -2302,7 +2302,8 @@ def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
     run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "more", "--seeds", "2", "3"))         # our flags after train.py's
     assert ran == [("sft", 0.5, 3), ("dskd_cma", 0.5, 3), ("dskd_cma", 0.3, 3)]
     printed = capsys.readouterr().out
-    assert printed.endswith(f"into {tmp_path}/more\n") and "training seeds (2, 3); sampled with scoring seeds 5, 6" in printed
+    assert printed.endswith(f"into {tmp_path}/more\n") and "training seeds (1, 2, 3); sampled with scoring seeds 5, 6" in printed
+    assert printed.count("| 3 |") == 3        # the seed that was there before counts too
     assert (whole_table / "table.png").read_bytes()[:4] == b"\x89PNG" and (whole_table / "table.md").read_text() in printed
     # a changed flag is another cell, in another folder's place: refused, not mixed up
     for argv in (compare_argv(world, whole_table, "--lr", "0.1"), [x for x in compare_argv(world, whole_table) if x not in ("--save_interval", "1")] + ["--seeds", "2"]):
@@ -2328,7 +2329,7 @@ def test_compare_is_killed(whole_table, world, tmp_path):
             break
     assert kills
     subprocess.run(command, check=True, capture_output=True, cwd=HERE, env=environment)
-    assert without_timing(out / "results.jsonl") == without_timing(whole_table / "results.jsonl")
+    assert without_settings(out / "results.jsonl") == without_settings(whole_table / "results.jsonl")
     assert (out / "table.md").read_text() == (whole_table / "table.md").read_text()
 
 
@@ -2410,10 +2411,77 @@ def test_compare_refuses(whole_table, world, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "x", *more))
         assert not (tmp_path / "x").exists()
+    rows = lambda *methods: ["--methods", *methods]
+    for more, message in (
+            (["--max_steps=5"], "--max_steps is given twice"), (["--seed", "3"], "--seed: is not for a row"), (["--resume"], "--resume: is not for a row"),
+            (["--kd_rate", "0.4"], "--kd_rate: is given for the row 'dskd_cma --kd_rate 0.3' and for all rows"), (["--baseline", "dksd"], "--baseline 'dksd': is not one of the rows"),
+            (rows(""), "is not a method with its flags"), (rows("dskd_cma '"), "is not a method with its flags"), (rows("sft --method kd"), "--method: is not for a row"),
+            (rows("dskd_cma", "dskd_cma --kd_rate 0.5"), "have the same settings"), (rows("dskd_cma --kd_rate 0.3", "dskd_cma --kd_rate=0.3"), "one folder"),
+            (["--sets", world / "data", f"{world}/data/"], "the same files"), (["--preset", "ablation"], "--methods: a preset has its own")):
+        with pytest.raises(InputError, match=message):
+            run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "x", *more))
+        assert not (tmp_path / "x").exists()
     shutil.copytree(whole_table, tmp_path / "bad")
-    (tmp_path / "bad/results.jsonl").write_text("[]\n")
-    with pytest.raises(InputError, match="not what compare.py writes"):
+    good = json.loads((whole_table / "results.jsonl").read_text().split("\n")[0])
+    for content in (b"[]\n", b"\xff\n", json.dumps(good | {"sets": []}).encode() + b"\n", json.dumps({k: v for k, v in good.items() if k != "dev_rouge_l"}).encode() + b"\n"):
+        (tmp_path / "bad/results.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match="not what compare.py writes"):
+            run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "bad"))
+    (tmp_path / "bad/inputs.json").write_text("3")
+    with pytest.raises(InputError, match="inputs.json: not what compare.py writes"):
         run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "bad"))
+
+
+def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monkeypatch):
+    """However the flags are spelled; and it knows data and models by their contents."""
+    shutil.copytree(whole_table, tmp_path / "table")
+    monkeypatch.setattr(compare, "run_cell", lambda *args: pytest.fail("a finished cell runs again"))
+    argv = compare_argv(world, tmp_path / "table")
+    argv = [str(a) for a in argv if a not in ("--max_steps", "4", "--kd_rate 0.3")] + ["--max_steps=04", "--num_threads", "1"]
+    for row in ("sft", "dskd_cma"):
+        run_main(compare, monkeypatch, *argv, "--methods", row)
+    lines = [(tmp_path / "table/results.jsonl").read_text().split("\n")[2:4]]
+    (tmp_path / "table/results.jsonl").write_text("\n".join([*lines[0], '{"key": "cut']))
+    run_main(compare, monkeypatch, *argv, "--methods", "dskd_cma --kd_rate=0.5", "--out_dir", str(tmp_path / "table"))      # an equal row by another name
+    assert "| `dskd_cma --kd_rate=0.5` | 2 |" in (tmp_path / "table/table.md").read_text() and (tmp_path / "table/results.jsonl").read_text().endswith("}\n")
+    monkeypatch.setattr(compare, "run_cell", lambda cell, *args: (_ for _ in ()).throw(InputError("the loss is not finite")))
+    with pytest.raises(InputError, match="cells/dskd_cma-seed7: the loss is not finite"):
+        run_main(compare, monkeypatch, *argv, "--methods", "dskd_cma", "sft", "--seeds", "1", "7")
+    assert (tmp_path / "table/table.md").read_text().count("| `dskd_cma` | 2 |") == 1            # what is there is shown
+    with run_folder.locked(tmp_path / "table"), pytest.raises(InputError, match="another run is writing there"):
+        run_main(compare, monkeypatch, *argv, "--methods", "sft")
+    for changed, name in ((world / "data/test.jsonl", "data, test"), (world / "student/config.json", "student")):
+        before = changed.read_bytes()
+        changed.write_bytes(before + b"\n")
+        try:
+            with pytest.raises(InputError, match=f"{name}: has changed since the cells"):
+                run_main(compare, monkeypatch, *argv, "--methods", "dskd_cma")
+        finally:
+            changed.write_bytes(before)
+
+
+def test_compare_sets_data_itself(world, tmp_path):
+    """--data toy with another student is still the toy's data; answers may hold any line separator."""
+    config = compare.Config(methods=["dskd_cma"], seeds=[1])
+    cell, = compare.make_cells(config, {"teacher": [str(world / "teacher")], "student": [str(world / "student")]}, tmp_path)
+    assert cell.settings.data == "toy" and cell.flags[-4:] == ["--data", "toy", "--seed", "1"]
+    preset = {"epochs": ["24"], "cache_teacher": []}
+    sft, cma_ = compare.make_cells(compare.Config(methods=["sft", "dskd_cma --ga_weight 3"], seeds=[1]), {"epochs": ["2"]}, tmp_path, preset)
+    assert (sft.settings.epochs, sft.settings.cache_teacher, cma_.settings.epochs, cma_.settings.cache_teacher, cma_.settings.ga_weight) == (2, False, 2, True, 3.0)
+
+
+def test_compare_scores_rows_with_line_separators(world, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev", "test"):
+        rows = [json.loads(line) for line in (world / f"data/{split}.jsonl").read_text().splitlines()][:4]
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(row | {"prompt": "one\u2028two\u0085"}) + "\n" for row in rows))
+    argv = compare_argv(world, tmp_path / "table", "--methods", "sft", "--seeds", "1", "--max_steps=1", "--data", tmp_path / "data", "--num", "2", "--device", "cpu", "--dtype", "float32")
+    real, seen = eval_rouge.evaluate, []
+    monkeypatch.setattr(eval_rouge, "evaluate", lambda config: (seen.append(config), real(config)))
+    run_main(compare, monkeypatch, *[a for a in argv if a not in ("--max_steps", "4")])
+    record, = (json.loads(line) for line in (tmp_path / "table/results.jsonl").read_text().splitlines())
+    assert [len(scores["rows"]) for scores in record["sets"].values()] == [2] and (seen[0].device, seen[0].dtype) == ("cpu", "float32")
+    assert "±" not in (tmp_path / "table/table.md").read_text().splitlines()[2]          # one seed has no deviation
 
 
 # ---------------------------------------------------------------------------------------------------- the attention

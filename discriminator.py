@@ -10,7 +10,7 @@ ct, conditional transport (arXiv 2012.14100), which makes it dear to carry the o
     c_ij = ‖f(K_i) − f(R(Q_j))‖      d_ij = n(K_i)·n(R(Q_j))
     CT = −½ mean_j Σ_i c_ij softmax_i(d)_ij − ½ mean_i Σ_j c_ij softmax_j(d)_ij, i and j in one example
 
-The adversary is trained here, with its own learning rate. (In the release its weights stay as they were drawn.)
+The adversary is trained here, with its own learning rate. (In the release its weights stay as they were drawn: --ga_lr 0.)
 """
 import torch
 import torch.nn as nn

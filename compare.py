@@ -34,6 +34,7 @@ import parallel
 import pictures
 import toy
 import train
+from cma import DIVERGENCES
 from config import flag, parse
 from hub import InputError
 from run_folder import FREE, append_line, locked, saved_config
@@ -42,12 +43,12 @@ from tokenize_align import encode_rows, load_tokenizer, read_rows
 RESAMPLES = 2000
 DEFAULT_BASELINE = "dskd_cma"
 PAPER_SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
-DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
+PAPER_TEACHER = "out/paper-teacher"
 PRESETS = {
     # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
     "paper": dict(
-        first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", "out/paper-teacher"],
-        flags=["--teacher", "out/paper-teacher", "--student", "gpt2"], data="dolly", baseline="dskd_cma --divergence forward_kl",
+        first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", PAPER_TEACHER],
+        flags=["--teacher", PAPER_TEACHER, "--student", "gpt2"], data="dolly", baseline="dskd_cma --divergence forward_kl",
         methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
     # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), the adversary, and whether it is trained
     "ablation": dict(
@@ -270,7 +271,7 @@ def markdown(table: list[dict], config: Config) -> str:
         mean, deviation = line["dev"] if heading == "dev" else line["columns"][heading]
         text = f"{mean:.2f} ± {deviation:.2f}" if math.isfinite(deviation) else f"{mean:.2f}"
         return f"**{text}**" if mean == best[heading] else text
-    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline or DEFAULT_BASELINE} |", "|---" * (len(headings) + 4) + "|"]
+    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline} |", "|---" * (len(headings) + 4) + "|"]
     for line in table:
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*line["difference"]) if "difference" in line else ""
         lines.append(f"| `{line['row']}` | {len(line['seeds'])} | {show(line, 'dev')} | " + " | ".join(show(line, h) for h in headings) + f" | {difference} |")
@@ -328,6 +329,7 @@ def compare(config: Config, argv: list[str]) -> None:
         first, more = preset["first"], as_flags(preset["flags"])
     if config.baseline and config.baseline not in config.methods:
         raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, {', '.join(map(repr, config.methods))}")
+    config.baseline = config.baseline or DEFAULT_BASELINE
     out_dir = Path(config.out_dir or f"out/compare-{config.preset or hub.label(config.data)}")
     cells = make_cells(config, shared, out_dir, more)
     sets = config.sets or {"toy": list(toy.SETS), "dolly": list(PAPER_SETS)}.get(config.data, [config.data])
@@ -338,7 +340,7 @@ def compare(config: Config, argv: list[str]) -> None:
     if config.dry_run:
         dry_run(cells, first, config)
         return
-    if first and not (Path("out/paper-teacher") / "results.json").exists():
+    if first and not (Path(PAPER_TEACHER) / "results.json").exists():
         raise InputError(f"--preset {config.preset}: the teacher learns the data first:  python train.py {shlex.join(first)}")
     for name in sets:
         read_rows(hub.data_file(name, "test"))             # before training, not after it
@@ -373,7 +375,7 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
         rows = {cell.key(("seed",)): cell.row for cell in cells}
         records = [record | {"row": rows[record["row_key"]]} for record in done.values() if record["row_key"] in rows]
         if parallel.is_first() and records:
-            table = summarize(records, list(dict.fromkeys(config.methods)), sets, config.data, config.baseline or DEFAULT_BASELINE)
+            table = summarize(records, list(rows.values()), sets, config.data, config.baseline)
             text = markdown(table, config)
             with hub.atomic_write(out_dir / "table.md") as file:
                 file.write(text)

@@ -2440,8 +2440,8 @@ def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monk
     argv = [str(a) for a in argv if a not in ("--max_steps", "4", "--kd_rate 0.3")] + ["--max_steps=04", "--num_threads", "1"]
     for row in ("sft", "dskd_cma"):
         run_main(compare, monkeypatch, *argv, "--methods", row)
-    lines = [(tmp_path / "table/results.jsonl").read_text().split("\n")[2:4]]
-    (tmp_path / "table/results.jsonl").write_text("\n".join([*lines[0], '{"key": "cut']))
+    lines = (tmp_path / "table/results.jsonl").read_text().split("\n")[2:4]
+    (tmp_path / "table/results.jsonl").write_text("\n".join([*lines, '{"key": "cut']))
     run_main(compare, monkeypatch, *argv, "--methods", "dskd_cma --kd_rate=0.5", "--out_dir", str(tmp_path / "table"))      # an equal row by another name
     assert "| `dskd_cma --kd_rate=0.5` | 2 |" in (tmp_path / "table/table.md").read_text() and (tmp_path / "table/results.jsonl").read_text().endswith("}\n")
     monkeypatch.setattr(compare, "run_cell", lambda cell, *args: (_ for _ in ()).throw(InputError("the loss is not finite")))
@@ -2461,7 +2461,7 @@ def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monk
 
 
 def test_compare_sets_data_itself(world, tmp_path):
-    """--data toy with another student is still the toy's data; answers may hold any line separator."""
+    """--data toy with another student is still the toy's data; a row's flags and those for all rows change the preset's."""
     config = compare.Config(methods=["dskd_cma"], seeds=[1])
     cell, = compare.make_cells(config, {"teacher": [str(world / "teacher")], "student": [str(world / "student")]}, tmp_path)
     assert cell.settings.data == "toy" and cell.flags[-4:] == ["--data", "toy", "--seed", "1"]

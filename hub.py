@@ -64,17 +64,27 @@ class InputError(Exception):
 
 def run(main) -> None:
     """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    code = 0
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:                     # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)                             # a run that ends here is not finished, but can be resumed
+        code = 1                                # a run that ends here is not finished, but can be resumed
     except (InputError, OSError) as error:      # OSError: a folder that cannot be written, a full disk
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except SystemExit as error:
+        code = error.code or 0
+    if "LOCAL_RANK" in os.environ:              # Under torchrun, gloo's threads may still be letting go of their last tensors; taking
+        sys.stdout.flush()                      # the interpreter down under them would abort a run that is finished.
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 @contextlib.contextmanager

@@ -1853,6 +1853,16 @@ def test_two_processes_equal_one(world, odd_world, tmp_path, monkeypatch):
     assert scores[0] == scores[1] and len(scores[0]) == 2 and len(set(scores[0]["answers-" + hub.label(str(world / "data")) + "-greedy.jsonl"].splitlines())) == 6
 
 
+@pytest.mark.parametrize("ending, code", [("print('saved')", 0), ("print('saved'); sys.exit(143)", 143), ("print('saved'); raise hub.InputError('no')", 2)])
+def test_a_process_of_torchrun_ends_without_taking_the_interpreter_down(ending, code):
+    """A thread of gloo's that lets go of a tensor while the interpreter is taken down aborts the process, after a run in full."""
+    script = f"import atexit, os, sys, hub; atexit.register(os._exit, 77)\ndef main(): {ending}\nhub.run(main)"
+    alone, one_of_several = (subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE, env=os.environ | more)
+                             for more in ({}, {"LOCAL_RANK": "1"}))
+    assert alone.returncode == 77
+    assert (one_of_several.returncode, one_of_several.stdout) == (code, "saved\n")
+
+
 def checkpoint_of_step_6(out, world, data, monkeypatch, argv):
     """Put a checkpoint of step 6 in place of the last one."""
     with pytest.raises(SystemExit), monkeypatch.context() as patch:

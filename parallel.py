@@ -118,8 +118,8 @@ def add_gradients(parameters) -> None:
 # ----------------------------------------------------------------------------------------------------------- sharding
 
 def shard(decoder, device: str) -> None:
-    """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings, the last norm and the head, which the losses
-    use at many places, stay whole."""
+    """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings, the last
+    norm and the head, which the losses use at many places, stay whole."""
     mesh = dist.init_device_mesh(device, (world(),))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -1898,7 +1898,7 @@ def save(folder, student, projectors, discriminator, optimizer, state):
             json.dump(counts, open(sys.argv[0] + ".json", "w"))
     return real_save(folder, student, projectors, discriminator, optimizer, state)
 train.save_checkpoint = save
-train.main()
+train.hub.run(train.main)
 """)
     argv = lambda out: [*flags(world, out, *TWO, method="dskd_cma"), "--data", str(odd_world)]
     run_main(train, monkeypatch, *argv(tmp_path / "one"))

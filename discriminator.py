@@ -10,7 +10,8 @@ ct, conditional transport (arXiv 2012.14100), which makes it dear to carry the o
     c_ij = ‖f(K_i) − f(R(Q_j))‖      d_ij = n(K_i)·n(R(Q_j))
     CT = −½ mean_j Σ_i c_ij softmax_i(d)_ij − ½ mean_i Σ_j c_ij softmax_j(d)_ij, i and j in one example
 
-The adversary is trained here, with its own learning rate. (In the release its weights stay as they were drawn: --ga_lr 0.)
+The adversary is trained here, with its own learning rate. (In the release its weights stay as they were drawn: --ga_lr
+0.)
 """
 import torch
 import torch.nn as nn
@@ -91,11 +92,12 @@ def conditional_transport(transport: Transport, keys: torch.Tensor, queries: tor
     """The two halves of CT as SUMS, over keys i and over queries j: keys (B, T, 2 d_t), queries (B, S, 2 d_t), masks
     (B, T) and (B, S), true on valid positions.
 
-    → adversary_key_loss, adversary_query_loss; CT = adversary_key_loss / N_t + adversary_query_loss / N_s, a mean over all
-    tokens of the batch, whichever example they are in.
+    → adversary_key_loss, adversary_query_loss; CT = adversary_key_loss / N_t + adversary_query_loss / N_s, a mean over
+    all tokens of the batch, whichever example they are in.
     """
     def on_grid(mask, values):          # f and n of the valid positions, zero elsewhere
-        return (value.new_zeros(*mask.shape, value.size(-1)).masked_scatter(mask[..., None], value) for value in transport(values[mask]))
+        return (value.new_zeros(*mask.shape, value.size(-1)).masked_scatter(mask[..., None], value)
+                for value in transport(values[mask]))
     key_feature, key_navigator = on_grid(key_mask, keys.detach())
     query_feature, query_navigator = on_grid(query_mask, reverse_gradient(queries))
     with torch.autocast(keys.device.type, enabled=False):

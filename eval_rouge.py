@@ -2,34 +2,29 @@
 
     python eval_rouge.py out/toy-dskd_cma_ga --data toy toy-phrasings --seeds 10 20 30
 
-torchrun --nproc_per_node=8 -- eval_rouge.py … splits the rows over 8 processes; what is sampled then depends on their number.
-As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over references;
-mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
+torchrun --nproc_per_node=8 -- eval_rouge.py … splits the rows over 8 processes; what is sampled then depends on their
+number. As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over
+references; mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
 
-Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of the
-dynamic program in one whole number, and every stem only once.
+Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of
+the dynamic program in one whole number, and every stem only once.
 """
-import contextlib
+import functools
 import json
 import re
 import statistics
 import string
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-import hub
-import parallel
-import porter
 import toy
-from config import flag, parse
-from hub import InputError
-from model import Decoder, load
-from run_folder import Interrupted
-from tokenize_align import Row, Tokenizer, encode_prompt, left_pad, load_tokenizer, read_rows
+from files import hub
+from files.config import InputError, flag, parse
+from files.rows import Row, read_rows
+from model import load
+from running import parallel
+from running.answers import answer_rows, tell_cut_prompts
+from tokenize_align import load_tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -37,11 +32,12 @@ from tokenize_align import Row, Tokenizer, encode_prompt, left_pad, load_tokeniz
 def _rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
     """rouge-score's tokenization: lower case, runs of a–z and 0–9 are words, those over 3 letters are stemmed."""
     words = re.findall("[a-z0-9]+", text.lower())
-    return [porter.stem(w) if len(w) > 3 else w for w in words] if use_stemmer else words
+    return [stem(w) if len(w) > 3 else w for w in words] if use_stemmer else words
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): one whole number is a row of the dynamic program.
+    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): one whole number is a row of the dynamic
+    program.
 
     Bit i of `row` is 0 where the LCS of the first i + 1 words of a is one longer than that of the first i.
     """
@@ -59,7 +55,8 @@ def rouge_l(predictions: list[str], references: list[list[str] | str], use_stemm
     """ROUGE-L F1 (Lin, 2004) of each prediction against the best of its references, in [0, 1].
 
     references: a list of strings, or one string, for each prediction. F = 2 P R / (P + R), P = LCS / words predicted,
-    R = LCS / words of the reference. Raises ValueError where the lists differ in length or a prediction has no reference.
+    R = LCS / words of the reference. Raises ValueError where the lists differ in length or a prediction has no
+    reference.
     """
     references = [[r] if isinstance(r, str) else r for r in references]
     if len(predictions) != len(references) or not all(references):
@@ -82,58 +79,116 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> list[boo
     return [normal(p) in map(normal, group) for p, group in zip(predictions, references)]
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------------- stemmer
 
-def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, batch_size: int,
-                   temperature: float, seed: int = 0, desc: str = "answering", done=()) -> Iterator[list[tuple[int, str, bool]]]:
-    """Generate answers, a batch of prompts of like length at a time → lists of (number of the row, answer, whether it ended
-    before the limit). Limits in tokens; temperature 0 is greedy. done: numbers of rows that need no answer any more."""
-    device = decoder.embed.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    limit = min(max_prompt_length, max_length - 1)
-    prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
-    new_tokens = max_length - max(map(len, prompts))            # what the longest prompt leaves, for every row
-    order = sorted(set(range(len(rows))) - set(done), key=lambda i: -len(prompts[i]))
-    with tqdm(total=len(rows), initial=len(rows) - len(order), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(order), batch_size):
-            part = order[start:start + batch_size]
-            ids, mask = left_pad([prompts[i] for i in part], tokenizer.eos_id)
-            new = decoder.generate(ids.to(device), mask.to(device), new_tokens, temperature,
-                                   eos_id=tokenizer.eos_id, generator=generator)
-            answers = [tokens[:tokens.index(tokenizer.eos_id)] if tokenizer.eos_id in tokens else tokens for tokens in new.tolist()]
-            yield [(i, tokenizer.decode(tokens).strip(), len(tokens) < new.size(1)) for i, tokens in zip(part, answers)]
-            bar.update(len(part))
+# Porter's (An algorithm for suffix stripping, 1980) in the dialect that the rouge-score package uses: NLTK's. Terms as
+# in the paper: m is the measure of a stem, [C](VC)^m[V]; *v*: contains a vowel; *o: ends consonant-vowel-consonant, the
+# last not w, x or y. NLTK's departures from the paper are marked.
+
+IRREGULAR = {"sky": "sky", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
+             "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing", "cannings": "canning",
+             "canning": "canning", "howe": "howe", "proceed": "proceed", "exceed": "exceed", "succeed": "succeed"}
+
+STEP2 = [("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble"),
+         ("alli", "al"), ("entli", "ent"), ("eli", "e"), ("ousli", "ous"), ("ization", "ize"), ("ation", "ate"),
+         ("ator", "ate"), ("alism", "al"), ("iveness", "ive"), ("fulness", "ful"), ("ousness", "ous"), ("aliti", "al"),
+         ("iviti", "ive"), ("biliti", "ble"), ("fulli", "ful")]
+STEP3 = [("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""), ("ness", "")]
+STEP4 = ["al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism", "ate",
+         "iti", "ous", "ive", "ize"]
 
 
-def answer(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
-           batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering", at_once=contextlib.nullcontext) -> list[str]:
-    """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers.
-
-    Every process of torchrun answers a part of the rows and gets all answers; a sharded model needs its processes in step,
-    so there each answers everything. at_once: a context in which Interrupted may be raised; it is raised in every process.
-    """
-    sharded = parallel.is_sharded(decoder)
-    first, every = (0, 1) if sharded else (parallel.rank(), parallel.world())
-    others = set(range(len(rows))) - set(range(first, len(rows), every))
-    answers: dict[int, str] | None = {}
-    try:
-        with contextlib.nullcontext() if sharded else at_once():
-            for batch in answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size, temperature,
-                                        seed + 1_000_003 * first, desc, others):
-                answers |= {i: text for i, text, _ in batch}
-    except Interrupted:
-        answers = None
-    parts = parallel.gather(answers)
-    if None in parts:
-        raise Interrupted
-    answers = {i: text for part in parts for i, text in part.items()}
-    return [answers[i] for i in range(len(rows))]
+def _shape(word: str) -> str:
+    """'c' or 'v' for every letter; y is a consonant at the start and after a vowel."""
+    shape = ""
+    for letter in word:
+        vowel = letter in "aeiou" or letter == "y" and shape.endswith("c")
+        shape += "v" if vowel else "c"
+    return shape
 
 
-def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
-    """Say how many prompts of a set exceed the limit, in tokens, where any does."""
-    if cut := sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows):
-        print(f"{name}: {cut} of {len(rows)} prompts cut to {limit} tokens")
+def _measure(stem: str) -> int:
+    return _shape(stem).count("vc")
+
+
+def _ends_cvc(stem: str) -> bool:
+    shape = _shape(stem)
+    return shape.endswith("cvc") and stem[-1] not in "wxy" or shape == "vc"      # NLTK: or the whole stem is vc
+
+
+def _replace(word: str, rules: list[tuple[str, str]], least: int) -> str:
+    """The first suffix that fits decides: it is replaced if what stands before it has measure ≥ least."""
+    for suffix, replacement in rules:
+        if word.endswith(suffix):
+            before = word[:len(word) - len(suffix)]
+            return before + replacement if _measure(before) >= least else word
+    return word
+
+
+def _step1a(word: str) -> str:
+    if word.endswith("ies"):
+        return word[:-1] if len(word) == 4 else word[:-2]      # NLTK: dies → die, but flies → fli
+    if word.endswith("sses"):
+        return word[:-2]
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
+
+
+def _step1b(word: str) -> str:
+    if word.endswith("ied"):
+        return word[:-1] if len(word) == 4 else word[:-2]      # NLTK: died → die, but spied → spi
+    if word.endswith("eed"):
+        return word[:-1] if _measure(word[:-3]) > 0 else word
+    for suffix in ("ed", "ing"):
+        if word.endswith(suffix) and "v" in _shape(word[:-len(suffix)]):
+            word = word[:-len(suffix)]
+            break
+    else:
+        return word
+    if word.endswith(("at", "bl", "iz")):
+        return word + "e"
+    if len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c":
+        return word if word[-1] in "lsz" else word[:-1]
+    return word + "e" if _measure(word) == 1 and _ends_cvc(word) else word
+
+
+def _step1c(word: str) -> str:
+    # NLTK: y → i only after a consonant that is not the whole stem (happy → happi, enjoy → enjoy, by → by)
+    return word[:-1] + "i" if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c" else word
+
+
+def _step2(word: str) -> str:
+    if word.endswith("alli") and _measure(word[:-4]) > 0:      # NLTK: first, and then step 2 again
+        return _step2(word[:-2])
+    if word.endswith("logi") and _measure(word[:-3]) > 0:      # NLTK
+        return word[:-1]
+    return _replace(word, STEP2, 1)
+
+
+def _step4(word: str) -> str:
+    for suffix in STEP4:
+        if word.endswith(suffix):
+            before = word[:-len(suffix)]
+            fits = _measure(before) > 1 and (suffix != "ion" or before[-1] in "st")
+            return before if fits else word
+    return word
+
+
+def _step5(word: str) -> str:
+    if word.endswith("e"):
+        m = _measure(word[:-1])
+        if m > 1 or m == 1 and not _ends_cvc(word[:-1]):
+            word = word[:-1]
+    return word[:-1] if word.endswith("ll") and _measure(word[:-1]) > 1 else word
+
+
+@functools.lru_cache(1 << 16)
+def stem(word: str) -> str:
+    """The stem of a lower-case word of letters and digits."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
+    if len(word) <= 2:
+        return word
+    return _step5(_step4(_replace(_step2(_step1c(_step1b(_step1a(word)))), STEP3, 1)))
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -142,16 +197,20 @@ def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: in
 class Config:
     model: str = flag("", "checkpoint folder, a run's out_dir, or a model's name")
     data: list[str] = flag(["toy"], "data sets by name, folder or .jsonl file (their test split is scored)")
-    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass over the data each", at_least=0, at_most=2**40)
+    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass over the data each", at_least=0,
+                            at_most=2**40)
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     greedy: bool = flag(False, "take the likeliest token instead of sampling; one pass")
     temperature: float = flag(1.0, "sampling temperature", at_least=1e-6)
     batch_size: int = flag(32, "prompts answered together", at_least=1)
-    max_length: int = flag(0, "prompt and answer together, in tokens (0: 512, or all positions of a smaller model)", at_least=0)
+    max_length: int = flag(0, "prompt and answer together, in tokens (0: 512, or all positions of a smaller model)",
+                           at_least=0)
     max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
-    out_dir: str = flag("", "where rouge.json and the answers go (default: the checkpoint folder, or out/eval for a name)")
+    out_dir: str = flag("", "where rouge.json and the answers go (default: the checkpoint folder, or out/eval for a "
+                        "name)")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA",
+                      choices=("auto", "float32", "bfloat16"))
 
 
 def main() -> None:
@@ -160,6 +219,7 @@ def main() -> None:
 
 
 def evaluate(config: Config) -> None:
+    """Answer and score every set, write the answers and rouge.json, print the table."""
     if not config.model:
         raise InputError("name a checkpoint: python eval_rouge.py CHECKPOINT_OR_NAME --data NAME …")
     with parallel.first_goes_first():
@@ -168,44 +228,28 @@ def evaluate(config: Config) -> None:
     device, dtype = hub.pick_device(config.device, config.dtype)
     decoder, tokenizer = load(config.model, dtype=dtype, device=device), load_tokenizer(config.model)
     hub.check_vocabulary(config.model, decoder.config.vocab_size, tokenizer.vocab_size)
-    max_length = config.max_length or min(512, decoder.config.max_positions)
-    if not 2 <= max_length <= decoder.config.max_positions:
-        raise InputError(f"--max_length {max_length}: {config.model} has {decoder.config.max_positions} positions, and 2 is the least")
+    positions = decoder.config.max_positions
+    config.max_length = config.max_length or min(512, positions)
+    if not 2 <= config.max_length <= positions:
+        raise InputError(f"--max_length {config.max_length}: {config.model} has {positions} positions, and 2 is the "
+                         "least")
     trained_on = hub.trained_on(decoder.source)
     labels = {name: hub.label(name) for name in sets}
     if len(set(labels.values())) < len(labels):
-        raise InputError(f"--data {' '.join(sets)}: the files of answers would have the same name {labels}; rename a set")
-    out_dir = Path(config.out_dir or (decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")))
+        raise InputError(f"--data {' '.join(sets)}: the files of answers would have the same name {labels}; rename a "
+                         "set")
+    default = decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")
+    out_dir = Path(config.out_dir or default)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    passes = [None] if config.greedy else config.seeds
-    results = {}
-    for name, rows in sets.items():
-        tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, max_length - 1))
-        scores, matches = [], []
-        for seed in passes:
-            answers = answer(decoder, tokenizer, rows, max_length, config.max_prompt_length, config.batch_size,
-                             0.0 if seed is None else config.temperature, seed or 0, f"{name}, {'greedy' if seed is None else f'seed {seed}'}")
-            each = rouge_l(answers, [row.outputs for row in rows])
-            scores.append(100 * statistics.mean(each))
-            matches.append(100 * statistics.mean(exact_match(answers, [row.outputs for row in rows])))
-            if not parallel.is_first():
-                continue
-            with hub.atomic_write(out_dir / f"answers-{labels[name]}-{'greedy' if seed is None else f'seed{seed}'}.jsonl") as file:
-                for row, text, score in zip(rows, answers, each):
-                    file.write(json.dumps({"prompt": row.prompt, "answer": text, "output": row.outputs,
-                                           "rouge_l": round(100 * score, 2)}, ensure_ascii=False) + "\n")
-        results[name] = {"rows": len(rows), "rouge_l": statistics.mean(scores), "std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
-                         "exact_match": statistics.mean(matches), "rouge_l_by_seed": scores}
-
+    results = {name: score_set(config, decoder, tokenizer, name, rows, out_dir) for name, rows in sets.items()}
     if not parallel.is_first():
         return
     others = [r["rouge_l"] for name, r in results.items() if not hub.same_data(name, trained_on)]
-    summary = {"model": config.model, "seeds": passes, "trained_on": trained_on, "sets": results,
-               "ood_mean": statistics.mean(others) if others and trained_on else None}
+    summary = {"model": config.model, "seeds": [None] if config.greedy else config.seeds, "trained_on": trained_on,
+               "sets": results, "ood_mean": statistics.mean(others) if others and trained_on else None}
     with hub.atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
-
     print(f"{'set':<24}{'rows':>6}   ROUGE-L{'':>10}exact match")
     for name, r in results.items():
         print(f"{name:<24}{r['rows']:>6}   {r['rouge_l']:5.2f} ± {r['std']:4.2f}{'':>5}{r['exact_match']:6.2f} %"
@@ -213,6 +257,35 @@ def evaluate(config: Config) -> None:
     if summary["ood_mean"] is not None:
         print(f"{'OOD mean':<24}{'':>6}   {summary['ood_mean']:5.2f}")
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
+
+
+def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], out_dir: Path) -> dict:
+    """One set, answered with every seed → its part of rouge.json. The answers are written into out_dir."""
+    tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, config.max_length - 1))
+    references, scores, matches = [row.outputs for row in rows], [], []
+    for seed in [None] if config.greedy else config.seeds:
+        kind, temperature = ("greedy", 0.0) if seed is None else (f"seed{seed}", config.temperature)
+        answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, config.batch_size,
+                              temperature, seed or 0, f"{name}, {kind}")
+        each = rouge_l(answers, references)
+        scores.append(100 * statistics.mean(each))
+        matches.append(100 * statistics.mean(exact_match(answers, references)))
+        if parallel.is_first():
+            with hub.atomic_write(out_dir / f"answers-{hub.label(name)}-{kind}.jsonl") as file:
+                for row, text, score in zip(rows, answers, each):
+                    line = {"prompt": row.prompt, "answer": text, "output": row.outputs,
+                            "rouge_l": round(100 * score, 2)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return {"rows": len(rows), "rouge_l": statistics.mean(scores), "rouge_l_by_seed": scores,
+            "std": statistics.stdev(scores) if len(scores) > 1 else 0.0, "exact_match": statistics.mean(matches)}
+
+
+def greedy_rouge_l(decoder, tokenizer, rows: list[Row], config, desc: str, at_once) -> float:
+    """ROUGE-L × 100 of a model's greedy answers, the mean over rows. config: its max_length and max_prompt_length;
+    at_once: as in answer_rows."""
+    answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, temperature=0.0,
+                          desc=desc, at_once=at_once)
+    return 100 * sum(rouge_l(answers, [row.outputs for row in rows])) / len(answers)
 
 
 if __name__ == "__main__":

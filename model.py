@@ -8,7 +8,8 @@ Notable here:
 - two classes: `GPT2`, and `Llama`, which by configuration alone is Llama 2/3, TinyLlama, Mistral, SmolLM2 (rotary
   embeddings, RMSNorm, SwiGLU, grouped-query attention), Qwen1.5/2/2.5 (bias on q, k, v) and Qwen3 (norm on q and k);
 - the forward pass stops at the hidden states, because distillation needs logits at response positions only;
-- a config field that would change the result and is not implemented is an error (`read_config` in model_config.py).
+- a config field that would change the result and is not implemented is an error (`read_config` in
+  files/model_config.py).
 """
 import copy
 import dataclasses
@@ -23,18 +24,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_later
 
-import hub
-from hub import InputError
-from model_config import ModelConfig, read_config
+from files import hub
+from files.config import InputError
+from files.model_config import ModelConfig, read_config
 
 
 IN_A_LAYER = r"(^|\.)(h|layers)\.\d+\."        # in a name in the hub's files
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: one (B, kv_heads, capacity, head_dim) buffer a layer, filled in place."""
+    """Keys and values of the tokens seen so far: one (B, kv_heads, capacity, head_dim) buffer a layer, filled in
+    place."""
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, like: torch.Tensor):
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
@@ -66,7 +68,8 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         mask = masks[self.config.sliding_layers[self.layer]]
         groups = self.config.num_heads // self.config.num_kv_heads
-        if groups > 1 and q.size(2) == 1:       # one new token: the heads that share keys and values are so many queries of them
+        # one new token: the heads that share keys and values are so many queries of them
+        if groups > 1 and q.size(2) == 1:
             y = F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, attn_mask=mask)
             return y.flatten(1)[:, None]
         if groups > 1:
@@ -112,9 +115,10 @@ class Decoder(nn.Module):
         return self._hidden(ids, positions, self._masks(mask, ids.size(1), ids.size(1), ids.device), None)
 
     def run(self, layer, *inputs) -> torch.Tensor:
-        """One block; with `checkpointing`, what it computes inside is thrown away and computed again for its gradient."""
+        """One block; with `checkpointing`, what it computes inside is thrown away and computed again for its
+        gradient."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return recompute_later(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -152,19 +156,21 @@ class Decoder(nn.Module):
     def _steps(self, ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator):
         mask = torch.ones_like(ids) if mask is None else mask
         if ids.size(1) > self.config.max_positions:
-            raise ValueError(f"a prompt of {ids.size(1)} tokens, but this model has {self.config.max_positions} positions")
+            raise ValueError(f"a prompt of {ids.size(1)} tokens, but this model has {self.config.max_positions} "
+                             "positions")
         capacity = min(ids.size(1) + max_new_tokens, self.config.max_positions)
         seen = mask.new_ones(ids.size(0), capacity).bool()
         seen[:, :ids.size(1)] = mask.bool()
         cache = KVCache(self.config, ids.size(0), capacity, self._like())
-        alive = torch.arange(ids.size(0), device=ids.device)       # the rows that have not ended; the rest left the batch
+        # the rows that have not ended; the rest left the batch
+        alive = torch.arange(ids.size(0), device=ids.device)
         output = ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
         new, step_positions = ids, mask.long().cumsum(1).sub(1).clamp(min=0)
         for length in range(ids.size(1), capacity):
             masks = self._masks(seen[:, :length], new.size(1), length, ids.device)
             hidden = self._hidden(new, step_positions, masks, cache)[:, -1]
             cache.length = length
-            chosen = sample(self.logits(hidden).float(), temperature, top_p, top_k, generator)
+            chosen = choose_tokens(self.logits(hidden).float(), temperature, top_p, top_k, generator)
             output = torch.full_like(output, 0 if eos_id is None else eos_id).index_copy(0, alive, chosen)
             yield output
             if eos_id is not None and (ended := chosen == eos_id).any():
@@ -178,8 +184,8 @@ class Decoder(nn.Module):
     def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
         """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N), N ≤ max_new_tokens.
 
-        temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability, top_k (0 = all) the k
-        likeliest. A row ends at its first eos_id and is filled up with it. `generator` makes sampling repeatable.
+        temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability, top_k (0 = all) the
+        k likeliest. A row ends at its first eos_id and is filled up with it. `generator` makes sampling repeatable.
         Ends early at the model's last position; raises ValueError where the prompt alone exceeds it.
         """
         steps = list(self.stream(ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator))
@@ -189,7 +195,8 @@ class Decoder(nn.Module):
         """An empty tensor of the dtype and device in which keys and values are computed."""
         device = self.embed.weight.device
         autocast = torch.is_autocast_enabled(device.type)
-        return torch.empty(0, device=device, dtype=torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype)
+        return torch.empty(0, device=device,
+                           dtype=torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype)
 
     def save(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write the hub's layout: config.json, model.safetensors and, copied from `self.source`, the tokenizer's files.
@@ -209,7 +216,8 @@ class Decoder(nn.Module):
         with hub.atomic_write(folder / "config.json") as file:
             json.dump(config, file, indent=2)
         if self.source and not self.source.is_dir():
-            raise InputError(f"{self.source}: this folder is gone, and with it the tokenizer that belongs into {folder}")
+            raise InputError(f"{self.source}: this folder is gone, and with it the tokenizer that belongs into "
+                             f"{folder}")
         for name in hub.TOKENIZER_FILES:
             if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
                 shutil.copyfile(self.source / name, folder / name)
@@ -221,7 +229,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Fresh weights as the models' authors draw them: N(0, initializer_range²), GPT-2's residual outputs / √(2 layers)."""
+        """Fresh weights as the models' authors draw them: N(0, initializer_range²), GPT-2's residual outputs / √(2
+        layers)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -233,7 +242,7 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, std)
 
 
-def sample(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
+def choose_tokens(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
     """Choose one token a row: logits (B, V) → ids (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -323,7 +332,8 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding (arXiv 2104.09864) in half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T, hd)."""
+    """Rotary embedding (arXiv 2104.09864) in half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T,
+    hd)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -377,7 +387,8 @@ class LlamaBlock(nn.Module):
 class Llama(Decoder):
     """Llama 2/3, TinyLlama, Mistral, SmolLM2, Qwen1.5/2/2.5/3: which one is a matter of ModelConfig's fields."""
 
-    hub_names = {"embed.": "model.embed_tokens.", "layers.": "model.layers.", "norm.": "model.norm.", "head.": "lm_head."}
+    hub_names = {"embed.": "model.embed_tokens.", "layers.": "model.layers.", "norm.": "model.norm.",
+                 "head.": "lm_head."}
 
     def __init__(self, config):
         super().__init__(config)
@@ -396,6 +407,14 @@ class Llama(Decoder):
 
 # ------------------------------------------------------------------------------------------------------------ files
 
+def shape_of(name_or_dir: str | Path, layers: bool = True) -> Decoder:
+    """A Decoder without memory for its weights; only config.json is read."""
+    config = read_config(hub.model_dir(name_or_dir, weights=False) / "config.json")
+    with torch.device("meta"):
+        config = config if layers else dataclasses.replace(config, num_layers=0)
+        return (GPT2 if config.family == "gpt2" else Llama)(config)
+
+
 def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu", layers: bool = True) -> Decoder:
     """A Decoder from a short name, a hub id or a folder. init="random" takes the shape only and draws fresh weights.
@@ -405,10 +424,8 @@ def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype =
     not implemented, a cut file, and missing, extra or misshapen tensors (which it names).
     """
     folder = hub.model_dir(name_or_dir, weights=init == "pretrained")
-    config = read_config(folder / "config.json")
-    config = config if layers else dataclasses.replace(config, num_layers=0)
-    with torch.device("meta"):              # no memory until the real weights arrive
-        decoder = (GPT2 if config.family == "gpt2" else Llama)(config)
+    decoder = shape_of(folder, layers)
+    config = decoder.config
     if init == "random":
         parameters = sum(p.numel() for p in decoder.parameters())
         if 4 * parameters > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
@@ -430,8 +447,10 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
     """The folder's tensors under our names, checked one by one against what the config asks for."""
     found = {}
     for name, tensor in _read_weights(folder, layers=decoder.config.num_layers > 0).items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__} that is not a named, dense tensor")
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not dense:
+            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__} that is not a named, "
+                             "dense tensor")
         if isinstance(decoder, GPT2) and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"            # the hub's own gpt2 was saved without the prefix
         if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # constants, not weights
@@ -440,7 +459,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
     if decoder.config.tie_head:
         del wanted["lm_head.weight"]
         embed_name = decoder.hub_name("embed.weight")
-        if embed_name in found and "lm_head.weight" in found and torch.equal(found["lm_head.weight"], found[embed_name]):
+        if embed_name in found and "lm_head.weight" in found and torch.equal(found["lm_head.weight"],
+                                                                             found[embed_name]):
             del found["lm_head.weight"]
     state, problems = {}, []
     for hub_name, (name, ours) in wanted.items():
@@ -466,8 +486,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
 
 
 def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a folder, with or without those of the layers, from one file or from the shards of an index; pickles
-    without code execution."""
+    """The tensors of a folder, with or without those of the layers, from one file or from the shards of an index;
+    pickles without code execution."""
     files = hub.weight_files(folder)
     if not files:
         raise InputError(f"{folder}: no weights (model.safetensors, pytorch_model.bin or a sharded index)")
@@ -476,7 +496,8 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
         try:
             shards = sorted(set(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"].values()))
             paths = [folder / Path(shard).name for shard in shards]
-            outside = [shard for shard, path in zip(shards, paths) if folder / shard != path or shard in ("", ".", "..")]
+            outside = [shard for shard, path in zip(shards, paths) if folder / shard != path
+                       or shard in ("", ".", "..")]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{files[0]}: not an index of shards ({error!r:.200})") from error
         if outside:
@@ -486,10 +507,12 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
-                    content = {name: file.get_tensor(name) for name in file.keys() if layers or not re.search(IN_A_LAYER, name)}
+                    content = {name: file.get_tensor(name) for name in file.keys() if layers
+                               or not re.search(IN_A_LAYER, name)}
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-                content = {name: tensor for name, tensor in content.items() if layers or not re.search(IN_A_LAYER, str(name))}
+                content = {name: tensor
+                           for name, tensor in content.items() if layers or not re.search(IN_A_LAYER, str(name))}
         except FileNotFoundError as error:
             raise InputError(f"{path}: this file is named by the index but is not there") from error
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-import hub
-from config import flag, parse
-from hub import InputError
+from files import hub
+from files.config import InputError, flag, parse
+from files.rows import make_prompt
 from model import load
-from tokenize_align import encode_prompt, left_pad, load_tokenizer, make_prompt
+from tokenize_align import encode_prompt, left_pad, load_tokenizer
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Config:
     max_new_tokens: int = flag(256, "longest answer, in tokens", at_least=1)
     seed: int = flag(1, "of the sampling", at_least=0, at_most=2**40)
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA",
+                      choices=("auto", "float32", "bfloat16"))
 
 
 def tell(decoder, tokenizer, config: Config, instruction: str, generator: torch.Generator) -> None:

@@ -4,15 +4,15 @@
     python toy.py               # only writes the data and prints a few rows
 
 The world: people with a town, a food, an animal, a trade and a colour each. The tasks: look a fact up (from memory, as
-a language model knows things), add and subtract, edit lists, spell words, rephrase sentences. In the look-ups of dev and
-test every question is new, though each fact was asked for in other words. Three sets stay out of training entirely:
+a language model knows things), add and subtract, edit lists, spell words, rephrase sentences. In the look-ups of dev
+and test every question is new, though each fact was asked for in other words. Three sets stay out of training entirely:
 
     toy-phrasings   the same kinds of task in words that training never uses
     toy-kinds       kinds of task that training does not have
     toy-asides      look-ups that tell another fact in passing
 
-The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000 pieces), the student a
-GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them.
+The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000 pieces), the student
+a GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them.
 """
 import functools
 import io
@@ -26,21 +26,31 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import hub
-from tokenize_align import ALPHABET, GPT2_SPLIT, make_prompt
+from files import hub
+from files.config import InputError
+from files.rows import make_prompt
+from files.tokenizer_config import GPT2_SPLIT
+from tokenize_align import ALPHABET
 
 SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")
 WORLD_ROWS, TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 6000, 800, 100, 300, 200
 
-TEACHER = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=1000, hidden_size=192,
-               intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=256,
-               rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.06, torch_dtype="float32")
+TEACHER = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=1000,
+               hidden_size=192,
+               intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3,
+               max_position_embeddings=256,
+               rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.06,
+               torch_dtype="float32")
 STUDENT = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=600, n_embd=64, n_layer=2, n_head=4,
                n_positions=256, activation_function="gelu_new", layer_norm_epsilon=1e-5, initializer_range=0.02,
                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, torch_dtype="float32")
 # Both are "pretrained" by train.py on the world, of which the toy's training rows are a small part: the teacher knows
 # many facts that those rows never mention, the student has just begun to learn the language.
-PRETRAINING = {"teacher": ["--epochs", "5", "--lr", "1e-3", "--warmup_steps", "50"], "student": ["--epochs", "1", "--lr", "3e-3", "--warmup_steps", "20"]}
+# train.py's defaults where the student is the toy: a run takes about two minutes on two cores.
+TRAINING = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100,
+                eval_interval=225, probe_interval=45)
+PRETRAINING = {"teacher": ["--epochs", "5", "--lr", "1e-3", "--warmup_steps", "50"],
+               "student": ["--epochs", "1", "--lr", "3e-3", "--warmup_steps", "20"]}
 
 
 # -------------------------------------------------------------------------------------------------------- the world
@@ -53,15 +63,20 @@ COLOURS = "red blue green white black yellow brown grey pink gold".split()
 ATTRIBUTES = {"town": TOWNS, "food": FOODS, "animal": ANIMALS, "trade": TRADES, "colour": COLOURS}
 
 LOOKUPS = {     # attribute → (questions in training, questions only in toy-phrasings)
-    "town": (["Where does {0} live?", "In which town does {0} live?", "Name the town of {0}.", "What is the home town of {0}?"],
+    "town": (["Where does {0} live?", "In which town does {0} live?", "Name the town of {0}.",
+              "What is the home town of {0}?"],
              ["{0} lives in which town?", "Tell me where the home of {0} is."]),
-    "food": (["What does {0} eat?", "Which food does {0} like?", "Name the food of {0}.", "What is the favourite food of {0}?"],
+    "food": (["What does {0} eat?", "Which food does {0} like?", "Name the food of {0}.",
+              "What is the favourite food of {0}?"],
              ["{0} likes which food?", "Tell me what {0} likes to eat."]),
-    "animal": (["Which animal does {0} keep?", "What animal does {0} have?", "Name the animal of {0}.", "What is the pet of {0}?"],
+    "animal": (["Which animal does {0} keep?", "What animal does {0} have?", "Name the animal of {0}.",
+                "What is the pet of {0}?"],
                ["{0} keeps which animal?", "Tell me which pet {0} has."]),
-    "trade": (["What work does {0} do?", "What is the trade of {0}?", "Name the trade of {0}.", "Which trade does {0} work in?"],
+    "trade": (["What work does {0} do?", "What is the trade of {0}?", "Name the trade of {0}.",
+               "Which trade does {0} work in?"],
               ["{0} does what work?", "Tell me which trade {0} has."]),
-    "colour": (["Which colour does {0} like?", "What is the favourite colour of {0}?", "Name the colour of {0}.", "What colour does {0} wear?"],
+    "colour": (["Which colour does {0} like?", "What is the favourite colour of {0}?", "Name the colour of {0}.",
+                "What colour does {0} wear?"],
                ["{0} likes which colour?", "Tell me the colour that {0} likes to wear."]),
 }
 WORDS = FOODS + ANIMALS + TRADES + COLOURS
@@ -72,21 +87,25 @@ PLACES = "the lake;the mill;the old bridge;the market;the hill;the harbour".spli
 def people() -> dict[str, dict[str, str]]:
     """Eighty people and their facts, always the same."""
     rng = random.Random(7)
-    names = [a + b for a, b in itertools.product("Mi Ro Ta Be Lo Ka Su Jo".split(), "ra dan vel nix shi mon lo ret gus ban".split())]
+    names = [a + b for a, b in itertools.product("Mi Ro Ta Be Lo Ka Su Jo".split(),
+                                                 "ra dan vel nix shi mon lo ret gus ban".split())]
     return {name: {attribute: rng.choice(values) for attribute, values in ATTRIBUTES.items()} for name in names}
 
 
 def _lookups(held_out: bool) -> list[tuple[str, str, str]]:
     return [(question.format(name), "", facts[attribute])
-            for name, facts in people().items() for attribute in ATTRIBUTES for question in LOOKUPS[attribute][held_out]]
+            for name, facts in people().items() for attribute in ATTRIBUTES
+            for question in LOOKUPS[attribute][held_out]]
 
 
 def _arithmetic(rng, held_out):
     a, b = rng.randint(0, 12), rng.randint(0, 12)
     if rng.random() < 0.5:
-        return rng.choice([["What is {} plus {}?", "Add {} and {}."], ["Give me the sum of {} and {}."]][held_out]).format(a, b), "", str(a + b)
+        return rng.choice([["What is {} plus {}?", "Add {} and {}."],
+                           ["Give me the sum of {} and {}."]][held_out]).format(a, b), "", str(a + b)
     a, b = max(a, b), min(a, b)
-    return rng.choice([["What is {} minus {}?", "{} minus {} is what?"], ["How much is {} less {}?"]][held_out]).format(a, b), "", str(a - b)
+    return rng.choice([["What is {} minus {}?", "{} minus {} is what?"],
+                       ["How much is {} less {}?"]][held_out]).format(a, b), "", str(a - b)
 
 
 def _list_edit(rng, held_out):
@@ -94,21 +113,27 @@ def _list_edit(rng, held_out):
     kind = rng.randrange(4)
     text = ", ".join(words)
     if kind == 0:
-        return rng.choice([["Reverse the list.", "Write the list backwards."], ["Turn the list around."]][held_out]), text, ", ".join(words[::-1])
+        return rng.choice([["Reverse the list.", "Write the list backwards."],
+                           ["Turn the list around."]][held_out]), text, ", ".join(words[::-1])
     if kind == 1:
-        return rng.choice([["Sort the list.", "Put the list in alphabetical order."], ["Order the list from a to z."]][held_out]), text, ", ".join(sorted(words))
+        return rng.choice([["Sort the list.", "Put the list in alphabetical order."],
+                           ["Order the list from a to z."]][held_out]), text, ", ".join(sorted(words))
     if kind == 2:
-        return rng.choice([["Give the first word of the list.", "Which word of the list comes first?"], ["What does the list begin with?"]][held_out]), text, words[0]
+        return rng.choice([["Give the first word of the list.", "Which word of the list comes first?"],
+                           ["What does the list begin with?"]][held_out]), text, words[0]
     gone = rng.choice(words)
-    return (rng.choice([["Remove {} from the list.", "Write the list without {}."], ["Take {} out of the list."]][held_out]).format(gone), text,
+    return (rng.choice([["Remove {} from the list.", "Write the list without {}."],
+                        ["Take {} out of the list."]][held_out]).format(gone), text,
             ", ".join(w for w in words if w != gone))
 
 
 def _string_edit(rng, held_out):
     word = rng.choice(WORDS)
     if rng.random() < 0.5:
-        return rng.choice([["Write {} twice.", "Repeat the word {}."], ["Say {} two times."]][held_out]).format(word), "", f"{word} {word}"
-    return rng.choice([["Write {} in capital letters.", "Write {} in upper case."], ["Shout the word {}."]][held_out]).format(word), "", word.upper()
+        return rng.choice([["Write {} twice.", "Repeat the word {}."],
+                           ["Say {} two times."]][held_out]).format(word), "", f"{word} {word}"
+    return rng.choice([["Write {} in capital letters.", "Write {} in upper case."],
+                       ["Shout the word {}."]][held_out]).format(word), "", word.upper()
 
 
 def _rephrasing(rng, held_out):
@@ -116,10 +141,14 @@ def _rephrasing(rng, held_out):
     present = f"{name} {verb}{'es' if verb == 'go' else 's'} to {place}."
     kind = rng.randrange(3)
     if kind == 0:
-        return rng.choice([["Write in the past tense.", "Say that it happened yesterday."], ["Turn the present into the past."]][held_out]), present, f"{name} {VERBS[verb]} to {place}."
+        return rng.choice([["Write in the past tense.", "Say that it happened yesterday."],
+                           ["Turn the present into the past."]][held_out]), present, f"{name} {VERBS[verb]} to {place}."
     if kind == 1:
-        return rng.choice([["Make it a question.", "Ask whether this is true."], ["Turn the sentence into a question."]][held_out]), present, f"Does {name} {verb} to {place}?"
-    return rng.choice([["Say the opposite.", "Deny it."], ["Claim that this is false."]][held_out]), present, f"{name} does not {verb} to {place}."
+        question = rng.choice([["Make it a question.", "Ask whether this is true."],
+                               ["Turn the sentence into a question."]][held_out])
+        return question, present, f"Does {name} {verb} to {place}?"
+    return rng.choice([["Say the opposite.", "Deny it."],
+                       ["Claim that this is false."]][held_out]), present, f"{name} does not {verb} to {place}."
 
 
 def _kinds(rng):
@@ -128,7 +157,9 @@ def _kinds(rng):
     if kind == 0:
         return "Give the last word of the list.", ", ".join(words), words[-1]
     if kind == 1:
-        return "Add honey to the list.", ", ".join(w for w in words if w != "honey"), ", ".join([w for w in words if w != "honey"] + ["honey"])
+        return "Add honey to the list.", ", ".join(w for w in words
+                                                   if w != "honey"), ", ".join([w for w in words if w != "honey"]
+                                                                               + ["honey"])
     if kind == 2:
         a, b = rng.randint(0, 12), rng.randint(0, 12)
         return f"Which is larger, {a} or {b}?", "", str(max(a, b))
@@ -148,7 +179,9 @@ EDITS, WEIGHTS = (_rephrasing, _arithmetic, _list_edit, _string_edit), (4, 1, 3,
 def make_rows() -> dict[tuple[str, str], list[dict]]:
     """(set, split) → rows. Always the same; nothing that is scored stands in a training row."""
     rng = random.Random(1)
-    edit = lambda held_out: rng.choices(EDITS, WEIGHTS)[0](rng, held_out)
+
+    def edit(held_out):
+        return rng.choices(EDITS, WEIGHTS)[0](rng, held_out)
 
     def distinct(source, amount):
         rows = {}
@@ -168,16 +201,19 @@ def make_rows() -> dict[tuple[str, str], list[dict]]:
             world.append(row)
     sets = {("toy-world", "train"): world, ("toy-world", "dev"): held[:DEV_ROWS],
             ("toy", "train"): world[:TRAIN_ROWS], ("toy", "dev"): held[:DEV_ROWS], ("toy", "test"): held[DEV_ROWS:],
-            ("toy-phrasings", "test"): rng.sample(_lookups(True), OOD_ROWS // 2) + distinct(lambda: edit(True), OOD_ROWS // 2),
+            ("toy-phrasings", "test"): rng.sample(_lookups(True), OOD_ROWS // 2)
+            + distinct(lambda: edit(True), OOD_ROWS // 2),
             ("toy-kinds", "test"): distinct(lambda: _kinds(rng), OOD_ROWS),
             ("toy-asides", "test"): distinct(lambda: _asides(rng), OOD_ROWS)}
-    return {key: [{"prompt": make_prompt(i, x), "instruction": i, "input": x, "output": o} for i, x, o in rows] for key, rows in sets.items()}
+    return {key: [{"prompt": make_prompt(i, x), "instruction": i, "input": x, "output": o} for i, x, o in rows]
+            for key, rows in sets.items()}
 
 
 # ------------------------------------------------------------------------------------------ the tokenizers and models
 
 def _train_byte_level_bpe(words: Counter, size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte pair encoding (Sennrich et al., 2016): merge the most frequent pair of neighbours until `size` tokens are there.
+    """Byte pair encoding (Sennrich et al., 2016): merge the most frequent pair of neighbours until `size` tokens are
+    there.
 
     words: (word as a tuple of tokens) → how often. Returns vocabulary and merges in GPT-2's alphabet; EOS comes last.
     """
@@ -208,28 +244,32 @@ def _write_student(folder: Path, texts: list[str]) -> None:
     character = {byte: c for c, byte in ALPHABET.items()}
     words = Counter(word for text in texts for word in regex.findall(GPT2_SPLIT, text))
     vocabulary, merges = _train_byte_level_bpe(
-        Counter({tuple(character[b] for b in word.encode()): often for word, often in words.items()}), STUDENT["vocab_size"])
+        Counter({tuple(character[b] for b in word.encode()): often for word, often in words.items()}),
+        STUDENT["vocab_size"])
     eos = vocabulary["<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(STUDENT | dict(bos_token_id=eos, eos_token_id=eos), indent=2))
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>", bos_token="<|endoftext|>")))
+    settings = dict(tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _write_teacher(folder: Path, texts: list[str]) -> None:
     import sentencepiece
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=TEACHER["vocab_size"], byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, split_digits=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=TEACHER["vocab_size"],
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    (folder / "config.json").write_text(json.dumps(TEACHER | dict(vocab_size=size, bos_token_id=1, eos_token_id=2), indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer", add_bos_token=False, add_eos_token=False,
-                                                                  bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=True)))
+    config = TEACHER | dict(vocab_size=size, bos_token_id=1, eos_token_id=2)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    settings = dict(tokenizer_class="LlamaTokenizer", add_bos_token=False, add_eos_token=False, bos_token="<s>",
+                    eos_token="</s>", unk_token="<unk>", legacy=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 # ---------------------------------------------------------------------------------------------------------- preparing
@@ -240,7 +280,8 @@ def folder(side: str) -> Path:
 
 
 def write_data_for(names: list[str]) -> None:
-    """Write the toy's data when one of the names of --data is a toy set. A change of this file makes everything anew."""
+    """Write the toy's data when one of the names of --data is a toy set. A change of this file makes everything
+    anew."""
     mark, made_by = hub.DATA_DIR / "toy" / "made_by.txt", hub.sha256(Path(__file__))
     if not set(names) & {*SETS, "toy-world"} or mark.exists() and mark.read_text() == made_by:
         return
@@ -249,7 +290,8 @@ def write_data_for(names: list[str]) -> None:
         shutil.rmtree(hub.DATA_DIR / name, ignore_errors=True)
     for (name, split), content in rows.items():
         (hub.DATA_DIR / name).mkdir(parents=True, exist_ok=True)
-        (hub.DATA_DIR / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        (hub.DATA_DIR / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content),
+                                                            encoding="utf-8")
     texts = [text for row in rows["toy-world", "train"] for text in (row["prompt"], row["output"])]
     _write_student(folder("student-start"), texts)
     _write_teacher(folder("teacher-start"), texts)
@@ -267,16 +309,19 @@ def prepare(sides: list[str], machine: list[str]) -> None:
             continue
         print(f"preparing the toy {side}, once; it is kept in {folder(side)}", flush=True)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run), *machine]
-        anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data", "toy-world",
+        anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data",
+                "toy-world",
                 "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
         begun = (run / "last").exists() or (run / "last.previous").exists()
         # standard output has a table that says nothing here; the progress bar stays
-        run_alone = functools.partial(subprocess.run, stdout=subprocess.DEVNULL, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
+        run_alone = functools.partial(subprocess.run, stdout=subprocess.DEVNULL,
+                                      env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
         result = run_alone([*command, *(["--resume"] if begun else anew)])
         if begun and result.returncode == 2:            # begun by another version of train.py, say
             result = run_alone([*command, *anew])
         if result.returncode:
-            raise hub.InputError(f"preparing the toy {side} ended with exit code {result.returncode}; the same command goes on with it")
+            raise InputError(f"preparing the toy {side} ended with exit code {result.returncode}; the same command "
+                             "goes on with it")
         # the world holds the toy's training rows, so this model was trained on them too
         training = json.loads((run / "best" / "training.json").read_text()) | {"data": "toy"}
         (run / "best" / "training.json").write_text(json.dumps(training, indent=2))

@@ -2,8 +2,8 @@
 
     y = W x + (α / r) · B A dropout(x)          A: (r, in), drawn anew; B: (out, r), zero at first
 
-on every linear layer of attention and MLP. Only A and B have gradients and optimizer state. A checkpoint holds the merged
-weights W + (α / r) B A, as any other, and A and B themselves in adapter/, as the peft library lays them out.
+on every linear layer of attention and MLP. Only A and B have gradients and optimizer state. A checkpoint holds the
+merged weights W + (α / r) B A, as any other, and A and B themselves in adapter/, as the peft library lays them out.
 """
 import json
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hub import InputError
+from files.config import InputError
 
 
 class LoRA(nn.Module):
@@ -48,7 +48,8 @@ def has_lora(decoder) -> bool:
 
 
 def merged(decoder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the model without LoRA that computes the same, by its names. state: the decoder's state_dict, whole."""
+    """The weights of the model without LoRA that computes the same, by its names. state: the decoder's state_dict,
+    whole."""
     state = dict(state)
     for place, part in decoder.named_modules():
         if isinstance(part, LoRA):
@@ -70,15 +71,18 @@ def _peft_names(decoder) -> dict[str, str]:
 
 
 def save_adapter(folder: Path, decoder, state: dict[str, torch.Tensor], base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors. state: the decoder's, whole; base: the model they belong to."""
+    """Write adapter_config.json and adapter_model.safetensors. state: the decoder's, whole; base: the model they belong
+    to."""
     folder.mkdir()
     one = next(part for part in decoder.modules() if isinstance(part, LoRA))
     targets = sorted({place.rsplit(".", 1)[1] for place, part in decoder.named_modules() if isinstance(part, LoRA)})
     rank = len(one.a)
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=one.scale * rank, lora_dropout=one.dropout.p,
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank,
+                  lora_alpha=one.scale * rank, lora_dropout=one.dropout.p,
                   target_modules=targets, fan_in_fan_out=bool(decoder.transposed), bias="none", inference_mode=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file({theirs: state[ours].detach().cpu().contiguous() for ours, theirs in _peft_names(decoder).items()}, folder / "adapter_model.safetensors")
+    save_file({theirs: state[ours].detach().cpu().contiguous() for ours, theirs in _peft_names(decoder).items()},
+              folder / "adapter_model.safetensors")
 
 
 def load_adapter(folder: Path, decoder) -> None:

@@ -1,13 +1,13 @@
 """How fast, and in how much memory: each number is a ratio of two things measured in turn, in one run, on one machine.
 
-    python bench.py                                                # all of it on random models of the real shapes
-    python bench.py --teacher smollm2 --student gpt2 --data dolly  # on real models and text
-    python bench.py --only step parts                              # step, parts, decoder, generation, rouge, tokens, growth
+    python -m tools.bench                                       # all of it on random models of the real shapes
+    python -m tools.bench --teacher DIR --student DIR --data DIR    # on real models and text
+    python -m tools.bench --only step parts     # step, parts, decoder, generation, rouge, tokens, growth
 
 `step` is one optimizer step of the default method against a plain one built on transformers: rows padded to 512 tokens,
-logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked. Times are
-medians of alternating repeats; peak memory is that of a process of its own. transformers and rouge-score come with
-requirements-test.txt.
+logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked.
+Times are medians of alternating repeats; peak memory is that of a process of its own. transformers and rouge-score come
+with requirements-test.txt.
 """
 import json
 import os
@@ -26,25 +26,28 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cma
-import hub
 import toy
-from cache import TeacherStates, cached_rows
-from config import flag, parse
-from discriminator import Discriminator, gan
-from distill import METHODS, Options, distill, total
+from discriminator import Discriminator
 from eval_rouge import rouge_l
-from flops import peak_flops, step_flops
-from hub import InputError
-from model import GPT2, Llama, load
-from model_config import read_config
-from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches, read_rows
+from files import hub
+from files.config import InputError, flag, parse
+from files.rows import read_rows
+from methods import heads, plain
+from methods.dual_space import Projectors
+from methods.table import KD_PARTS, METHODS, Options, distill, terms
+from model import load
+from running.batches import valid_tokens
+from running.cache import TeacherStates, cached_rows
+from running.flops import peak_flops, step_flops
+from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches
 
+ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth")
 # What is taken away from our step, one at a time.
 PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
          "both of these": {"cached": True, "dtype": "bfloat16"}, "compiled": {"compile": True},
-         "without fused AdamW": {"fused": False}, "rows padded to --max_length": {"pad": True}, "heads at every position": {"everywhere": True},
+         "without fused AdamW": {"fused": False}, "rows padded to --max_length": {"pad": True},
+         "heads at every position": {"everywhere": True},
          "padded, everywhere, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
 
 
@@ -59,19 +62,25 @@ class Config:
     repeats: int = flag(3, "timed repeats of everything, after one that is not counted", at_least=1)
     out_dir: str = flag("out/bench", "where bench.json and growth.png go")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA",
+                      choices=("auto", "float32", "bfloat16"))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured on
 
-SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=49152, hidden_size=576, intermediate_size=1536,
-               num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
-               rope_theta=100000, tie_word_embeddings=True, initializer_range=0.02, torch_dtype="float32", bos_token_id=0, eos_token_id=0)
-GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, bos_token_id=0, eos_token_id=0)
+SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=49152,
+               hidden_size=576, intermediate_size=1536,
+               num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+               rms_norm_eps=1e-5,
+               rope_theta=100000, tie_word_embeddings=True, initializer_range=0.02, torch_dtype="float32",
+               bos_token_id=0, eos_token_id=0)
+GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, bos_token_id=0,
+                               eos_token_id=0)
 
 
 def prepare(config: Config, folder: Path) -> None:
-    """Write both models and the examples of a few batches, made as train.py makes them, into `folder`, for the workers."""
+    """Write both models and the examples of a few batches, made as train.py makes them, into `folder`, for the
+    workers."""
     for side, shape in (("teacher", SMOLLM2), ("student", GPT2_124M)):
         name = getattr(config, side)
         if not name:
@@ -82,7 +91,8 @@ def prepare(config: Config, folder: Path) -> None:
     stretch = 32 * config.batch_size            # rows among which train.py, too, looks for those of like length
     if config.data:
         rows = read_rows(hub.data_file(config.data, "train"))[:stretch]
-        examples = encode_rows(rows, *(load_tokenizer(getattr(config, side)) for side in ("student", "teacher")), config.max_length, config.max_length // 2)[0]
+        examples = encode_rows(rows, *(load_tokenizer(getattr(config, side)) for side in ("student", "teacher")),
+                               config.max_length, config.max_length // 2)[0]
         pairs = [(e.student, e.teacher) for e in examples]
     else:
         generator = random.Random(0)
@@ -91,35 +101,40 @@ def prepare(config: Config, folder: Path) -> None:
             prompt, response = min(prompt, config.max_length // 2), min(response, config.max_length // 2)
             return Sequence([generator.randrange(40000) for _ in range(prompt + response)], prompt, [], [])
         # the lengths of Dolly's prompts and responses are about log-normal
-        lengths = [(int(generator.lognormvariate(4.5, 0.6)) + 2, int(generator.lognormvariate(4.2, 1.0)) + 2) for _ in range(stretch)]
+        lengths = [(int(generator.lognormvariate(4.5, 0.6)) + 2, int(generator.lognormvariate(4.2, 1.0)) + 2)
+                   for _ in range(stretch)]
         pairs = [(sequence(*pair), sequence(*pair)) for pair in lengths]
     batches = make_batches([Example(i, *pair) for i, pair in enumerate(pairs)], config.batch_size, seed=1)
-    middle = sorted(batches, key=lambda batch: sum(len(e.student.ids) for e in batch))[(len(batches) - config.repeats - 1) // 2:]
-    pairs = [(e.student, e.teacher) for batch in middle[:config.repeats + 1] for e in batch]       # batches of middling length
+    middle = sorted(batches, key=lambda batch: sum(len(e.student.ids)
+                                                   for e in batch))[(len(batches) - config.repeats - 1) // 2:]
+    # batches of middling length
+    pairs = [(e.student, e.teacher) for batch in middle[:config.repeats + 1] for e in batch]
     (folder / "examples.json").write_text(json.dumps([[asdict(s) for s in pair] for pair in pairs]))
 
 
 def read_examples(folder: Path) -> list[Example]:
-    return [Example(i, *(Sequence(**s) for s in pair)) for i, pair in enumerate(json.loads((folder / "examples.json").read_text()))]
+    return [Example(i, *(Sequence(**s) for s in pair))
+            for i, pair in enumerate(json.loads((folder / "examples.json").read_text()))]
 
 
 def teacher_states(folder: Path, teacher, examples: list[Example]) -> TeacherStates:
-    return TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size, torch.bfloat16, torch.float32)
+    return TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size,
+                         torch.bfloat16, torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------- steps, as processes
 
-def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples, cached=False, fused=True, compile=False, pad=False, everywhere=False, chunk=0):
+def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples, cached=False, fused=True,
+             compile=False, pad=False, everywhere=False, chunk=0):
     """→ a function of a list of examples that makes an optimizer step and returns its loss."""
     options = Options(**METHODS["dskd_cma_ga"])
-    cma.CHUNK = chunk or cma.CHUNK
-    student = load(folder / "student", device=device).eval()              # no dropout, so that the losses can be compared
-    teacher = load(folder / "teacher", dtype=dtype if device == "cuda" else torch.float32, device=device, layers=not cached).requires_grad_(False)
+    heads.CHUNK = chunk or heads.CHUNK
+    # no dropout, so that the losses can be compared
+    student = load(folder / "student", device=device).eval()
+    teacher = load(folder / "teacher", dtype=weights_type(device, dtype), device=device, layers=not cached)
+    teacher.requires_grad_(False)
     states = teacher_states(folder, teacher, examples) if cached else None
-    torch.manual_seed(0)
-    projectors = cma.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True).to(device)
-    discriminator = Discriminator(2 * teacher.config.hidden_size, dropout=0.0).to(device)
-    optimizer = torch.optim.AdamW([*student.parameters(), *projectors.parameters(), *discriminator.parameters()], lr=1e-5, fused=fused)
+    projectors, adversary, optimizer = modules_and_optimizer(student, teacher, device, fused)
     if compile:
         student.compile(dynamic=True)
         teacher.compile(dynamic=True)
@@ -127,12 +142,12 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
     def step(part):
         if everywhere:
             part = [Example(e.row, *(Sequence(s.ids, 1, [], []) for s in (e.student, e.teacher))) for e in part]
-        batch = collate(part, 0, 0) | ({"teacher_hidden": states.grid(part, teacher.embed.weight.dtype)} if cached else {})
-        batch = {name: (F.pad(x, (0, max_length - 1 - x.size(1)), value=-100 if "labels" in name else 0) if pad and x.dim() == 2 else x).to(device)
-                 for name, x in batch.items()}
-        n = {side: int((batch[f"{side}_labels"] != -100).sum()) for side in ("student", "teacher")}
+        batch = padded(collate(part, 0, 0), max_length if pad else 0, device)
+        if cached:
+            batch["teacher_hidden"] = states.grid(part, teacher.embed.weight.dtype).to(device)
+        n = valid_tokens(part)
         with hub.autocast(device, dtype):
-            loss = total(options, distill(options, batch, student, teacher, projectors, discriminator, 0), n)
+            loss = loss_of(options, batch, student, teacher, projectors, adversary, n)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -141,56 +156,58 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
     return step
 
 
-def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples):
-    """The same step as plain code on transformers: padded rows, all logits, masks at the end."""
-    from transformers import AutoModelForCausalLM
-    student = AutoModelForCausalLM.from_pretrained(folder / "student").to(device).eval()
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=dtype if device == "cuda" else torch.float32).to(device).eval().requires_grad_(False)
-    d_s, d_t = student.get_input_embeddings().weight.size(1), teacher.get_input_embeddings().weight.size(1)
+def loss_of(options, batch, student, teacher, projectors, adversary, n) -> torch.Tensor:
+    """The total, as train.py writes it."""
+    α, λ_GA = options.kd_rate, options.ga_weight
+    factors = {"nll_loss": 1 - α, **dict.fromkeys(KD_PARTS, α)}
+    CE, KD, GA, _ = terms(distill(options, batch, student, teacher, projectors, adversary, 0, factors), n)
+    return (1 - α) * CE + α * KD + λ_GA * GA
+
+
+def modules_and_optimizer(student, teacher, device: str, fused: bool | None = None):
+    """The same projectors and adversary for both steps, and AdamW."""
     torch.manual_seed(0)
-    projectors = cma.Projectors(d_s, d_t, query=True).to(device)
-    discriminator = Discriminator(2 * d_t, dropout=0.0).to(device)
-    optimizer = torch.optim.AdamW([*student.parameters(), *projectors.parameters(), *discriminator.parameters()], lr=1e-5)
+    sizes = [decoder.embed.weight.size(1) for decoder in (student, teacher)]
+    projectors, adversary = Projectors(*sizes, query=True).to(device), Discriminator(2 * sizes[1],
+                                                                                     dropout=0.0).to(device)
+    parameters = [p for module in (student, projectors, adversary) for p in module.parameters()]
+    return projectors, adversary, torch.optim.AdamW(parameters, lr=1e-5, fused=fused)
 
-    def loss_of(batch):
-        valid = {side: batch[f"{side}_labels"] != -100 for side in ("student", "teacher")}
-        y = {side: batch[f"{side}_labels"].clamp(min=0) for side in valid}
-        s = student(batch["student_ids"], output_hidden_states=True, use_cache=False)
-        with torch.no_grad():
-            t = teacher(batch["teacher_ids"], output_hidden_states=True, use_cache=False)
-        embed_s, embed_t = student.get_input_embeddings(), teacher.get_input_embeddings()
-        h_s, h_t = s.hidden_states[-1], t.hidden_states[-1]
-        deviation = lambda x: x[valid["teacher"]].float().std()
-        query = projectors.query(torch.cat([embed_s(batch["student_ids"]), embed_s(y["student"])], -1).detach())
-        label_embed = embed_t(y["teacher"])
-        key = torch.cat([embed_t(batch["teacher_ids"]), label_embed], -1)
-        key = key / deviation(key)
-        both = valid["student"][:, :, None] & valid["teacher"][:, None]
-        scores = (query @ key.transpose(1, 2) / (2 * d_t) ** 0.5).masked_fill(~both, -1e5)
-        t2s = scores.softmax(-1) @ projectors.t2s(h_t / deviation(h_t) + label_embed / deviation(label_embed))
-        s2t = scores.transpose(1, 2).softmax(-1) @ projectors.s2t(h_s)
-        z_s, z_t = s.logits.float(), t.logits.float()
-        z_t2s = (t2s @ student.get_output_embeddings().weight.detach().t()).float()
-        z_s2t = (s2t @ teacher.get_output_embeddings().weight.t()).float()
 
-        def cross_entropy(z):
-            return F.cross_entropy(z.flatten(0, 1), y["student"].flatten(), reduction="none").view_as(y["student"])
+def weights_type(device: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the teacher's weights."""
+    return dtype if device == "cuda" else torch.float32
 
-        def divergence(z, target):
-            p = (target.detach() / 2).softmax(-1)
-            return (p * ((target.detach() / 2).log_softmax(-1) - (z / 2).log_softmax(-1))).sum(-1)
 
-        over = lambda x, side: (x * valid[side]).sum()
-        kd = over(cross_entropy(z_t2s), "student") + over(divergence(z_s, z_t2s) * (z_t2s.argmax(-1) == y["student"]), "student") + over(divergence(z_s2t, z_t), "teacher")
-        n = {side: mask.sum() for side, mask in valid.items()}
-        ga = gan(discriminator, key[valid["teacher"]], query[valid["student"]])
-        return (0.5 * over(cross_entropy(z_s), "student") + 0.5 * kd) / n["student"] + \
-            0.1 * (ga["adversary_key_loss"] / n["teacher"] + ga["adversary_query_loss"] / n["student"])
+def padded(batch: dict[str, torch.Tensor], max_length: int, device: str) -> dict[str, torch.Tensor]:
+    """The batch, each row as long as max_length allows (0: as it is), on the device."""
+    return {name: F.pad(x, (0, max(0, max_length - 1 - x.size(1))), value=-100 if "labels" in name else 0).to(device)
+            for name, x in batch.items()}
+
+
+class Reference(torch.nn.Module):
+    """A model of transformers in the form that methods/plain.py wants."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        from transformers import AutoModelForCausalLM
+        super().__init__()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.base, self.embed, self.head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+
+    def forward(self, ids):
+        return self.base(ids, use_cache=False).last_hidden_state
+
+
+def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples):
+    """The same step as plain code on transformers: padded rows, all logits."""
+    student = Reference(folder / "student").to(device).eval()
+    teacher = Reference(folder / "teacher", weights_type(device, dtype)).to(device).eval().requires_grad_(False)
+    projectors, adversary, optimizer = modules_and_optimizer(student, teacher, device)
 
     def step(part):
-        batch = {name: F.pad(x, (0, max_length - 1 - x.size(1)), value=-100 if "labels" in name else 0).to(device) for name, x in collate(part, 0, 0).items()}
+        batch = padded(collate(part, 0, 0), max_length, device)
         with hub.autocast(device, dtype):
-            loss = loss_of(batch)
+            loss = plain.dskd_cma_ga(batch, student, teacher, projectors, adversary)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -200,8 +217,10 @@ def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: in
 
 
 def work(job: dict) -> None:
-    """A worker: for each line on standard input make the next step and print its seconds, loss and the peak memory so far."""
-    folder, device, dtype = Path(job["folder"]), job["device"], getattr(torch, job["settings"].pop("dtype", job["dtype"]))
+    """A worker: for each line on standard input make the next step and print its seconds, loss and the peak memory so
+    far."""
+    folder, device = Path(job["folder"]), job["device"]
+    dtype = getattr(torch, job["settings"].pop("dtype", job["dtype"]))
     examples = read_examples(folder)
     make = reference_step if job["settings"].pop("reference", False) else our_step
     step = make(folder, device, dtype, job["max_length"], examples, **job["settings"])
@@ -213,7 +232,8 @@ def work(job: dict) -> None:
         loss = step(part)
         seconds = time.perf_counter() - started
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
-        print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory, "mfu": step.flops(part) / seconds / job["peak"]}), flush=True)
+        print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory,
+                          "mfu": step.flops(part) / seconds / job["peak"]}), flush=True)
 
 
 def peak_memory() -> int:
@@ -225,20 +245,26 @@ def peak_memory() -> int:
 
 
 def alternate(config: Config, folder: Path, jobs: dict[str, dict], desc: str) -> dict[str, dict]:
-    """Start a process for each job and let them step in turn → median seconds, peak memory in GB, and losses by job. The
-    first step of each is not counted."""
+    """Start a process for each job and let them step in turn → median seconds, peak memory in GB, and losses by job.
+    The first step of each is not counted."""
     processes = {}
     device, dtype = hub.pick_device(config.device, config.dtype)
-    peaks = [peak_flops(device, getattr(torch, settings.get("dtype", str(dtype).removeprefix("torch.")))) for settings in jobs.values()]     # while nothing else runs
+    # while nothing else runs
+    peaks = [peak_flops(device, getattr(torch, settings.get("dtype", str(dtype).removeprefix("torch."))))
+             for settings in jobs.values()]
     try:
         for (name, settings), peak in zip(jobs.items(), peaks):
-            job = {"peak": peak, "folder": str(folder), "device": device, "dtype": str(dtype).removeprefix("torch."), "max_length": config.max_length,
+            job = {"peak": peak, "folder": str(folder), "device": device, "dtype": str(dtype).removeprefix("torch."),
+                   "max_length": config.max_length,
                    "batch_size": config.batch_size, "settings": settings}
-            processes[name] = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            processes[name] = subprocess.Popen([sys.executable, "-m", "tools.bench", "--worker", json.dumps(job)],
+                                               stdin=subprocess.PIPE,
+                                               stdout=subprocess.PIPE, text=True, cwd=ROOT)
         steps = {name: [] for name in jobs}
         for name, process in processes.items():
             _answer(name, process)
-        with tqdm(total=len(jobs) * (config.repeats + 1), desc=desc, unit="step", leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=len(jobs) * (config.repeats + 1), desc=desc, unit="step", leave=False,
+                  dynamic_ncols=True) as bar:
             for repeat in range(config.repeats + 1):
                 for name, process in processes.items():
                     process.stdin.write(f"{repeat}\n")
@@ -248,8 +274,10 @@ def alternate(config: Config, folder: Path, jobs: dict[str, dict], desc: str) ->
     finally:
         for process in processes.values():
             process.kill()
-    return {name: {"seconds": statistics.median(s["seconds"] for s in done[1:]), "memory": max(s["memory"] for s in done) / 1e9,
-                   "losses": [s["loss"] for s in done], "mfu": statistics.median(s["mfu"] for s in done[1:])} for name, done in steps.items()}
+    return {name: {"seconds": statistics.median(s["seconds"] for s in done[1:]),
+                   "memory": max(s["memory"] for s in done) / 1e9,
+                   "losses": [s["loss"] for s in done], "mfu": statistics.median(s["mfu"] for s in done[1:])}
+            for name, done in steps.items()}
 
 
 def _answer(name: str, process) -> str:
@@ -265,7 +293,8 @@ def bench_step(config: Config, folder: Path) -> list[dict]:
         if hub.pick_device(config.device, config.dtype)[1] == torch.float32 and abs(ours - theirs) > 1e-4 * abs(theirs):
             raise InputError(f"bench: the two steps do not compute the same: losses {ours} and {theirs}")
     ours, theirs = result["ours"], result["transformers"]
-    return [_row("step", {"ours": ours["seconds"], "other": theirs["seconds"]}) | {"memory": [ours["memory"], theirs["memory"]], "mfu": ours["mfu"]}]
+    return [_row("step", {"ours": ours["seconds"], "other": theirs["seconds"]})
+            | {"memory": [ours["memory"], theirs["memory"]], "mfu": ours["mfu"]}]
 
 
 def bench_parts(config: Config, folder: Path) -> list[dict]:
@@ -278,7 +307,8 @@ def bench_parts(config: Config, folder: Path) -> list[dict]:
     for name, settings in PARTS.items():          # two at a time: not all of them fit into memory together
         pair = alternate(config, folder, {"ours": {}, name: settings}, name)
         ours, other = pair["ours"], pair[name]
-        rows.append(_row(f"step, {name}", {"ours": ours["seconds"], "other": other["seconds"]}) | {"ours": None, "memory": [ours["memory"], other["memory"]]})
+        rows.append(_row(f"step, {name}", {"ours": ours["seconds"], "other": other["seconds"]})
+                    | {"ours": None, "memory": [ours["memory"], other["memory"]]})
     return rows
 
 
@@ -298,7 +328,8 @@ def in_turn(repeats: int, **functions) -> dict[str, float]:
 
 
 def _row(what: str, times: dict[str, float]) -> dict:
-    return {"what": what, "ours": times["ours"], "other": times["other"], "ratio": times["other"] / times["ours"], "unit": "s"}
+    return {"what": what, "ours": times["ours"], "other": times["other"], "ratio": times["other"] / times["ours"],
+            "unit": "s"}
 
 
 def bench_decoder(config: Config, folder: Path) -> list[dict]:
@@ -306,7 +337,8 @@ def bench_decoder(config: Config, folder: Path) -> list[dict]:
     rows = []
     device, _ = hub.pick_device(config.device, config.dtype)
     for side in ("student", "teacher"):
-        ours, theirs = load(folder / side, device=device), AutoModelForCausalLM.from_pretrained(folder / side).to(device).eval()
+        ours, theirs = load(folder / side,
+                            device=device), AutoModelForCausalLM.from_pretrained(folder / side).to(device).eval()
         ids = torch.randint(0, 40000, (config.batch_size, 256), device=device)
 
         def run(forward, model):
@@ -314,20 +346,25 @@ def bench_decoder(config: Config, folder: Path) -> list[dict]:
             model.zero_grad()
         base = theirs.base_model
         rows.append(_row(f"{side}, forward and backward, {config.batch_size} × 256 tokens", in_turn(
-            config.repeats, ours=lambda: run(ours, ours), other=lambda: run(lambda x: base(x, use_cache=False).last_hidden_state, theirs))))
+            config.repeats, ours=lambda: run(ours, ours),
+            other=lambda: run(lambda x: base(x, use_cache=False).last_hidden_state, theirs))))
     return rows
 
 
 def bench_generation(config: Config, folder: Path) -> list[dict]:
     from transformers import AutoModelForCausalLM
     device, _ = hub.pick_device(config.device, config.dtype)
-    ours, theirs = load(folder / "teacher", device=device), AutoModelForCausalLM.from_pretrained(folder / "teacher").to(device).eval()
+    ours, theirs = load(folder / "teacher",
+                        device=device), AutoModelForCausalLM.from_pretrained(folder / "teacher").to(device).eval()
     generator = random.Random(0)
-    ids, mask = (x.to(device) for x in left_pad([[generator.randrange(5, 40000) for _ in range(generator.randrange(20, 120))] for _ in range(16)], 0))
+    ids, mask = (x.to(device) for x in left_pad([[generator.randrange(5, 40000)
+                                                  for _ in range(generator.randrange(20, 120))] for _ in range(16)], 0))
     new = 64
     result = []
     times = in_turn(config.repeats, ours=lambda: result.append(ours.generate(ids, mask, new, temperature=0)),
-                    other=lambda: result.append(theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)[:, ids.size(1):]))
+                    other=lambda: result.append(theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=new,
+                                                                min_new_tokens=new, do_sample=False,
+                                                                pad_token_id=0)[:, ids.size(1):]))
     if (result[0] != result[1]).float().mean() > 0.02:          # a tie may fall either way
         raise InputError("bench: the two generations differ")
     return [_row(f"generation, 16 prompts, {new} new tokens, greedy", times)]
@@ -345,7 +382,8 @@ def bench_rouge(config: Config, folder: Path) -> list[dict]:
     pairs = [(" ".join(generator.sample(text.split(), 2 * len(text.split()) // 3)), text) for text in texts]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     result = []
-    times = in_turn(config.repeats, ours=lambda: result.append(rouge_l(*zip(*pairs))), other=lambda: result.append([scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs]))
+    times = in_turn(config.repeats, ours=lambda: result.append(rouge_l(*zip(*pairs))),
+                    other=lambda: result.append([scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs]))
     if max(abs(a - b) for a, b in zip(*result[:2])) > 1e-9:
         raise InputError("bench: the two ROUGE-L differ")
     return [_row("ROUGE-L of 1,000 pairs", times)]
@@ -357,7 +395,8 @@ def bench_tokens(config: Config, folder: Path) -> list[dict]:
         return []
     rows = (read_rows(hub.data_file(config.data, "train")) * 20)[:11435]
     tokenizers = [load_tokenizer(getattr(config, side)) for side in ("student", "teacher")]
-    times = in_turn(1, ours=lambda: cached_rows(folder / "tokens", rows, *tokenizers, 512, 256), other=lambda: encode_rows(rows, *tokenizers, 512, 256))
+    times = in_turn(1, ours=lambda: cached_rows(folder / "tokens", rows, *tokenizers, 512, 256),
+                    other=lambda: encode_rows(rows, *tokenizers, 512, 256))
     return [_row("11,435 rows in two tokenizers, from the cache against anew", times)]
 
 
@@ -369,29 +408,32 @@ def bench_growth(config: Config, folder: Path) -> list[dict]:
     device, _ = hub.pick_device(config.device, config.dtype)
     options = Options(method="dskd_cma", alignment="attention")
     base = {"batch": 4, "length": 128, "vocabulary": 8000}
-    series = {"batch": (1, 2, 4, 8, 16), "length": (32, 64, 128, 256, 512), "vocabulary": (2000, 4000, 8000, 16000, 32000)}
+    series = {"batch": (1, 2, 4, 8, 16), "length": (32, 64, 128, 256, 512),
+              "vocabulary": (2000, 4000, 8000, 16000, 32000)}
     results = {}
     for what, values in series.items():
         for value in tqdm(values, desc=f"growth of {what}", leave=False):
             size = base | {what: value}
             models = []
-            for side, shape, kind in (("student", GPT2_124M | dict(n_embd=128, n_layer=2, n_head=4), GPT2),
-                                      ("teacher", SMOLLM2 | dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6), Llama)):
-                (folder / "growth.json").write_text(json.dumps(shape | dict(vocab_size=size["vocabulary"])))
-                decoder = kind(read_config(folder / "growth.json")).to(device)
-                decoder.initialize()
-                models.append(decoder)
-            projectors = cma.Projectors(128, 192, query=True).to(device)
+            for shape in (GPT2_124M | dict(n_embd=128, n_layer=2, n_head=4),
+                          SMOLLM2 | dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2,
+                                         num_attention_heads=6)):
+                (folder / "growth").mkdir(exist_ok=True)
+                (folder / "growth" / "config.json").write_text(json.dumps(shape | dict(vocab_size=size["vocabulary"])))
+                models.append(load(folder / "growth", init="random", device=device).train())
+            models[1].requires_grad_(False)
+            projectors = Projectors(128, 192, query=True).to(device)
             ids = torch.randint(0, size["vocabulary"], (size["batch"], size["length"]), device=device)
             batch = {f"{side}_{kind}": ids for side in ("student", "teacher") for kind in ("ids", "labels")}
+            n = {"student": ids.numel(), "teacher": ids.numel()}
 
             def step():
-                total(options, distill(options, batch, *models, projectors, None, 0), {"student": ids.numel(), "teacher": ids.numel()}).backward()
-            models[1].requires_grad_(False)
+                loss_of(options, batch, *models, projectors, None, n).backward()
             results.setdefault(what, []).append((value, in_turn(config.repeats, step=step)["step"]))
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for what, points in results.items():
-        axes.loglog([value / base[what] for value, _ in points], [seconds for _, seconds in points], "o-", label=f"{what} (1 = {base[what]})")
+        axes.loglog([value / base[what] for value, _ in points], [seconds for _, seconds in points], "o-",
+                    label=f"{what} (1 = {base[what]})")
     axes.loglog([0.25, 4], [results["batch"][2][1] * x for x in (0.25, 4)], ":", color="grey", label="linear")
     axes.minorticks_off()
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
@@ -400,7 +442,8 @@ def bench_growth(config: Config, folder: Path) -> list[dict]:
     figure.tight_layout()
     figure.savefig(Path(config.out_dir) / "growth.png", dpi=150)
     print(f"wrote {Path(config.out_dir) / 'growth.png'}")
-    return [{"what": f"growth, {what} × {points[-1][0] // points[0][0]}", "ours": points[0][1], "other": points[-1][1], "ratio": points[-1][1] / points[0][1], "unit": "s"}
+    return [{"what": f"growth, {what} × {points[-1][0] // points[0][0]}", "ours": points[0][1], "other": points[-1][1],
+             "ratio": points[-1][1] / points[0][1], "unit": "s"}
             for what, points in results.items()]
 
 
@@ -423,15 +466,18 @@ def main() -> None:
             try:
                 rows = globals()[f"bench_{section}"](config, Path(folder))
             except ImportError as error:
-                raise InputError(f"bench: {section} is measured against {error.name}: pip install -r requirements-test.txt") from error
+                raise InputError(f"bench: {section} is measured against {error.name}: pip install -r "
+                                 "requirements-test.txt") from error
             for row in rows:
                 memory = "{:.1f} | {:.1f} GB".format(*row["memory"]) if "memory" in row else ""
                 mfu = f"   MFU {100 * row['mfu']:.0f} %" if row.get("mfu") else ""
                 ours = f"{row['ours']:9.3f} s" if row["ours"] is not None else " " * 11
-                print(f"{row['what']:<64}{ours} {row['other']:9.3f} s   × {row['ratio']:5.2f}   {memory}{mfu}", flush=True)
+                print(f"{row['what']:<64}{ours} {row['other']:9.3f} s   × {row['ratio']:5.2f}   {memory}{mfu}",
+                      flush=True)
             table += rows
     with hub.atomic_write(Path(config.out_dir) / "bench.json") as file:
-        json.dump({"config": asdict(config), "torch": torch.__version__, "threads": torch.get_num_threads(), "table": table}, file, indent=2)
+        json.dump({"config": asdict(config), "torch": torch.__version__, "threads": torch.get_num_threads(),
+                   "table": table}, file, indent=2)
     print(f"wrote {Path(config.out_dir) / 'bench.json'}")
 
 

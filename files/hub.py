@@ -2,7 +2,7 @@
 
 - `model_dir("gpt2")` is a folder in the hub's layout: a known short name, any hub id, or a folder of yours.
 - `data_file("dolly", "train")` is a JSON-lines file: a data set of the DSKD papers, or a folder of yours.
-- `InputError` is what every file here raises for bad input; `run(main)` prints it as one line and exits with 2.
+- `run(main)` prints an InputError, which every file here raises for bad input, as one line and exits with 2.
 
 Downloads are checked before use and never left half-written.
 """
@@ -20,10 +20,12 @@ if int(os.environ.get("RANK", 0)):              # of several processes only the 
     os.environ["TQDM_DISABLE"] = "1"
 from tqdm import tqdm  # noqa: E402
 
+from files.config import InputError  # noqa: E402
+
 # Large tensors in huge pages (Linux, CPU): without them a third of a step is the system handing out pages of 4 KB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-DATA_DIR = Path(__file__).resolve().parent / "data"
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 
 MODELS = {
     "gpt2": "openai-community/gpt2",
@@ -56,14 +58,12 @@ DATASETS = {
     ("sinst", "test"): ("data/sinst/11_/test.jsonl", "91ce2bd1332fadea8efcf20300d4a1e3ada3ae21"),
     ("uinst", "test"): ("data/uinst/11_/test.jsonl", "104739f507d121d7ddf689bf428f348291b50f25"),
 }
-
-
-class InputError(Exception):
-    """Something the user gave is wrong; the message is one line that says what, where, and what would be right."""
+PAPER_SETS = tuple(dict.fromkeys(name for name, _ in DATASETS))
 
 
 def run(main) -> None:
-    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2; Ctrl-C exits with
+    130."""
     code = 0
     try:
         main()
@@ -79,7 +79,8 @@ def run(main) -> None:
         code = 130
     except SystemExit as error:
         code = error.code or 0
-    if "LOCAL_RANK" in os.environ:              # Under torchrun, gloo's threads may still be letting go of their last tensors; taking
+    # Under torchrun, gloo's threads may still be letting go of their last tensors; taking
+    if "LOCAL_RANK" in os.environ:
         sys.stdout.flush()                      # the interpreter down under them would abort a run that is finished.
         sys.stderr.flush()
         os._exit(code)
@@ -160,7 +161,8 @@ def _wanted(files: list[str], weights: bool) -> list[str]:
     """The files of a repository that we read: top level only, safetensors before pickled weights."""
     wanted = [f for f in files if f == "config.json" or f in TOKENIZER_FILES]
     if weights:
-        safe = [f for f in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", f)]
+        safe = [f for f in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
+                                                 f)]
         wanted += safe or [f for f in files if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", f)]
     return wanted
 
@@ -181,21 +183,22 @@ def data_file(name_or_dir: str | Path, split: str, required: bool = True) -> Pat
     name, path = str(name_or_dir), Path(name_or_dir)
     if (name, split) in DATASETS:
         return _download_data(name, split)
-    if name in {known for known, _ in DATASETS}:
+    if name in PAPER_SETS:
         raise InputError(f"--data {name}: this set has no {split} split (the papers use it for scoring only)")
     if name.startswith("toy") and (DATA_DIR / name).is_dir():
         path = DATA_DIR / name
     if path.is_file():
         if split != "test":
-            raise InputError(f"--data {name}: a single file can be scored, but training wants a folder with train.jsonl and dev.jsonl")
+            raise InputError(f"--data {name}: a single file can be scored, but training wants a folder with "
+                             "train.jsonl and dev.jsonl")
         return path
     if not path.is_dir():
-        raise InputError(f"--data {name}: no such file or folder, and not one of "
-                         f"toy, {', '.join(dict.fromkeys(known for known, _ in DATASETS))}")
+        raise InputError(f"--data {name}: no such file or folder, and not one of toy, {', '.join(PAPER_SETS)}")
     if not (path / f"{split}.jsonl").is_file():
         if not required:
             return None
-        raise InputError(f"{path}: no {split}.jsonl in this folder (a data folder holds train.jsonl, dev.jsonl, test.jsonl)")
+        raise InputError(f"{path}: no {split}.jsonl in this folder (a data folder holds train.jsonl, dev.jsonl, "
+                         "test.jsonl)")
     return path / f"{split}.jsonl"
 
 
@@ -211,13 +214,14 @@ def _download_data(name: str, split: str) -> Path:
                                       total=int(response.headers.get("Content-Length") or 0) or None) as source:
                     shutil.copyfileobj(source, file)
                 if git_blob_id(temporary) != blob_id:
-                    raise InputError(f"{RELEASE}{remote}: the download is cut or was changed (expected git blob {blob_id}); "
-                                     "nothing was kept, try again")
+                    raise InputError(f"{RELEASE}{remote}: the download is cut or was changed (expected git blob "
+                                     f"{blob_id}); nothing was kept, try again")
         except OSError as error:
-            raise InputError(f"--data {name}: cannot download {RELEASE}{remote} ({error}); "
-                             f"pass a folder with {split}.jsonl instead") from error
+            raise InputError(f"--data {name}: cannot download {RELEASE}{remote} ({error}); pass a folder with "
+                             f"{split}.jsonl instead") from error
     if git_blob_id(path) != blob_id:
-        raise InputError(f"{path}: not the published file (expected git blob {blob_id}); delete it to download it again")
+        raise InputError(f"{path}: not the published file (expected git blob {blob_id}); delete it to download it "
+                         "again")
     return path
 
 
@@ -236,7 +240,8 @@ def fingerprint(path: Path, weights: bool = True) -> str:
     """A hash of a file's contents, or of those of a model's folder: config, tokenizer and, unless left out, weights."""
     wanted = ("config.json", *TOKENIZER_FILES)
     files = [path] if path.is_file() else sorted(
-        f for f in path.iterdir() if f.name in wanted or weights and re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", f.name))
+        f for f in path.iterdir() if f.name in wanted or weights
+        and re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", f.name))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
@@ -244,8 +249,8 @@ def fingerprint(path: Path, weights: bool = True) -> str:
 
 
 def pick_device(device: str, dtype: str):
-    """("auto", "auto") → (torch device name, torch dtype): CUDA and bfloat16 where there is a GPU, else CPU and float32.
-    Raises InputError where CUDA is asked for and there is none."""
+    """("auto", "auto") → (torch device name, torch dtype): CUDA and bfloat16 where there is a GPU, else CPU and
+    float32. Raises InputError where CUDA is asked for and there is none."""
     import torch                    # imported here: this file is also used by scripts that only move files
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device on this machine (--device cpu works)")
@@ -268,7 +273,8 @@ def label(name: str) -> str:
 def check_vocabulary(name: str, model_size: int, tokenizer_size: int) -> None:
     """Raise InputError where a tokenizer has ids for which the model has no embedding."""
     if tokenizer_size > model_size:
-        raise InputError(f"{name}: the tokenizer has {tokenizer_size} ids, but the model's vocabulary only {model_size}")
+        raise InputError(f"{name}: the tokenizer has {tokenizer_size} ids, but the model's vocabulary only "
+                         f"{model_size}")
 
 
 def trained_on(folder: Path) -> str | None:
@@ -282,5 +288,6 @@ def trained_on(folder: Path) -> str | None:
 
 def same_data(name: str, other: str | None) -> bool:
     """Whether two values of --data mean the same set; a file belongs to its folder's set."""
-    folder = lambda value: Path(value).resolve().parent if Path(value).is_file() else Path(value).resolve()
+    def folder(value):
+        return Path(value).resolve().parent if Path(value).is_file() else Path(value).resolve()
     return other is not None and (name == other or folder(name) == folder(other))

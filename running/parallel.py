@@ -2,11 +2,11 @@
 
     torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 …
 
-The forward passes of an optimizer step (--grad_accum) are dealt out to the processes; their gradients and losses, which are
-sums over tokens divided by the step's number of tokens, are added. So the step is the one that a single process would take,
-but for dropout, whose random numbers are each process's own.
-With --shard_student and --shard_teacher each process keeps only a part of every layer (FSDP2) and fetches the rest when it is
-needed. Without torchrun there is one process, and everything here does nothing.
+The forward passes of an optimizer step (--grad_accum) are dealt out to the processes; their gradients and losses, which
+are sums over tokens divided by the step's number of tokens, are added. So the step is the one that a single process
+would take, but for dropout, whose random numbers are each process's own.
+With --shard_student and --shard_teacher each process keeps only a part of every layer (FSDP2) and fetches the rest when
+it is needed. Without torchrun there is one process, and everything here does nothing.
 """
 import contextlib
 import datetime
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hub import InputError
+from files.config import InputError
 
 BUCKET = 1 << 25            # gradients, in numbers, that travel together
 
@@ -46,10 +46,12 @@ def started():
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, so at most as many processes")
+            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, so at most as many "
+                             "processes")
         torch.cuda.set_device(local)
     # the first process may write the teacher's states for hours while the others wait; of a dead one torchrun tells
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=24))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            timeout=datetime.timedelta(hours=24))
     printed = sys.stdout
     try:
         if rank():
@@ -91,6 +93,14 @@ def add(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def add_up(sums: dict[str, torch.Tensor], norms: list[torch.Tensor]) -> tuple[dict[str, float], list[float]]:
+    """Sums over this process's tokens, added over processes, and norms, which all have, as numbers: one wait for the
+    GPU."""
+    totals = add(torch.stack([value.float() for value in sums.values()]))
+    numbers = torch.cat([totals, torch.stack(norms).float()]).tolist()
+    return dict(zip(sums, numbers)), numbers[len(sums):]
+
+
 def equal_weights(*modules) -> None:
     """Give every process the first one's weights, before anything is sharded."""
     if world() > 1:
@@ -118,8 +128,8 @@ def add_gradients(parameters) -> None:
 # ----------------------------------------------------------------------------------------------------------- sharding
 
 def shard(decoder, device: str) -> None:
-    """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings, the last
-    norm and the head, which the losses use at many places, stay whole."""
+    """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings,
+    the last norm and the head, which the losses use at many places, stay whole."""
     mesh = dist.init_device_mesh(device, (world(),))
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -133,8 +143,8 @@ def is_sharded(module) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A sharded tensor as a whole one in the CPU's memory, for the first process; every process must ask for it, one tensor
-    after the other, so that no GPU holds more than one."""
+    """A sharded tensor as a whole one in the CPU's memory, for the first process; every process must ask for it, one
+    tensor after the other, so that no GPU holds more than one."""
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()
@@ -149,7 +159,8 @@ def all_finite(parameters) -> bool:
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor, sharded as the parameter is."""
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
+                             parameter.placements) if isinstance(parameter, DTensor) else tensor
 
 
 def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
@@ -157,8 +168,11 @@ def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tens
     if not any(isinstance(p, DTensor) for p in parameters):
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    square = lambda some: sum(g.square().sum() for g in some)
-    norm = (square(g for g in gradients if not isinstance(g, DTensor)) + add(square(g.to_local() for g in gradients if isinstance(g, DTensor)))).sqrt()
+
+    def square(some):
+        return sum(g.square().sum() for g in some)
+    norm = (square(g for g in gradients if not isinstance(g, DTensor))
+            + add(square(g.to_local() for g in gradients if isinstance(g, DTensor)))).sqrt()
     for g in gradients:
         (g.to_local() if isinstance(g, DTensor) else g).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
     return norm

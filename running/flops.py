@@ -1,24 +1,27 @@
 """Floating-point operations of a step, and what share of the machine's peak they are (MFU).
 
-A multiplication of (m, k) by (k, n) is 2·m·k·n operations. What counts is what the method needs: no padding, nothing that
-is computed again to save memory, full attention as in the PaLM paper (arXiv 2204.02311).
+A multiplication of (m, k) by (k, n) is 2·m·k·n operations. What counts is what the method needs: no padding, nothing
+that is computed again to save memory, full attention as in the PaLM paper (arXiv 2204.02311).
 
     decoder, forward      2 · (weights of its layers) · tokens + 4 · layers · width · Σ rows length²
     decoder, backward     twice that, with LoRA (lora.py) once; the teacher has none
-    student's head        z_s: 6 · N_s · d_s · V_s (forward, and backward to states and weight);   z_t2s: 4 (to states alone)
+    student's head        z_s: 6 · N_s · d_s · V_s (forward, and backward to states and weight); z_t2s: 4 (to states)
     teacher's head        z_t: 2 · N_t · d_t · V_t;   z_s2t: 4
     attention A           Q Kᵀ and the two mixtures: 4 · Σ rows S·T · 2d_t, then 6 · Σ S·T · (d_s + d_t)
     discriminator         6 · (N_t + N_s) · weights, but 4 · N_t for the first layer, whose keys need no gradient
-    projectors            t2s: 4 · N_t · d_t · d_s (its input needs no gradient), s2t: 6 · N_s · d_s · d_t, query: 4 · N_s · 2d_s · 2d_t
+    projectors            s2t: 6 · N_s · d_s · d_t; their inputs need no gradient: t2s: 4 · N_t · d_t · d_s,
+                          query: 4 · N_s · 2d_s · 2d_t
 """
 import time
 
 import torch
 
+from methods.table import LOGITS_ONLY, WITHOUT_KD
 from tokenize_align import Example
 
 # dense bfloat16, operations a second, from the makers' data sheets
-PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12}
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
+        "A10": 125e12, "4090": 165e12}
 
 
 def decoder_flops(decoder, sequences: list) -> int:
@@ -31,17 +34,18 @@ def decoder_flops(decoder, sequences: list) -> int:
 
 
 def step_flops(options, student, teacher, examples: list[Example], cached: bool = False) -> int:
-    """Operations of one optimizer step over these examples, forward and backward. cached: the teacher's layers don't run.
-    Conditional transport, soft-DTW and ULD's sorting are left out: a few hundredths."""
+    """Operations of one optimizer step over these examples, forward and backward. cached: the teacher's layers don't
+    run. Conditional transport, soft-DTW and ULD's sorting are left out: a few hundredths."""
     n_s, n_t = (sum(getattr(e, side).valid for e in examples) for side in ("student", "teacher"))
     d_s, v_s = student.config.hidden_size, student.config.vocab_size
     of_weights = int(student.embed.weight.requires_grad)        # 0 with LoRA, whose own products are small
-    total = (2 + of_weights) * decoder_flops(student, [e.student for e in examples]) + (4 + 2 * of_weights) * n_s * d_s * v_s
-    if options.method in ("sft", "seqkd"):
+    total = (2 + of_weights) * decoder_flops(student,
+                                             [e.student for e in examples]) + (4 + 2 * of_weights) * n_s * d_s * v_s
+    if options.method in WITHOUT_KD:
         return total
     d_t, v_t = teacher.config.hidden_size, teacher.config.vocab_size
     total += (0 if cached else decoder_flops(teacher, [e.teacher for e in examples])) + 2 * n_t * d_t * v_t
-    if options.method in ("kd", "uld", "mined"):
+    if options.method in LOGITS_ONLY:
         return total
     total += 4 * n_s * d_s * v_s + 4 * n_t * d_t * v_t + 4 * n_t * d_t * d_s + 6 * n_s * d_s * d_t
     if options.alignment != "none":
@@ -50,7 +54,8 @@ def step_flops(options, student, teacher, examples: list[Example], cached: bool 
         if options.adversary == "gan":
             first, rest = (2 * d_t) ** 2, 2 * d_t * 768 + 768
             total += 4 * n_t * first + 6 * n_t * rest + 6 * n_s * (first + rest)
-        total += query * (4 * n_s * 4 * d_s * d_t + 4 * crossings * 2 * d_t) + (6 if query else 4) * crossings * (d_s + d_t)
+        total += query * (4 * n_s * 4 * d_s * d_t + 4 * crossings * 2 * d_t) + (6 if query
+                                                                                else 4) * crossings * (d_s + d_t)
     return total
 
 
@@ -61,7 +66,8 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
         for known, flops in PEAK.items():
             if known in name:
                 return flops
-    a = torch.full((2048, 2048), 0.01, dtype=dtype, device=device)      # not random: a run's random numbers stay its own
+    # not random: a run's random numbers stay its own
+    a = torch.full((2048, 2048), 0.01, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(6):                      # the first one is slow
         started = time.perf_counter()

@@ -1,17 +1,17 @@
 """The papers' table: methods × training seeds, each cell trained by train.py and scored by eval_rouge.py.
 
-    python compare.py --methods sft dskd_cma dskd_cma_ga --seeds 1 2 3 4 5                     # the toy
-    python compare.py --methods dskd_cma "dskd_cma_ga --ga_weight 1" --seeds 1 2 3 --lr 1e-3   # rows may have flags of train.py …
-    python compare.py --preset paper --dry_run                                                 # commands and costs, nothing is run
+    python -m tools.compare --methods sft dskd_cma dskd_cma_ga --seeds 1 2 3 4 5                     # the toy
+    python -m tools.compare --methods dskd_cma "dskd_cma_ga --ga_weight 1" --seeds 1 2 3 --lr 1e-3   # rows have flags
+    python -m tools.compare --preset paper --dry_run                     # commands and costs, nothing is run
 
-A row is a method with its own flags; every other flag of train.py is for all rows. Training seeds are --seeds; every trained
-student is scored with the sampling seeds --scoring_seeds, and a cell's score is their mean. ± is the standard deviation over
-training seeds.
+A row is a method with its own flags; every other flag of train.py is for all rows. Training seeds are --seeds; every
+trained student is scored with the sampling seeds --scoring_seeds, and a cell's score is their mean. ± is the standard
+deviation over training seeds.
 
-Notable here: a finished cell is a line of results.jsonl and never runs again, a half one goes on where it stopped, so that
-the same command can be given again after a kill, and with more seeds or rows. A cell is known by train.py's settings, however
-they were spelled, and the data and models by their contents. The difference to --baseline has a paired bootstrap interval:
-training seeds are drawn, and within each set its rows, for both methods alike.
+Notable here: a finished cell is a line of results.jsonl and never runs again, a half one goes on where it stopped, so
+that the same command can be given again after a kill, and with more seeds or rows. A cell is known by train.py's
+settings, however they were spelled, and the data and models by their contents. The difference to --baseline has a
+paired bootstrap interval: training seeds are drawn, and within each set its rows, for both methods alike.
 """
 import contextlib
 import dataclasses
@@ -27,42 +27,49 @@ from pathlib import Path
 import numpy as np
 
 import eval_rouge
-import flops
-import hub
-import memory
-import parallel
-import pictures
 import toy
 import train
-from cma import DIVERGENCES
-from config import flag, parse
-from hub import InputError
-from run_folder import FREE, append_line, locked, saved_config
-from tokenize_align import encode_rows, load_tokenizer, read_rows
+from files import hub
+from files.config import InputError, flag, parse
+from files.rows import read_rows
+from methods.divergences import DIVERGENCES
+from model import shape_of
+from running import flops, parallel, pictures
+from running.checks import read_settings
+from running.measures import paired_bootstrap
+from running.run_folder import FREE, append_line, locked, saved_config
+from tokenize_align import encode_rows, load_tokenizer
 
-RESAMPLES = 2000
 DEFAULT_BASELINE = "dskd_cma"
-PAPER_SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
 PAPER_TEACHER = "out/paper-teacher"
 PRESETS = {
     # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
     "paper": dict(
-        first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir", PAPER_TEACHER],
-        flags=["--teacher", PAPER_TEACHER, "--student", "gpt2"], data="dolly", baseline="dskd_cma --divergence forward_kl",
-        methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
-    # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), the adversary, and whether it is trained
+        first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir",
+               PAPER_TEACHER],
+        flags=["--teacher", PAPER_TEACHER, "--student", "gpt2"], data="dolly",
+        baseline="dskd_cma --divergence forward_kl",
+        methods=["sft", "seqkd", "uld", "mined",
+                 *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd")
+                   for name in DIVERGENCES)]),
+    # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), the adversary, and whether
+    # it is trained
     "ablation": dict(
         first=[], flags=["--epochs", "24", "--probe_interval", "0", "--cache_teacher"], data="toy", baseline="dskd_cma",
-        methods=["sft", "dskd_cma", *(f"{method} --ga_weight {weight} --ga_lr {lr}" for method in ("dskd_cma_ga", "dskd_cma_ct")
+        methods=["sft", "dskd_cma", *(f"{method} --ga_weight {weight} --ga_lr {lr}"
+                                      for method in ("dskd_cma_ga", "dskd_cma_ct")
                                       for weight in ("0.0057", "0.01", "0.1", "0.3", "1") for lr in ("1e-3", "0"))])}
 
 
 @dataclass
 class Config:
-    methods: list[str] = flag(["sft", "dskd_cma", "dskd_cma_ga"], "the table's rows: methods of train.py, in quotes with flags of their own")
+    methods: list[str] = flag(["sft", "dskd_cma", "dskd_cma_ga"],
+                              "the table's rows: methods of train.py, in quotes with flags of their own")
     seeds: list[int] = flag([1, 2, 3, 4, 5], "training seeds", at_least=0, at_most=2**40)
-    scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds with which every trained student is scored", at_least=0, at_most=2**40)
-    sets: list[str] = flag([], "the table's columns: data sets to score on (default: the toy's four, the papers' five, or --data)")
+    scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds with which every trained student is scored",
+                                    at_least=0, at_most=2**40)
+    sets: list[str] = flag([], "the table's columns: data sets to score on (default: the toy's four, the papers' five, "
+                           "or --data)")
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     baseline: str = flag("", "the row to which the others' difference is given (default: dskd_cma, where it is one)")
     data: str = flag("toy", "training data, as in train.py")
@@ -83,8 +90,10 @@ class Cell:
     settings: train.Config
 
     def key(self, without: tuple[str, ...] = ()) -> str:
-        """What a finished cell is known by: the settings that its scores depend on. without "seed": those of its whole row."""
-        kept = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in (*FREE, *without)}
+        """What a finished cell is known by: the settings that its scores depend on. without "seed": those of its whole
+        row."""
+        kept = {name: value
+                for name, value in dataclasses.asdict(self.settings).items() if name not in (*FREE, *without)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -112,13 +121,16 @@ def as_flags(argv: list[str]) -> dict[str, list[str]]:
         if name in flags:
             raise InputError(f"--{name} is given twice")
         if name in ("method", "seed", "data", "out_dir", "resume", "overwrite"):
-            raise InputError(f"--{name}: is not for a row or for all of them; compare.py sets it (--methods, --seeds, --data, --out_dir)")
+            raise InputError(f"--{name}: is not for a row or for all of them; compare.py sets it (--methods, --seeds, "
+                             "--data, --out_dir)")
         flags[name] = [value] if equals else []
     return flags
 
 
-def make_cells(config: Config, shared: dict[str, list[str]], out_dir: Path, preset: dict[str, list[str]] = {}) -> list[Cell]:
-    """Every cell, its flags checked by train.py before anything runs. shared: flags for all rows; preset: what these may change."""
+def make_cells(config: Config, shared: dict[str, list[str]], out_dir: Path,
+               preset: dict[str, list[str]] = {}) -> list[Cell]:
+    """Every cell, its flags checked by train.py before anything runs. shared: flags for all rows; preset: what these
+    may change."""
     cells, of_folder, of_key = [], {}, {}
     for row in dict.fromkeys(config.methods):
         try:
@@ -129,17 +141,21 @@ def make_cells(config: Config, shared: dict[str, list[str]], out_dir: Path, pres
         for name in own.keys() & shared.keys():
             raise InputError(f"--{name}: is given for the row {row!r} and for all rows")
         flags = {"method": [method], **preset, **shared, **own, "data": [config.data]}
-        for name in {"sft": ("teacher", "cache_teacher"), "seqkd": ("cache_teacher",)}.get(method, ()):       # which these refuse
+        # which these refuse
+        for name in {"sft": ("teacher", "cache_teacher"), "seqkd": ("cache_teacher",)}.get(method, ()):
             if name not in own:
                 flags.pop(name, None)
         for seed in dict.fromkeys(config.seeds):
             folder = out_dir / "cells" / f"{hub.label(row)}-seed{seed}"
             argv = [word for name, values in {**flags, "seed": [str(seed)]}.items() for word in (f"--{name}", *values)]
-            cell = Cell(row, seed, argv, folder, train.read_config([*argv, "--out_dir", str(folder)]))
+            cell = Cell(row, seed, argv, folder,
+                        read_settings(train.Config, train.__doc__, [*argv, "--out_dir", str(folder)]))
             if of_folder.setdefault(folder, row) != row:
-                raise InputError(f"--methods: the rows {of_folder[folder]!r} and {row!r} would be written into one folder, {folder}; tell them apart by more than punctuation")
+                raise InputError(f"--methods: the rows {of_folder[folder]!r} and {row!r} would be written into one "
+                                 f"folder, {folder}; tell them apart by more than punctuation")
             if of_key.setdefault(cell.key(("seed",)), row) != row:
-                raise InputError(f"--methods: the rows {of_key[cell.key(('seed',))]!r} and {row!r} have the same settings")
+                raise InputError(f"--methods: the rows {of_key[cell.key(('seed',))]!r} and {row!r} have the same "
+                                 "settings")
             check_begun(folder, cell.settings)
             cells.append(cell)
     return cells
@@ -156,10 +172,15 @@ def check_begun(folder: Path, wanted) -> None:
 
 
 def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
-    """Keep the hash of every data file and model folder. Raises InputError where one has changed since another cell was made."""
-    files = {f"{name}, {split}": hub.data_file(name, split) for name, splits in [(cells[0].settings.data, ("train", "dev")), *((name, ("test",)) for name in sets)] for split in splits}
-    models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher) if name and name != "toy"}
-    found = {name: hub.fingerprint(file) for name, file in files.items()} | {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
+    """Keep the hash of every data file and model folder. Raises InputError where one has changed since another cell was
+    made."""
+    files = {f"{name}, {split}": hub.data_file(name, split)
+             for name, splits in [(cells[0].settings.data, ("train", "dev")), *((name, ("test",)) for name in sets)]
+             for split in splits}
+    models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher) if name
+              and name != "toy"}
+    found = {name: hub.fingerprint(file)
+             for name, file in files.items()} | {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
     try:
         known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
@@ -181,18 +202,32 @@ def run_cell(cell: Cell, config: Config, sets: list[str]) -> dict:
         with contextlib.ExitStack() as stack:
             train.train(settings, stack)
     parallel.barrier()
-    eval_rouge.evaluate(eval_rouge.Config(model=str(cell.folder), data=sets, seeds=config.scoring_seeds, num=config.num, max_length=settings.max_length,
-                                          max_prompt_length=settings.max_prompt_length, device=settings.device, dtype=settings.dtype))
+    eval_rouge.evaluate(eval_rouge.Config(model=str(cell.folder), data=sets, seeds=config.scoring_seeds, num=config.num,
+                                          max_length=settings.max_length,
+                                          max_prompt_length=settings.max_prompt_length, device=settings.device,
+                                          dtype=settings.dtype))
     if not parallel.is_first():
         return {}
     scored = json.loads((cell.folder / "best" / "rouge.json").read_text(encoding="utf-8"))["sets"]
-    record = {"key": cell.key(), "row_key": cell.key(("seed",)), "row": cell.row, "seed": cell.seed, "flags": cell.flags, "scoring_seeds": config.scoring_seeds, "num": config.num,
-              "dev_rouge_l": json.loads((cell.folder / "best" / "training.json").read_text(encoding="utf-8"))["best_dev_rouge_l"], "sets": {}}
+    training = json.loads((cell.folder / "best" / "training.json").read_text(encoding="utf-8"))
+    record = {"key": cell.key(), "row_key": cell.key(("seed",)), "row": cell.row, "seed": cell.seed,
+              "flags": cell.flags, "scoring_seeds": config.scoring_seeds, "num": config.num,
+              "dev_rouge_l": training["best_dev_rouge_l"], "sets": {}}
     for name in sets:
         files = [cell.folder / "best" / f"answers-{hub.label(name)}-seed{seed}.jsonl" for seed in config.scoring_seeds]
-        rows = [[json.loads(line)["rouge_l"] for line in file.read_text(encoding="utf-8").split("\n") if line] for file in files]
-        record["sets"][name] = {"rouge_l": scored[name]["rouge_l"], "exact_match": scored[name]["exact_match"], "rows": [round(statistics.mean(r), 3) for r in zip(*rows)]}
+        rows = [[json.loads(line)["rouge_l"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+                for file in files]
+        record["sets"][name] = {"rouge_l": scored[name]["rouge_l"], "exact_match": scored[name]["exact_match"],
+                                "rows": [round(statistics.mean(r), 3) for r in zip(*rows)]}
     return record
+
+
+def is_cell(record: dict) -> bool:
+    """Whether a line of results.jsonl has all that the table needs."""
+    names = {"key", "row_key", "row", "seed", "scoring_seeds", "num", "dev_rouge_l", "sets"}
+    return names <= record.keys() and isinstance(record["dev_rouge_l"], float) and all(
+        isinstance(scores["rouge_l"], float) and np.array(scores["rows"], float).ndim == 1
+        for scores in record["sets"].values())
 
 
 def read_results(path: Path) -> list[dict]:
@@ -202,9 +237,9 @@ def read_results(path: Path) -> list[dict]:
     try:
         *whole, rest = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in whole]
-        for record in records:
-            [record[name] for name in ("key", "row_key", "row", "seed", "scoring_seeds", "num")], float(record["dev_rouge_l"])
-            [(float(scores["rouge_l"]), np.array(scores["rows"], float)) for scores in record["sets"].values()]
+        damaged = [record for record in records if not is_cell(record)]
+        if damaged:
+            raise ValueError(f"{damaged[0]!r:.100}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not what compare.py writes ({error!r:.200}); move it away to begin anew") from error
     if rest and parallel.is_first():
@@ -215,28 +250,9 @@ def read_results(path: Path) -> list[dict]:
 
 # -------------------------------------------------------------------------------------------------------------- table
 
-def paired_bootstrap(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """The difference of two rows of the table and its 95% interval. ours, theirs: by training seed, the same ones in the same
-    order, and by set, the scores of the set's rows (the mean over scoring seeds). The score is the mean over seeds of the mean
-    over sets of the mean over rows; seeds are drawn with replacement, and in each set rows, for both alike."""
-    rng = np.random.default_rng(seed)
-    differences = [np.stack([a[k] - b[k] for a, b in zip(ours, theirs)]) for k in range(len(ours[0]))]         # by set: (seeds, rows)
-    number = len(ours)
-    drawn_seeds = np.zeros((resamples, number))
-    for r, drawn in enumerate(rng.integers(number, size=(resamples, number))):
-        np.add.at(drawn_seeds[r], drawn, 1 / number)
-    means = np.zeros(resamples)
-    for difference in differences:
-        rows = difference.shape[1]
-        for r, drawn in enumerate(rng.integers(rows, size=(resamples, rows))):
-            means[r] += drawn_seeds[r] @ difference[:, drawn].mean(1) / len(differences)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean([d.mean() for d in differences])), float(low), float(high)
-
-
 def summarize(records: list[dict], rows: list[str], sets: list[str], trained_on: str, baseline: str) -> list[dict]:
-    """The table's rows: for each the mean and the standard deviation over training seeds of every column, and the difference
-    to the baseline, over the seeds that both have."""
+    """The table's rows: for each the mean and the standard deviation over training seeds of every column, and the
+    difference to the baseline, over the seeds that both have."""
     columns = {name: [name] for name in sets}
     others = [name for name in sets if not hub.same_data(name, trained_on)]
     columns |= {"all": sets} | ({"OOD": others} if others and len(others) < len(sets) else {})
@@ -246,12 +262,15 @@ def summarize(records: list[dict], rows: list[str], sets: list[str], trained_on:
         cells = of[row]
         if not cells:
             continue
-        line = {"row": row, "seeds": sorted(cells), "columns": {}, "dev": spread([c["dev_rouge_l"] for c in cells.values()])}
+        line = {"row": row, "seeds": sorted(cells), "columns": {},
+                "dev": spread([c["dev_rouge_l"] for c in cells.values()])}
         for heading, members in columns.items():
-            line["columns"][heading] = spread([statistics.mean(c["sets"][name]["rouge_l"] for name in members) for c in cells.values()])
+            line["columns"][heading] = spread([statistics.mean(c["sets"][name]["rouge_l"] for name in members)
+                                               for c in cells.values()])
         both = sorted(cells.keys() & of.get(baseline, {}).keys())
         if row != baseline and both:
-            scores = [[[np.array(of[which][seed]["sets"][name]["rows"]) for name in sets] for seed in both] for which in (row, baseline)]
+            scores = [[[np.array(of[which][seed]["sets"][name]["rows"]) for name in sets] for seed in both]
+                      for which in (row, baseline)]
             line["difference"] = paired_bootstrap(*scores)
         table.append(line)
     return table
@@ -265,22 +284,27 @@ def spread(values: list[float]) -> tuple[float, float]:
 def markdown(table: list[dict], config: Config) -> str:
     """The table, best of a column in bold."""
     headings = list(table[0]["columns"])
-    best = {h: max(line["columns"][h][0] for line in table) for h in headings} | {"dev": max(line["dev"][0] for line in table)}
+    best = {h: max(line["columns"][h][0] for line in table)
+            for h in headings} | {"dev": max(line["dev"][0] for line in table)}
 
     def show(line, heading):
         mean, deviation = line["dev"] if heading == "dev" else line["columns"][heading]
         text = f"{mean:.2f} ± {deviation:.2f}" if math.isfinite(deviation) else f"{mean:.2f}"
         return f"**{text}**" if mean == best[heading] else text
-    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline} |", "|---" * (len(headings) + 4) + "|"]
+    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline} |",
+             "|---" * (len(headings) + 4) + "|"]
     for line in table:
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*line["difference"]) if "difference" in line else ""
-        lines.append(f"| `{line['row']}` | {len(line['seeds'])} | {show(line, 'dev')} | " + " | ".join(show(line, h) for h in headings) + f" | {difference} |")
+        lines.append(f"| `{line['row']}` | {len(line['seeds'])} | {show(line, 'dev')} | "
+                     + " | ".join(show(line, h) for h in headings) + f" | {difference} |")
     seeds = sorted({seed for line in table for seed in line["seeds"]})
-    return "\n".join(lines) + (f"\n\nROUGE-L × 100, mean ± standard deviation over training seeds ({', '.join(map(str, seeds))}); sampled with scoring seeds "
+    return "\n".join(lines) + ("\n\nROUGE-L × 100, mean ± standard deviation over training seeds "
+                               f"({', '.join(map(str, seeds))}); sampled with scoring seeds "
                                f"{', '.join(map(str, config.scoring_seeds))}. Brackets: paired bootstrap, 95 %.\n")
 
 
-# ----------------------------------------------------------------------------------------------------- what it would cost
+# ----------------------------------------------------------------------------------------------------- what it would
+# cost
 
 def dry_run(cells: list[Cell], first: list[str], config: Config) -> None:
     """Print every command with its tokens, operations and hours. Only config.json, tokenizers and data are read."""
@@ -288,36 +312,41 @@ def dry_run(cells: list[Cell], first: list[str], config: Config) -> None:
     commands = [("", first)] if first else []
     total = 0.0
     for row, argv in [*commands, *((cell.row, [*cell.flags, "--out_dir", str(cell.folder)]) for cell in cells)]:
-        tokens, operations = cost(train.read_config(argv), "qwen" if row and first else None)
+        tokens, operations = cost(read_settings(train.Config, train.__doc__, argv), "qwen" if row and first else None)
         hours = operations / (config.peak * 1e12 * config.mfu) / 3600
         total += hours
-        print(f"python train.py {shlex.join(argv)}\n    # {tokens / 1e6:.1f}M student tokens, {operations:.2e} FLOPs, {hours:.2f} h")
+        print(f"python train.py {shlex.join(argv)}\n"
+              f"    # {tokens / 1e6:.1f}M student tokens, {operations:.2e} FLOPs, {hours:.2f} h")
     print(f"# together {total:.1f} h")
 
 
 def cost(options, teacher_shape: str | None) -> tuple[int, int]:
     """Student tokens and operations of a whole run. teacher_shape: a name for a teacher that is only to be trained."""
-    toys = {side: str(toy.folder(side) if toy.folder(side).exists() else toy.folder(f"{side}-start")) for side in ("student", "teacher")}
+    toys = {side: str(toy.folder(side) if toy.folder(side).exists() else toy.folder(f"{side}-start"))
+            for side in ("student", "teacher")}
     names = {"student": toys["student"] if options.student == "toy" else options.student,
-             "teacher": toys["teacher"] if options.teacher == "toy" else (teacher_shape or options.teacher) if options.teacher else ""}
-    models = {side: memory.shape_of(name) if name else None for side, name in names.items()}
+             "teacher": toys["teacher"] if options.teacher == "toy" else (teacher_shape or options.teacher)
+             if options.teacher else ""}
+    models = {side: shape_of(name) if name else None for side, name in names.items()}
     tokenizers = {side: load_tokenizer(name) if name else None for side, name in names.items()}
-    examples = encode_rows(read_rows(hub.data_file(options.data, "train")), tokenizers["student"], tokenizers["teacher"] or tokenizers["student"],
+    examples = encode_rows(read_rows(hub.data_file(options.data, "train")), tokenizers["student"],
+                           tokenizers["teacher"] or tokenizers["student"],
                            options.max_length, options.max_prompt_length)[0]
     steps = math.ceil(len(examples) / (options.batch_size * options.grad_accum))
     passes = options.max_steps / steps if options.max_steps else options.epochs
     tokens = sum(len(e.student.ids) for e in examples)
-    return round(passes * tokens), round(passes * flops.step_flops(options, models["student"], models["teacher"], examples, cached=options.cache_teacher))
+    return round(passes * tokens), round(passes * flops.step_flops(options, models["student"], models["teacher"],
+                                                                   examples, cached=options.cache_teacher))
 
 
 # --------------------------------------------------------------------------------------------------------------- main
 
 def main() -> None:
     with parallel.started():
-        compare(*read_command_line(sys.argv[1:]))
+        run_table(*read_command_line(sys.argv[1:]))
 
 
-def compare(config: Config, argv: list[str]) -> None:
+def run_table(config: Config, argv: list[str]) -> None:
     """Run the cells that are missing, then write the table and print it. argv: flags of train.py for all rows."""
     shared, first, more = as_flags(argv), [], {}
     if config.preset:
@@ -328,11 +357,12 @@ def compare(config: Config, argv: list[str]) -> None:
             setattr(config, name, preset[name])
         first, more = preset["first"], as_flags(preset["flags"])
     if config.baseline and config.baseline not in config.methods:
-        raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, {', '.join(map(repr, config.methods))}")
+        raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, "
+                         f"{', '.join(map(repr, config.methods))}")
     config.baseline = config.baseline or DEFAULT_BASELINE
     out_dir = Path(config.out_dir or f"out/compare-{config.preset or hub.label(config.data)}")
     cells = make_cells(config, shared, out_dir, more)
-    sets = config.sets or {"toy": list(toy.SETS), "dolly": list(PAPER_SETS)}.get(config.data, [config.data])
+    sets = config.sets or {"toy": list(toy.SETS), "dolly": list(hub.PAPER_SETS)}.get(config.data, [config.data])
     if len({hub.label(name) for name in sets}) < len(sets):
         raise InputError(f"--sets {' '.join(sets)}: two of them would write into the same files")
     with parallel.first_goes_first():
@@ -341,7 +371,8 @@ def compare(config: Config, argv: list[str]) -> None:
         dry_run(cells, first, config)
         return
     if first and not (Path(PAPER_TEACHER) / "results.json").exists():
-        raise InputError(f"--preset {config.preset}: the teacher learns the data first:  python train.py {shlex.join(first)}")
+        raise InputError(f"--preset {config.preset}: the teacher learns the data first:  python train.py "
+                         f"{shlex.join(first)}")
     for name in sets:
         read_rows(hub.data_file(name, "test"))             # before training, not after it
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -354,7 +385,10 @@ def compare(config: Config, argv: list[str]) -> None:
 def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> None:
     """Run what results.jsonl does not have, and write the table of these cells' rows with all their training seeds."""
     results = out_dir / "results.jsonl"
-    scored_alike = lambda record: (record["scoring_seeds"], record["num"]) == (config.scoring_seeds, config.num) and set(sets) <= record["sets"].keys()
+
+    def scored_alike(record):
+        wanted = record["scoring_seeds"] == config.scoring_seeds and record["num"] == config.num
+        return wanted and set(sets) <= record["sets"].keys()
     done = {record["key"]: record for record in read_results(results) if scored_alike(record)}
     try:
         for number, cell in enumerate(cells, 1):
@@ -362,7 +396,8 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
                 continue
             print(f"cell {number} of {len(cells)}: {cell.row}, training seed {cell.seed} → {cell.folder}", flush=True)
             (out_dir / "cells").mkdir(exist_ok=True)
-            with open(cell.folder.with_name(cell.folder.name + ".log"), "a") if parallel.is_first() else contextlib.nullcontext(sys.stdout) as log, \
+            with open(cell.folder.with_name(cell.folder.name + ".log"),
+                      "a") if parallel.is_first() else contextlib.nullcontext(sys.stdout) as log, \
                     contextlib.redirect_stdout(log):
                 record = run_cell(cell, config, sets)
             if parallel.is_first():

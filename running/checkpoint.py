@@ -1,7 +1,7 @@
 """Checkpoints: a model in the hub's layout with everything a run needs to go on beside it, whole or not at all.
 
-A checkpoint is written under another name, flushed with its folder and renamed; the one before it stays. checksums.json has
-the SHA-256 of every file, so that a damaged checkpoint is noticed and the one before is taken. Nothing is pickled.
+A checkpoint is written under another name, flushed with its folder and renamed; the one before it stays. checksums.json
+has the SHA-256 of every file, so that a damaged checkpoint is noticed and the one before is taken. Nothing is pickled.
 """
 import json
 import shutil
@@ -11,30 +11,35 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import hub
-import lora
-import parallel
-from hub import InputError
+from files import hub
+from running import lora
+from running import parallel
+from files.config import InputError
 
 
-def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer, state: dict) -> None:
+def save_checkpoint(folder: Path, student, projectors, adversary, optimizer, state: dict) -> None:
     """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
 
     The folder is a model in the hub's layout, with projectors.safetensors, discriminator.safetensors, training.json
-    (step, scores, data), with LoRA adapter/ and, where an optimizer is given, resume.safetensors: all that a run needs to go
-    on. A checkpoint with an optimizer that was there before stays as FOLDER.previous. Every process calls this, the first one writes.
-    Raises InputError where the disk does not take it or a weight is not finite; what was there before is untouched then.
+    (step, scores, data), with LoRA adapter/ and, where an optimizer is given, resume.safetensors: all that a run needs
+    to go on. A checkpoint with an optimizer that was there before stays as FOLDER.previous. Every process calls this,
+    the first one writes. Raises InputError where the disk does not take it or a weight is not finite; what was there
+    before is untouched then.
     """
-    if not parallel.all_finite(p for module in (student, projectors, discriminator) if module is not None for p in module.parameters()):
-        raise InputError(f"{folder}: not saved at step {state['step']}, because weights are not finite; the checkpoint before it is kept. "
-                         "Try a lower --lr or a longer --warmup_steps in a new run")
-    tensors = {"projectors": projectors and projectors.state_dict(), "discriminator": discriminator and discriminator.state_dict(),
+    if not parallel.all_finite(p for module in (student, projectors, adversary)
+                               if module is not None for p in module.parameters()):
+        raise InputError(f"{folder}: not saved at step {state['step']}, because weights are not finite; the checkpoint "
+                         "before it is kept. Try a lower --lr or a longer --warmup_steps in a new run")
+    tensors = {"projectors": projectors and projectors.state_dict(),
+               "discriminator": adversary and adversary.state_dict(),
                "resume": optimizer and resume_tensors(optimizer)}
     weights = {name: parallel.whole(tensor.detach()) for name, tensor in student.state_dict().items()}
     if not parallel.is_first():
         return
     temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".previous")
     try:
+        if optimizer is not None:                   # no step of a checkpoint to go on from may lack its line
+            hub.flush(folder.parent / "metrics.jsonl")
         if temporary.exists():
             shutil.rmtree(temporary)
         student.save(temporary, lora.merged(student, weights))
@@ -51,7 +56,8 @@ def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer,
             hub.flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error}); the checkpoint before it is whole: make room, then go on with --resume") from error
+        raise InputError(f"{folder}: cannot be written ({error}); the checkpoint before it is whole: make room, then "
+                         "go on with --resume") from error
     if previous.exists():
         shutil.rmtree(previous)
     if folder.exists():
@@ -64,8 +70,10 @@ def save_checkpoint(folder: Path, student, projectors, discriminator, optimizer,
 
 def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
     """AdamW's moments by parameter number, and the state of every process's random number generators."""
-    tensors = {f"{number}.{name}": parallel.whole(value) for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
-    states = {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    tensors = {f"{number}.{name}": parallel.whole(value)
+               for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
+    states = {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available()
+                                                   else {})
     for rank, of_rank in enumerate(parallel.gather(states)):
         tensors |= {f"{name}.{rank}": value for name, value in of_rank.items()}
     return tensors
@@ -75,8 +83,10 @@ def check(folder: Path) -> None:
     """Raise InputError where a file of a checkpoint to go on from is missing or not what was written."""
     try:
         checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-        wrong = [name for name in ("config.json", "model.safetensors", "resume.safetensors", "training.json") if name not in checksums]
-        wrong += [name for name, checksum in checksums.items() if not (folder / name).is_file() or hub.sha256(folder / name) != checksum]
+        wrong = [name for name in ("config.json", "model.safetensors", "resume.safetensors", "training.json")
+                 if name not in checksums]
+        wrong += [name for name, checksum in checksums.items() if not (folder / name).is_file()
+                  or hub.sha256(folder / name) != checksum]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{folder}: this checkpoint is damaged (checksums.json: {error})") from error
     if wrong:
@@ -84,8 +94,9 @@ def check(folder: Path) -> None:
 
 
 def last_checkpoint(out_dir: Path) -> Path | None:
-    """The checkpoint to go on with, or None where the run had none yet. Where the last one is damaged, or was lost between the
-    two renames of save_checkpoint, the one before is put in its place. Raises InputError where none is whole."""
+    """The checkpoint to go on with, or None where the run had none yet. Where the last one is damaged, or was lost
+    between the two renames of save_checkpoint, the one before is put in its place. Raises InputError where none is
+    whole."""
     last, previous = out_dir / "last", out_dir / "last.previous"
     try:
         if last.exists():
@@ -104,10 +115,10 @@ def last_checkpoint(out_dir: Path) -> Path | None:
     return last
 
 
-def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> dict:
-    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → training.json's content.
-    Raises InputError where a file is damaged."""
-    load_modules(folder, projectors, discriminator)
+def load_checkpoint(folder: Path, projectors, adversary, optimizer) -> dict:
+    """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → training.json's
+    content. Raises InputError where a file is damaged."""
+    load_modules(folder, projectors, adversary)
     try:
         _load_optimizer(folder, optimizer)
         state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
@@ -116,9 +127,9 @@ def load_checkpoint(folder: Path, projectors, discriminator, optimizer) -> dict:
         raise InputError(f"{folder}: this checkpoint is damaged ({error!r:.200})") from error
 
 
-def load_modules(folder: Path, projectors, discriminator) -> None:
+def load_modules(folder: Path, projectors, adversary) -> None:
     """Put back the modules that a checkpoint has beside the student; None: not this one."""
-    for name, module in (("projectors", projectors), ("discriminator", discriminator)):
+    for name, module in (("projectors", projectors), ("discriminator", adversary)):
         if module is not None:
             try:
                 module.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -139,5 +150,6 @@ def _load_optimizer(folder: Path, optimizer) -> None:
     state = optimizer.state_dict()
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state["state"].setdefault(int(number), {})[name] = parallel.like(value, parameters[int(number)]) if value.dim() else value
+        state["state"].setdefault(int(number),
+                                  {})[name] = parallel.like(value, parameters[int(number)]) if value.dim() else value
     optimizer.load_state_dict(state)

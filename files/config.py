@@ -10,7 +10,10 @@ import argparse
 import dataclasses
 import typing
 
-from hub import InputError
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that says what, where, and what would be right."""
+
 
 
 def flag(default, help: str, choices=None, at_least=None, at_most=None):
@@ -42,7 +45,8 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
             options["action"] = "store_true"
         else:
             is_list = typing.get_origin(kind) is list
-            options |= dict(type=typing.get_args(kind)[0] if is_list else kind, choices=field.metadata["choices"], metavar=field.name.upper())
+            options |= dict(type=typing.get_args(kind)[0] if is_list else kind, choices=field.metadata["choices"],
+                            metavar=field.name.upper())
             if field.name in positional:
                 options |= dict(nargs="?")
             elif is_list:
@@ -53,7 +57,8 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
     for field in dataclasses.fields(cls):
         value, at_least, at_most = getattr(config, field.name), field.metadata["at_least"], field.metadata["at_most"]
         kind = kinds[field.name]
-        if kind in (str, bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):      # from a preset, or a file
+        # from a preset, or a file
+        if kind in (str, bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
             raise InputError(f"--{field.name} {value!r:.60}: must be of type {kind.__name__}")
         if field.metadata["choices"] and value not in field.metadata["choices"]:
             raise InputError(f"--{field.name} {value!r:.60}: must be one of {', '.join(field.metadata['choices'])}")

@@ -1,7 +1,8 @@
-"""What never changes during training is computed once and kept on disk: token ids, and the frozen teacher's hidden states.
+"""What never changes during training is computed once and kept on disk: token ids, the frozen teacher's hidden states,
+and MinED's map of one vocabulary into another.
 
-Both caches are named by a hash of all that they depend on, so that a change of text, tokenizer, teacher or limits finds no
-cache in place of a wrong one; a file that was cut or is not ours is made anew.
+The files are named by a hash of all that they depend on, so that a change of text, tokenizer, teacher or limits finds
+no cache in place of a wrong one; a file that was cut or is not ours is made anew.
 """
 import fcntl
 import hashlib
@@ -12,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import hub
 import tokenize_align
-from tokenize_align import Example, Row, Sequence, Tokenizer, collate, encode_rows
+from files import hub, tokenizer_config
+from files.rows import Row
+from methods.mined import map_vocabulary
+from tokenize_align import Example, Sequence, Tokenizer, collate, encode_rows
 
 BUFFER = 1 << 28        # bytes of hidden states between two flushes to disk
 
@@ -27,15 +32,19 @@ def _key(*parts) -> str:
 
 # -------------------------------------------------------------------------------------------------------- token ids
 
-def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int):
-    """encode_rows, the same results: from a file in `folder` where the same rows were encoded with the same tokenizers before."""
-    tokenizers = [hub.fingerprint(tokenizer.folder, weights=False) for tokenizer in (student, teacher)]
-    path = folder / f"tokens-{_key(rows, tokenizers, max_length, max_prompt_length, hub.fingerprint(Path(tokenize_align.__file__)))}.npz"
+def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int,
+                max_prompt_length: int):
+    """encode_rows, the same results: from a file in `folder` where the same rows were encoded with the same tokenizers
+    before."""
+    made_of = [hub.fingerprint(tokenizer.folder, weights=False) for tokenizer in (student, teacher)]
+    made_by = [hub.fingerprint(Path(module.__file__)) for module in (tokenize_align, tokenizer_config)]
+    path = folder / f"tokens-{_key(rows, made_of, made_by, max_length, max_prompt_length)}.npz"
     sides = ("student", "teacher")
     try:
         with np.load(path, allow_pickle=False) as stored:
             content = {name: stored[name] for name in stored.files}
-        sequences = [_unpack(*(content[f"{side}_{name}"] for name in ("ids", "lengths", "prompts", "spans", "chunks"))) for side in sides]
+        sequences = [_unpack(*(content[f"{side}_{name}"] for name in ("ids", "lengths", "prompts", "spans", "chunks")))
+                     for side in sides]
         examples = [Example(row, *pair) for row, *pair in zip(content["rows"].tolist(), *sequences)]
         return examples, *content["counts"].tolist()
     except OSError:                     # not there
@@ -47,7 +56,8 @@ def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Toke
     for side in sides:
         packed = [getattr(e, side) for e in examples]
         content |= {f"{side}_ids": [i for s in packed for i in s.ids], f"{side}_lengths": [len(s.ids) for s in packed],
-                    f"{side}_prompts": [s.prompt_length for s in packed], f"{side}_spans": [span for s in packed for span in s.spans],
+                    f"{side}_prompts": [s.prompt_length for s in packed],
+                    f"{side}_spans": [span for s in packed for span in s.spans],
                     f"{side}_chunks": [c for s in packed for c in s.chunks]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +71,22 @@ def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Toke
 def _unpack(ids, lengths, prompts, spans, chunks) -> list[Sequence]:
     ids = np.split(ids, np.cumsum(lengths)[:-1])
     spans, chunks = (np.split(x, np.cumsum(lengths - prompts)[:-1]) for x in (spans, chunks))
-    return [Sequence(i.tolist(), p, list(zip(*s.T.tolist())), c.tolist()) for i, p, s, c in zip(ids, prompts.tolist(), spans, chunks)]
+    return [Sequence(i.tolist(), p, list(zip(*s.T.tolist())), c.tolist())
+            for i, p, s, c in zip(ids, prompts.tolist(), spans, chunks)]
+
+
+def kept_vocabulary_map(folder: Path, strings: list[list[bytes]]) -> torch.Tensor:
+    """mined.map_vocabulary of the student's and the teacher's token_strings, from a file in `folder` where it is
+    there."""
+    path = folder / f"vocabulary-map-{hashlib.sha256(repr(strings).encode()).hexdigest()[:16]}.safetensors"
+    try:
+        return load_file(path)["vocabulary_map"]
+    except (OSError, SafetensorError, KeyError):            # not there, or damaged
+        vocabulary_map = map_vocabulary(*strings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hub.whole_file(path) as temporary:
+        save_file({"vocabulary_map": vocabulary_map}, temporary)
+    return vocabulary_map
 
 
 # ----------------------------------------------------------------------------------------- the teacher's hidden states
@@ -70,16 +95,20 @@ class TeacherStates:
     """The teacher's final hidden states at every valid position of the training rows, in one memory-mapped file.
 
     With them the teacher's layers are needed no more, only its embedding and its head. The file lies beside the data:
-    (valid positions of all rows) × d_t numbers of `dtype` (torch.bfloat16 or torch.float32); a second file, .json, holds
-    the settings and how many rows are written, so that an interrupted writing goes on.
+    (valid positions of all rows) × d_t numbers of `dtype` (torch.bfloat16 or torch.float32); a second file, .json,
+    holds the settings and how many rows are written, so that an interrupted writing goes on.
     """
 
-    def __init__(self, data_file: Path, name: str, folder: Path, examples: list[Example], size: int, dtype: torch.dtype, computed_in: torch.dtype):
+    def __init__(self, data_file: Path, name: str, folder: Path, examples: list[Example], size: int, dtype: torch.dtype,
+                 computed_in: torch.dtype):
         """name and folder: the teacher's. size: d_t. computed_in: the type in which the teacher runs."""
         self.examples, self.size, self.dtype = examples, size, dtype
-        self.settings = {"teacher": name, "teacher_sha256": hub.fingerprint(folder), "dtype": str(dtype), "computed_in": str(computed_in), "size": size,
-                         "rows_sha256": hashlib.sha256(repr([(e.teacher.ids, e.teacher.prompt_length) for e in examples]).encode()).hexdigest()}
-        self.path = data_file.with_name(f"{data_file.stem}-states-{hub.label(Path(name).name)}-{_key(self.settings)}.bin")
+        self.settings = {"teacher": name, "teacher_sha256": hub.fingerprint(folder), "dtype": str(dtype),
+                         "computed_in": str(computed_in), "size": size,
+                         "rows_sha256": hashlib.sha256(repr([(e.teacher.ids, e.teacher.prompt_length)
+                                                             for e in examples]).encode()).hexdigest()}
+        label = hub.label(Path(name).name)
+        self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{_key(self.settings)}.bin")
         ends = np.cumsum([e.teacher.valid for e in examples])
         self.place = {e.row: (int(end) - e.teacher.valid, int(end)) for e, end in zip(examples, ends)}
         self.shape = int(ends[-1]), size
@@ -98,15 +127,15 @@ class TeacherStates:
             written = content.pop("rows_written")
         except (ValueError, KeyError, AttributeError, TypeError):
             content, written = None, 0
-        if content != self.settings or type(written) is not int or not 0 <= written <= len(self.examples) or self.path.stat().st_size != self._bytes():
-            return 0
-        return written
+        whole = content == self.settings and self.path.stat().st_size == self._bytes()
+        return written if whole and type(written) is int and 0 <= written <= len(self.examples) else 0
 
     def _bytes(self) -> int:
         return self.shape[0] * self.size * self.dtype.itemsize
 
     def _map(self, mode: str) -> np.memmap:
-        return np.memmap(self.path, dtype=np.uint16 if self.dtype == torch.bfloat16 else np.float32, mode=mode, shape=self.shape)
+        return np.memmap(self.path, dtype=np.uint16 if self.dtype == torch.bfloat16 else np.float32, mode=mode,
+                         shape=self.shape)
 
     def fill(self, forward: Callable[[torch.Tensor], torch.Tensor], batch_size: int, pad: int, device: str) -> None:
         """Run the teacher over the rows that are not written yet. forward: ids (B, T) → hidden (B, T, d_t)."""
@@ -125,8 +154,10 @@ class TeacherStates:
             with open(self.path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._bytes())         # a full disk is noticed here
         states, unflushed = self._map("r+"), 0
-        order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))        # the same at every start; the largest batch first
-        with tqdm(total=len(order), initial=self.written, desc="the teacher's hidden states, once", unit="row", dynamic_ncols=True) as bar:
+        # the same at every start; the largest batch first
+        order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))
+        with tqdm(total=len(order), initial=self.written, desc="the teacher's hidden states, once", unit="row",
+                  dynamic_ncols=True) as bar:
             while not self.complete:
                 part = order[self.written:self.written + batch_size]
                 batch = collate(part, pad, pad)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hub import InputError
+from files.config import InputError
 
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
                  "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -115,7 +115,8 @@ class _Fields:
     def refuse_unknown(self) -> None:
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", [], {}):
-                raise InputError(f'{self.path}: the field "{name}": {value!r} is not implemented and might change the result')
+                raise InputError(f'{self.path}: the field "{name}": {value!r} is not implemented and might change the '
+                                 'result')
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -134,8 +135,8 @@ def read_config(path: Path) -> ModelConfig:
         raise InputError(f'{path}: "architectures" is {architectures!r}, but must be a list of names')
     family = ARCHITECTURES.get(architectures[0], values.get("model_type") if architectures == [None] else None)
     if family not in list(ARCHITECTURES.values()):
-        raise InputError(f"{path}: the architecture {architectures[0] or values.get('model_type')!r} is not implemented "
-                         f"(implemented: {', '.join(ARCHITECTURES)})")
+        raise InputError(f"{path}: the architecture {architectures[0] or values.get('model_type')!r} is not "
+                         f"implemented (implemented: {', '.join(ARCHITECTURES)})")
     get = _Fields(path, values)
     config = _gpt2(get) if family == "gpt2" else _llama(get, family)
     config.hub = values
@@ -143,7 +144,8 @@ def read_config(path: Path) -> ModelConfig:
     if config.num_heads * config.head_dim > MOST:
         raise InputError(f"{path}: {config.num_heads} heads of size {config.head_dim} are beyond {MOST:,} features")
     if config.num_heads % config.num_kv_heads:
-        raise InputError(f"{path}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key-value heads")
+        raise InputError(f"{path}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key-value "
+                         "heads")
     if family != "gpt2" and config.head_dim % 2:
         raise InputError(f"{path}: rotary embeddings need an even head size, not {config.head_dim}")
     return config
@@ -163,8 +165,10 @@ def _gpt2(get: _Fields) -> ModelConfig:
         num_kv_heads=heads, head_dim=hidden // heads, intermediate_size=get.size("n_inner", 4 * hidden),
         max_positions=get.size("n_positions", 1024), norm_eps=get.number("layer_norm_epsilon", 1e-5, 0),
         tie_head=get.switch("tie_word_embeddings", True), activation=get("activation_function", "gelu_new"),
-        initializer_range=get.number("initializer_range", 0.02, 0), attention_dropout=get.number("attn_pdrop", 0.1, 0, 1),
-        embed_dropout=get.number("embd_pdrop", 0.1, 0, 1), residual_dropout=get.number("resid_pdrop", 0.1, 0, 1), sliding_layers=[False] * layers)
+        initializer_range=get.number("initializer_range", 0.02, 0),
+        attention_dropout=get.number("attn_pdrop", 0.1, 0, 1),
+        embed_dropout=get.number("embd_pdrop", 0.1, 0, 1), residual_dropout=get.number("resid_pdrop", 0.1, 0, 1),
+        sliding_layers=[False] * layers)
 
 
 def _llama(get: _Fields, family: str) -> ModelConfig:
@@ -178,17 +182,20 @@ def _llama(get: _Fields, family: str) -> ModelConfig:
     head_dim = get.size("head_dim", 128 if family == "qwen3" else hidden // heads)
     return ModelConfig(
         family=family, vocab_size=get.size("vocab_size"), hidden_size=hidden, num_layers=layers, num_heads=heads,
-        num_kv_heads=get.size("num_key_value_heads", 8 if family == "mistral" else 32 if family in ("qwen2", "qwen3") else heads),
+        num_kv_heads=get.size("num_key_value_heads",
+                              8 if family == "mistral" else 32 if family in ("qwen2", "qwen3") else heads),
         head_dim=head_dim, intermediate_size=get.size("intermediate_size"),
         max_positions=get.size("max_position_embeddings"), norm_eps=get.number("rms_norm_eps", 1e-6, 0),
-        tie_head=get.switch("tie_word_embeddings", False), activation="silu", initializer_range=get.number("initializer_range", 0.02, 0),
+        tie_head=get.switch("tie_word_embeddings", False), activation="silu",
+        initializer_range=get.number("initializer_range", 0.02, 0),
         attention_dropout=get.number("attention_dropout", 0.0, 0, 1), qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias, mlp_bias=get.switch("mlp_bias", False) and family == "llama", qk_norm=family == "qwen3",
         rope_theta=theta, rope_scaling=rope, sliding_window=window, sliding_layers=sliding_layers)
 
 
 def _rope(get: _Fields) -> tuple[float, dict]:
-    """The base of the rotary angles and their scaling: dialect 5 has both in rope_parameters, dialect 4 in two fields."""
+    """The base of the rotary angles and their scaling: dialect 5 has both in rope_parameters, dialect 4 in two
+    fields."""
     parts = get("rope_parameters", {}), get("rope_scaling", {})
     if not all(isinstance(part, dict) for part in parts):
         raise InputError(f"{get.path}: rope_parameters and rope_scaling must be JSON objects")
@@ -207,7 +214,8 @@ def _rope(get: _Fields) -> tuple[float, dict]:
 
 
 def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None, list[bool]]:
-    """The window in tokens, and for each layer whether it slides: Mistral's all do; Qwen's upper ones, when switched on."""
+    """The window in tokens, and for each layer whether it slides: Mistral's all do; Qwen's upper ones, when switched
+    on."""
     # a window that is absent has the family's default in transformers, one that is null is off
     present = "sliding_window" in get.values or family != "mistral"
     window, types = get("sliding_window", None if present else 4096), get("layer_types", None)
@@ -224,5 +232,6 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     if types is None:
         return window, [family == "mistral" or i >= first for i in range(layers)]
     if len(types) != layers or not set(map(str, types)) <= {"full_attention", "sliding_attention"}:
-        raise InputError(f"{get.path}: layer_types must name full_attention or sliding_attention for each of {layers} layers")
+        raise InputError(f"{get.path}: layer_types must name full_attention or sliding_attention for each of {layers} "
+                         "layers")
     return window, [family == "mistral" or kind == "sliding_attention" for kind in types]

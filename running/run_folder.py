@@ -4,7 +4,8 @@
     out_dir/metrics.jsonl    a line for every step      out_dir/last/            to go on from (checkpoint.py)
     out_dir/results.json     the table at the end       out_dir/last.previous/   the one before, should that be damaged
 
-Notable here: nothing is deleted that is not a run's; two processes never write into one folder; SIGTERM and Ctrl-C save first.
+Notable here: nothing is deleted that is not a run's; two processes never write into one folder; SIGTERM and Ctrl-C save
+first.
 """
 import contextlib
 import dataclasses
@@ -15,9 +16,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import hub
-import parallel
-from hub import InputError
+from files import hub
+from running import parallel
+from files.config import InputError
 
 # What may change between a run and its continuation.
 FREE = ("resume", "overwrite", "out_dir", "device", "num_threads", "shard_student", "shard_teacher")
@@ -42,7 +43,8 @@ def newest_run(config) -> Path:
 
 
 def saved_config(cls, out_dir: Path, given: dict) -> dict:
-    """The settings, fields of cls, of the run in out_dir. Raises InputError where there is none or a given flag says otherwise."""
+    """The settings, fields of cls, of the run in out_dir. Raises InputError where there is none or a given flag says
+    otherwise."""
     path = out_dir / "config.json"
     if not path.exists():
         raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
@@ -54,17 +56,18 @@ def saved_config(cls, out_dir: Path, given: dict) -> dict:
     if "method" not in saved:
         raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's)")
     if other_fields:
-        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: {', '.join(sorted(other_fields))})")
+        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: "
+                         f"{', '.join(sorted(other_fields))})")
     for name, value in given.items():
         if name not in FREE and value != saved[name]:
-            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; "
-                             "leave the flag out, or start a new run in another --out_dir")
+            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; leave the flag "
+                             "out, or start a new run in another --out_dir")
     return {**saved, "out_dir": str(out_dir)}
 
 
 def check_out_dir(config, inputs: list[Path]) -> Path:
-    """Choose or check the run's folder and touch nothing yet. Raises InputError where it holds another run, cannot be written,
-    or where --overwrite would delete one of the inputs."""
+    """Choose or check the run's folder and touch nothing yet. Raises InputError where it holds another run, cannot be
+    written, or where --overwrite would delete one of the inputs."""
     if not config.out_dir:
         number = 1
         while not config.overwrite and (numbered(run_name(config), number) / "config.json").exists():
@@ -82,8 +85,8 @@ def check_out_dir(config, inputs: list[Path]) -> Path:
         if not any((out_dir / name).exists() for name in ("config.json", "metrics.jsonl")):
             raise InputError(f"--out_dir {out_dir}: holds files that are not a run's; pass another folder")
         if not config.overwrite:
-            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete it, "
-                             "or another folder")
+            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete "
+                             "it, or another folder")
         for path in inputs:
             if path.resolve().is_relative_to(out_dir.resolve()):
                 raise InputError(f"--overwrite would delete {path}, which this run reads; pass another --out_dir")
@@ -103,7 +106,8 @@ def locked(out_dir: Path):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out_dir {out_dir}: another run is writing there; pass another folder, or wait for its end") from error
+            raise InputError(f"--out_dir {out_dir}: another run is writing there; pass another folder, or wait for its "
+                             "end") from error
         except OSError as error:            # a network file system without locks
             print(f"note: {out_dir} cannot be locked ({error.strerror}); start no other run in it")
         yield
@@ -112,10 +116,12 @@ def locked(out_dir: Path):
 
 
 def start_run(config, out_dir: Path) -> None:
-    """Empty the run's folder, which is locked, and write config.json. Of a link the folder behind it is emptied. Whenever this
-    ends, the folder is empty, or a run's that can be resumed or overwritten."""
-    if config.overwrite:                # config.json goes first, so that no old run is resumed, metrics.jsonl last, by which it is known
-        for path in sorted(out_dir.iterdir(), key=lambda path: {"config.json": 0, "metrics.jsonl": 2}.get(path.name, 1)):
+    """Empty the run's folder, which is locked, and write config.json. Of a link the folder behind it is emptied.
+    Whenever this ends, the folder is empty, or a run's that can be resumed or overwritten."""
+    # config.json goes first, so that no old run is resumed, metrics.jsonl last, by which it is known
+    if config.overwrite:
+        for path in sorted(out_dir.iterdir(),
+                           key=lambda path: {"config.json": 0, "metrics.jsonl": 2}.get(path.name, 1)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if any(holds(out_dir)):             # it was empty when this run began to prepare its data
         raise InputError(f"--out_dir {out_dir}: another run has begun there; pass another folder")
@@ -127,11 +133,16 @@ def start_run(config, out_dir: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ metrics.jsonl
 
 def append_line(path: Path, record: dict) -> None:
+    """Write a line of JSON; of several processes the first one does. Raises InputError where the disk does not take
+    it."""
+    if not parallel.is_first():
+        return
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is whole: make room, then go on with --resume") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is whole: make room, then "
+                         "go on with --resume") from error
 
 
 def keep_metrics(path: Path, step: int) -> None:
@@ -144,8 +155,8 @@ def keep_metrics(path: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError):       # the end of a file whose writing was interrupted
             break
     if len(lines) < step:
-        raise InputError(f"{path}: the line of step {len(lines) + 1} is missing or damaged, but the checkpoint is of step {step}; "
-                         "the file was changed after training")
+        raise InputError(f"{path}: the line of step {len(lines) + 1} is missing or damaged, but the checkpoint is of "
+                         f"step {step}; the file was changed after training")
     with hub.atomic_write(path) as file:
         file.writelines(lines)
 
@@ -157,8 +168,9 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """SIGTERM and SIGINT, until close(): `signal` is its number, and the run saves and leaves after its step; inside at_once()
-    Interrupted is raised. A second Ctrl-C does not wait; of torchrun's processes each may get a signal more than once."""
+    """SIGTERM and SIGINT, until close(): `signal` is its number, and the run saves and leaves after its step; inside
+    at_once() Interrupted is raised. A second Ctrl-C does not wait; of torchrun's processes each may get a signal more
+    than once."""
 
     def __init__(self):
         self.signal, self._at_once = 0, False

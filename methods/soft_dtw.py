@@ -1,6 +1,6 @@
 """Soft dynamic time warping (Cuturi & Blondel, arXiv 1703.01541) and the alignment terms of DWA-KD (arXiv 2602.21669).
 
-    R_ij = c_ij + softmin_γ(R_(i−1)j, R_i(j−1), R_(i−1)(j−1))        softmin_γ(x) = −γ log Σ exp(−x/γ)        SDTW = R_nm
+    R_ij = c_ij + softmin_γ(R_(i−1)j, R_i(j−1), R_(i−1)(j−1))       softmin_γ(x) = −γ log Σ exp(−x/γ)       SDTW = R_nm
     divergence(a, b) = SDTW(a, b) − ½ SDTW(a, a) − ½ SDTW(b, b)      cost: cosine distance
 
 Notable here: many pairs are computed at once and a whole anti-diagonal at a time, because no two cells of one need each
@@ -28,7 +28,8 @@ def _unskew(x: torch.Tensor, t: int) -> torch.Tensor:
 
 
 def _predecessors(table: torch.Tensor, d: int) -> torch.Tensor:
-    """(3, N, S): the cells above, to the left of and diagonal to those of anti-diagonal d, which lies at table[d + 2]."""
+    """(3, N, S): the cells above, to the left of and diagonal to those of anti-diagonal d, which lies at table[d +
+    2]."""
     return torch.stack([table[d + 1, :, :-1], table[d + 1, :, 1:], table[d, :, :-1]])
 
 
@@ -61,7 +62,7 @@ class _SoftDTW(torch.autograd.Function):
         return _unskew(flow[2:, :, 1:], ctx.t), None, None, None
 
 
-def soft_dtw(cost: torch.Tensor, lengths_a: torch.Tensor, lengths_b: torch.Tensor, gamma: float) -> torch.Tensor:
+def sdtw(cost: torch.Tensor, lengths_a: torch.Tensor, lengths_b: torch.Tensor, gamma: float) -> torch.Tensor:
     """SDTW of N pairs of sequences: cost (N, S, T), lengths (N,) from 1 on (the rest of cost is not looked at) → (N,).
 
     γ > 0, in the cost's unit: towards 0 it is the cost of the best path (hard DTW), larger values average over paths.
@@ -79,8 +80,8 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return 1 - a @ b.transpose(1, 2)
 
 
-def band_penalty(attention: torch.Tensor, lengths_s: torch.Tensor, lengths_t: torch.Tensor, width: float, entropy: float,
-                 penalty: float, blend: float) -> torch.Tensor:
+def band_penalty(attention: torch.Tensor, lengths_s: torch.Tensor, lengths_t: torch.Tensor, width: float,
+                 entropy: float, penalty: float, blend: float) -> torch.Tensor:
     """What the cross cost is raised by outside a soft band around the attention: (B, S, T), 0 or `penalty`.
 
     A row a_i of attention (B, S, T) has the entropy H_i (nats) and the centre
@@ -95,6 +96,26 @@ def band_penalty(attention: torch.Tensor, lengths_s: torch.Tensor, lengths_t: to
     return penalty * ((j - centre[..., None]).abs() > reach[..., None]).float()
 
 
+def gamma_at(options, step: int) -> float:
+    """γ after `step` optimizer steps: linear, then constant."""
+    progress = min(1.0, step / options.dtw_gamma_steps) if options.dtw_gamma_steps else 1.0
+    return options.dtw_gamma_start + progress * (options.dtw_gamma_end - options.dtw_gamma_start)
+
+
+def dtw_losses(student, teacher, projectors, aligned, options, step: int) -> dict[str, torch.Tensor]:
+    """DWA-KD's two terms, label embeddings and final hidden states, both in the student's space, summed over examples.
+
+    student, teacher: sides.Side; aligned: cma.Aligned; options: dtw_… of table.Options.
+    """
+    lengths = student.valid.mask.sum(1), teacher.valid.mask.sum(1)
+    outside = band_penalty(aligned.weights, *lengths, options.dtw_band, options.dtw_entropy, options.dtw_penalty,
+                           options.dtw_blend)
+    pairs = [(student.embed(student.y), projectors.dtw_embed(aligned.teacher_label_embed)),
+             (student.hidden, projectors.t2s(teacher.hidden))]
+    embed, hidden = dtw_divergences(pairs, *lengths, gamma_at(options, step), outside)
+    return {"dtw_embed_loss": embed, "dtw_hidden_loss": hidden}
+
+
 def dtw_divergences(pairs: list[tuple[torch.Tensor, torch.Tensor]], lengths_s: torch.Tensor, lengths_t: torch.Tensor,
                     gamma: float, cross_penalty: torch.Tensor | float = 0.0) -> list[torch.Tensor]:
     """Σ over examples of SDTW(a, b) − ½ SDTW(a, a) − ½ SDTW(b, b) for each (a, b): (B, S, d) against (B, T, d).
@@ -104,11 +125,10 @@ def dtw_divergences(pairs: list[tuple[torch.Tensor, torch.Tensor]], lengths_s: t
     costs, lengths_a, lengths_b = [], [], []
     size = max(max(a.size(1), b.size(1)) for a, b in pairs)
     for a, b in pairs:
-        for x, y, n_x, n_y, extra in ((a, b, lengths_s, lengths_t, cross_penalty), (a, a, lengths_s, lengths_s, 0.0), (b, b, lengths_t, lengths_t, 0.0)):
-            cost = cosine_distance(x, y) + extra
+        for cost in (cosine_distance(a, b) + cross_penalty, cosine_distance(a, a), cosine_distance(b, b)):
             costs.append(F.pad(cost, (0, size - cost.size(2), 0, size - cost.size(1))))
-            lengths_a.append(n_x)
-            lengths_b.append(n_y)
-    values = soft_dtw(torch.cat(costs), torch.cat(lengths_a), torch.cat(lengths_b), gamma)
+        lengths_a += [lengths_s, lengths_s, lengths_t]
+        lengths_b += [lengths_t, lengths_s, lengths_t]
+    values = sdtw(torch.cat(costs), torch.cat(lengths_a), torch.cat(lengths_b), gamma)
     cross, self_a, self_b = values.view(len(pairs), 3, -1).sum(-1).unbind(1)
     return list((cross - 0.5 * self_a - 0.5 * self_b).unbind(0))

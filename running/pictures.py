@@ -1,8 +1,8 @@
 """Pictures of attention, of keys and queries, and of a run's curves: what probe.py and train.py leave as PNG files.
 
-Notable here: a token is shown with its spaces (␣) and line breaks (↵); the bytes of a character that a tokenizer split are
-grouped, <e4 bd>; a character that the font lacks is escaped, \\u4f60. The font ships with matplotlib, so that the pictures
-are the same everywhere.
+Notable here: a token is shown with its spaces (␣) and line breaks (↵); the bytes of a character that a tokenizer split
+are grouped, <e4 bd>; a character that the font lacks is escaped, \\u4f60. The font ships with matplotlib, so that the
+pictures are the same everywhere.
 """
 import re
 import unicodedata
@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
-import hub
+from files import hub
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
 DRAWABLE = set(FT2Font(str(FONT)).get_charmap())
@@ -44,14 +44,16 @@ CURVES = {
 
 def token_label(token: bytes) -> str:
     """A token's bytes as a readable label of at most LONGEST_LABEL characters."""
-    text = token.decode("utf-8", errors="surrogateescape")          # a byte of a split character becomes U+DC80 … U+DCFF
+    # a byte of a split character becomes U+DC80 … U+DCFF
+    text = token.decode("utf-8", errors="surrogateescape")
     pieces = []
     for part in re.findall(r"[\udc80-\udcff]+|[^\udc80-\udcff]", text):
         if "\udc80" <= part[0] <= "\udcff":
             pieces.append("<" + " ".join(f"{ord(c) - 0xdc00:02x}" for c in part) + ">")
         elif part in VISIBLE:
             pieces.append(VISIBLE[part])
-        elif ord(part) in DRAWABLE and unicodedata.category(part)[0] not in "CMZ":      # control, combining, other spaces
+        # control, combining, other spaces
+        elif ord(part) in DRAWABLE and unicodedata.category(part)[0] not in "CMZ":
             pieces.append(part)
         else:
             pieces.append(part.encode("unicode_escape").decode())
@@ -75,9 +77,11 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
 def _attention(axes, weights: torch.Tensor, blocks: list[tuple[range, range]], width: float, strongest: float):
     """weights (S, T) as shades, of which `strongest` is the darkest, and every chunk's outline."""
     # by the square root of the weight: a twentieth of the strongest is still seen
-    image = axes.imshow(weights.numpy(), aspect="equal", interpolation="nearest", cmap="Blues", norm=PowerNorm(0.5, 0, strongest))
+    image = axes.imshow(weights.numpy(), aspect="equal", interpolation="nearest", cmap="Blues",
+                        norm=PowerNorm(0.5, 0, strongest))
     for rows, columns in blocks:
-        axes.add_patch(Rectangle((columns.start - 0.5, rows.start - 0.5), len(columns), len(rows), fill=False, edgecolor="tab:orange",
+        axes.add_patch(Rectangle((columns.start - 0.5, rows.start - 0.5), len(columns), len(rows), fill=False,
+                                 edgecolor="tab:orange",
                                  linewidth=width, clip_on=False))
     return image
 
@@ -90,12 +94,12 @@ def _labels(axes, student_labels: list[str], teacher_labels: list[str]) -> None:
     axes.tick_params(length=0, pad=2)
 
 
-def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: list[str], panels: dict[str, torch.Tensor],
-            blocks: list[tuple[range, range]]) -> Path:
+def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: list[str],
+            panels: dict[str, torch.Tensor], blocks: list[tuple[range, range]]) -> Path:
     """Attention with readable tokens: a row for every student token, a column for every teacher token, chunks outlined.
 
-    panels: heading → weights (S, T), drawn side by side. blocks: (student tokens, teacher tokens) of every chunk. What is
-    beyond MOST_TOKENS on a side is left out, and the title says so.
+    panels: heading → weights (S, T), drawn side by side. blocks: (student tokens, teacher tokens) of every chunk. What
+    is beyond MOST_TOKENS on a side is left out, and the title says so.
     """
     whole = len(student_labels), len(teacher_labels)
     student_labels, teacher_labels = student_labels[:MOST_TOKENS], teacher_labels[:MOST_TOKENS]
@@ -108,11 +112,15 @@ def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: l
     label = [CHARACTER * max(map(len, labels)) + 0.15 for labels in (student_labels, teacher_labels)]
     lines = [text.count("\n") + 1 for text in (title, *panels)]
     slot = max(columns * cell, max(CHARACTER * 1.15 * len(line) for heading in panels for line in heading.split("\n")))
-    width = max(0.1 + len(panels) * (label[0] + slot + 0.2) + 1.0, CHARACTER * 1.15 * max(map(len, title.split("\n"))) + 0.4)
+    width = max(0.1 + len(panels) * (label[0] + slot + 0.2) + 1.0,
+                CHARACTER * 1.15 * max(map(len, title.split("\n"))) + 0.4)
     bottom, height = LINE * max(lines[1:]) + 0.25, rows * cell
     figure = Figure(figsize=(width, bottom + height + label[1] + LINE * lines[0] + 0.25))
-    place = lambda x, y, w, h: (x / width, y / figure.get_figheight(), w / width, h / figure.get_figheight())
-    figure.text(0.5, 1 - 0.1 / figure.get_figheight(), title, ha="center", va="top", fontproperties=_font(9), parse_math=False)
+
+    def place(x, y, w, h):
+        return x / width, y / figure.get_figheight(), w / width, h / figure.get_figheight()
+    figure.text(0.5, 1 - 0.1 / figure.get_figheight(), title, ha="center", va="top", fontproperties=_font(9),
+                parse_math=False)
     strongest = max(float(weights[:rows, :columns].max()) for weights in panels.values())
     x = 0.1
     for heading, weights in panels.items():
@@ -122,7 +130,8 @@ def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: l
         _labels(axes, student_labels, teacher_labels)
         axes.set_xlabel(heading, fontproperties=_font(9))
     bar = figure.add_axes(place(x + 0.1, bottom + max(0.0, height - 3) / 2, 0.15, min(height, 3.0)))
-    figure.colorbar(image, cax=bar, ticks=[share * strongest for share in (0, 0.05, 0.2, 0.5, 1)], format="%.2f").ax.tick_params(labelsize=8)
+    figure.colorbar(image, cax=bar, ticks=[share * strongest for share in (0, 0.05, 0.2, 0.5, 1)],
+                    format="%.2f").ax.tick_params(labelsize=8)
     return save(figure, path, dpi=110)
 
 
@@ -144,8 +153,8 @@ def contact_sheet(path: Path, samples: list[tuple[str, torch.Tensor, list[tuple[
 # --------------------------------------------------------------------------------------------------- keys and queries
 
 def principal_components(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Keys (N, d) and queries (M, d) in the first two principal components of their union → (N, 2), (M, 2), and the share
-    of the union's variance that each of the two components has."""
+    """Keys (N, d) and queries (M, d) in the first two principal components of their union → (N, 2), (M, 2), and the
+    share of the union's variance that each of the two components has."""
     union = torch.cat([keys, queries]).double()
     union = union - union.mean(0)
     values, vectors = torch.linalg.eigh(union @ union.T)            # of the points' products: their number, not d
@@ -156,11 +165,13 @@ def principal_components(keys: torch.Tensor, queries: torch.Tensor) -> tuple[tor
 
 def _scatter(axes, title: str, keys: torch.Tensor, queries: torch.Tensor) -> None:
     at_keys, at_queries, shares = principal_components(keys, queries)
-    for points, name, colour, marker in ((at_keys, "keys (teacher)", "tab:blue", "o"), (at_queries, "queries (student)", "tab:red", "x")):
+    for points, name, colour, marker in ((at_keys, "keys (teacher)", "tab:blue", "o"),
+                                         (at_queries, "queries (student)", "tab:red", "x")):
         axes.scatter(*points.numpy().T, s=14, c=colour, marker=marker, alpha=0.5, linewidths=0.8, label=name)
     axes.set_title(title, fontproperties=_font(9), parse_math=False)
     for axis, share in zip((axes.xaxis, axes.yaxis), shares):
-        axis.set_label_text(f"{'first' if axis is axes.xaxis else 'second'} principal component ({100 * share:.0f} % of the variance)", fontproperties=_font(8))
+        axis.set_label_text(f"{'first' if axis is axes.xaxis else 'second'} principal component ({100 * share:.0f} % "
+                            "of the variance)", fontproperties=_font(8))
     axes.legend(prop=_font(8))
 
 
@@ -172,9 +183,10 @@ def scatter(path: Path, title: str, keys: torch.Tensor, queries: torch.Tensor) -
 
 
 def comparison(path: Path, columns: list[dict]) -> Path:
-    """Checkpoints side by side, each with: title, keys, queries (absent for an alignment without them), and one sample's heading,
-    student_labels, teacher_labels, weights, blocks."""
-    rows, teacher_tokens = (max(min(len(c[name]), MOST_TOKENS) for c in columns) for name in ("student_labels", "teacher_labels"))
+    """Checkpoints side by side, each with: title, keys, queries (absent for an alignment without them), and one
+    sample's heading, student_labels, teacher_labels, weights, blocks."""
+    rows, teacher_tokens = (max(min(len(c[name]), MOST_TOKENS) for c in columns)
+                            for name in ("student_labels", "teacher_labels"))
     size = max(5.5, CELL * teacher_tokens + 1.8), max(3.0, CELL * rows + 1.8)
     figure = Figure(figsize=(len(columns) * size[0], 5 + size[1]), layout="constrained")
     strongest = max(float(c["weights"].max()) for c in columns)
@@ -183,10 +195,13 @@ def comparison(path: Path, columns: list[dict]) -> Path:
         if "queries" in column:
             _scatter(above, column["title"], column["keys"], column["queries"])
         else:
-            above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9), parse_math=False)
+            above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9),
+                            parse_math=False)
             above.set_axis_off()
         cut = slice(0, MOST_TOKENS)
-        _attention(below, column["weights"][cut, cut], [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0, strongest)
+        _attention(below, column["weights"][cut, cut],
+                   [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0,
+                   strongest)
         _labels(below, column["student_labels"][cut], column["teacher_labels"][cut])
         below.set_xlabel(column["heading"], fontproperties=_font(9))
     return save(figure, path, dpi=110)
@@ -195,9 +210,10 @@ def comparison(path: Path, columns: list[dict]) -> Path:
 # ------------------------------------------------------------------------------------------------------------- curves
 
 def curves(path: Path, title: str, records: list[dict]) -> Path:
-    """The lines of metrics.jsonl over steps, a panel for every group of CURVES that a run has. What comes at every step is
-    drawn faintly and, over it, as a running mean over a fiftieth of the run."""
-    series = {name: ([r["step"] for r in records if name in r], [r[name] for r in records if name in r]) for names in CURVES.values() for name in names}
+    """The lines of metrics.jsonl over steps, a panel for every group of CURVES that a run has. What comes at every step
+    is drawn faintly and, over it, as a running mean over a fiftieth of the run."""
+    series = {name: ([r["step"] for r in records if name in r], [r[name] for r in records if name in r])
+              for names in CURVES.values() for name in names}
     panels = {heading: [name for name in names if series[name][0]] for heading, names in CURVES.items()}
     panels = {heading: names for heading, names in panels.items() if names}
     across = min(3, len(panels))
@@ -228,7 +244,8 @@ def curves(path: Path, title: str, records: list[dict]) -> Path:
 # -------------------------------------------------------------------------------------------------------------- table
 
 def bars(path: Path, table: list[dict]) -> Path:
-    """compare.py's table: a group of bars for every column, a bar for every row, its deviation over training seeds on top."""
+    """compare.py's table: a group of bars for every column, a bar for every row, its deviation over training seeds on
+    top."""
     headings = list(table[0]["columns"])
     figure = Figure(figsize=(max(6.0, 1.0 + 0.22 * len(headings) * (len(table) + 2)), 4.5), layout="constrained")
     axes = figure.subplots()
@@ -236,7 +253,8 @@ def bars(path: Path, table: list[dict]) -> Path:
     for i, line in enumerate(table):
         means, deviations = zip(*(line["columns"][heading] for heading in headings))
         places = [j + (i - (len(table) - 1) / 2) * width for j in range(len(headings))]
-        axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}", hatch=(None, "//", "..")[i // 10 % 3], error_kw=dict(linewidth=0.8))
+        axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}",
+                 hatch=(None, "//", "..")[i // 10 % 3], error_kw=dict(linewidth=0.8))
     axes.set_xticks(range(len(headings)), headings, fontproperties=_font(8), parse_math=False)
     axes.set_ylabel("ROUGE-L × 100", fontproperties=_font(8))
     axes.tick_params(labelsize=8)

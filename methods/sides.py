@@ -1,0 +1,64 @@
+"""The two sides of a batch, each at its valid positions: those whose label is a response token or EOS."""
+from dataclasses import dataclass
+
+import torch
+
+
+class Valid:
+    """Where the valid positions of one side are, as a packed list and as a (B, L) grid.
+
+    labels: (B, T), −100 where not valid. `labels` (N,) are the others, packed; `mask` (B, L) is true on the grid's real
+    cells; a row's valid positions come first, in order, and L is the largest number of them in a row.
+    """
+
+    def __init__(self, labels: torch.Tensor):
+        is_valid = labels != -100
+        self.labels = labels[is_valid]
+        lengths = is_valid.sum(1)
+        longest = int(lengths.max())
+        self.index = is_valid.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        self.mask = torch.arange(longest, device=labels.device)[None] < lengths[:, None]
+
+    def grid(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T) or (B, T, d) → the grid's positions of it, (B, L) or (B, L, d); zero where there is no position."""
+        index = self.index if x.dim() == 2 else self.index[..., None].expand(-1, -1, x.size(-1))
+        mask = self.mask if x.dim() == 2 else self.mask[..., None]
+        return x.gather(1, index) * mask
+
+    def pack(self, grid: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) → (N, ...), the valid positions of all rows one after the other."""
+        return grid[self.mask]
+
+    def deviation(self, grid: torch.Tensor) -> torch.Tensor:
+        """σ: the standard deviation of (B, L, d) over valid positions and features."""
+        return self.pack(grid).float().std()
+
+    def mean_one(self, weights: torch.Tensor) -> torch.Tensor:
+        """Rescale weights (N,) of the packed positions so that each row's positions have the mean 1."""
+        grid = torch.zeros_like(self.mask, dtype=weights.dtype).masked_scatter(self.mask, weights)
+        mean = grid.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True)
+        return self.pack(grid / mean.clamp(min=1e-12))
+
+
+@dataclass
+class Side:
+    """What the losses see of one model: its batch on the grid of valid positions, its embedding and its head."""
+    valid: Valid
+    x: torch.Tensor                     # (B, L), the input tokens
+    y: torch.Tensor                     # (B, L), the label tokens
+    chunks: torch.Tensor | None         # (B, L), the number of each position's chunk, where an alignment needs it
+    embed: torch.nn.Module              # E: token ids → (…, d)
+    head: torch.Tensor | None = None    # W: (V, d)
+    hidden: torch.Tensor | None = None  # h: (B, L, d) after the final norm
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """h at the valid positions, (N, d)."""
+        return self.valid.pack(self.hidden)
+
+
+def side_of(batch: dict[str, torch.Tensor], name: str, embed: torch.nn.Module) -> Side:
+    """name: "student" or "teacher". Its head and hidden states, which attention does not need, are left out."""
+    valid = Valid(batch[f"{name}_labels"])
+    chunks = valid.grid(batch[f"{name}_chunks"]) if f"{name}_chunks" in batch else None
+    return Side(valid, valid.grid(batch[f"{name}_ids"]), valid.grid(batch[f"{name}_labels"]), chunks, embed)

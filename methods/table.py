@@ -1,0 +1,157 @@
+"""The table of methods: every method is a choice of options, and one function goes from a batch to its loss parts.
+
+    --method dwa_kd                    is --alignment attention --weights entropy --dtw_weight 0.2
+    --method dwa_kd --adversary gan    and any other combination that makes sense
+
+A new divergence is a name and a branch in divergences.py. A new method is a line of METHODS, its name in the groups
+below it where it belongs to one, its loss in a file of its own here, and two lines in `distill`; what α multiplies
+comes back as "kd_loss".
+"""
+from dataclasses import dataclass
+
+import torch
+
+import discriminator
+from cma import ALIGNMENTS, dskd_cma
+from files.config import InputError, flag
+from methods import heads, soft_dtw
+from methods.divergences import DIVERGENCES
+from methods.dual_space import Projectors, dskd
+from methods.heads import Parts
+from methods.mined import mined_loss
+from methods.sides import side_of
+from methods.uld import uld_loss
+
+# method → its options; the teacher-less and the older methods have none of them
+METHODS = {
+    "sft": {},                          # cross-entropy on the data, no teacher
+    "seqkd": {},                        # cross-entropy on the teacher's answers
+    "kd": {},                           # divergence between the two models' outputs (same vocabulary)
+    "dskd": {},                         # distillation in both models' spaces (same vocabulary)
+    "uld": {},                          # distance of sorted probabilities
+    "mined": {},                        # positions and vocabularies matched by edit distance
+    "dskd_clp": dict(alignment="chunk_mean"),
+    "dskd_cla": dict(alignment="chunk_attention"),
+    "dskd_cma": dict(alignment="attention"),
+    "dskd_cma_ga": dict(alignment="attention", adversary="gan"),
+    "dskd_cma_ct": dict(alignment="attention", adversary="ct"),
+    "dwa_kd": dict(alignment="attention", weights="entropy", dtw_weight=0.2),
+}
+WITHOUT_KD = ("sft", "seqkd")           # cross-entropy alone: α is 0
+ONE_VOCABULARY = ("kd", "dskd")         # positions and tokens correspond one to one
+LOGITS_ONLY = ("kd", "uld", "mined")    # no projectors
+KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss")       # what the total multiplies by α
+ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport}
+
+
+@dataclass
+class Options:
+    """What is minimized. train.py adds the rest of its command line to these."""
+    method: str = flag("dskd_cma_ga", "a preset of the next four options, see docs/methods.md", choices=tuple(METHODS))
+    alignment: str = flag("none", "how positions of two tokenizers meet; none: one to one, or not at all",
+                          choices=("none", *ALIGNMENTS))
+    adversary: str = flag("none", "who matches keys and queries, see discriminator.py", choices=("none", *ADVERSARIES))
+    weights: str = flag("gate", "of the KD terms: where z_t2s is right, or DWA-KD's confidence, times entropies",
+                        choices=("gate", "entropy"))
+    dtw_weight: float = flag(0.0, "λ_DTW, weight of DWA-KD's soft-DTW terms (a number; dwa_kd: 0.2)", at_least=0)
+    divergence: str = flag("forward_kl", "distance between student and target, see methods/divergences.py",
+                           choices=DIVERGENCES)
+    align_on: str = flag("label",
+                         "chunks are judged by a position's label token, or by its input token as in the release",
+                         choices=("label", "input"))
+    kd_rate: float = flag(0.5, "α, share of distillation in the loss (0 to 1)", at_least=0, at_most=1)
+    temperature: float = flag(2.0, "T of the divergences (a number)", at_least=1e-3)
+    ga_weight: float = flag(0.1, "λ_GA, weight of key-query matching (a number)", at_least=0)
+    projector_init: str = flag("random",
+                               "the projectors' first weights; shared: from the tokens both vocabularies have, see "
+                               "methods/projector_init.py", choices=("random", "shared"))
+    ramp_steps: int = flag(300, "optimizer steps until the entropy-weighted term has its full weight", at_least=0)
+    dtw_gamma_start: float = flag(2.0, "γ of soft-DTW at the first step (cosine distance)", at_least=0.01, at_most=10)
+    dtw_gamma_end: float = flag(0.8, "γ at the end (cosine distance)", at_least=0.01, at_most=10)
+    dtw_gamma_steps: int = flag(3570, "optimizer steps from the one to the other", at_least=0)
+    dtw_band: float = flag(5.0, "half the width of the band around the attention, in positions", at_least=0)
+    dtw_entropy: float = flag(2.0, "positions by which a nat of the attention's entropy widens the band", at_least=0)
+    dtw_penalty: float = flag(1.0, "cost added outside the band (cosine distance)", at_least=0)
+    dtw_blend: float = flag(0.7, "the band's centre: 1 the attention's, 0 the diagonal", at_least=0, at_most=1)
+
+
+def check_options(options: Options) -> None:
+    """Raise InputError where an option means nothing to the method, or two of them exclude each other."""
+    method, alignment = options.method, options.alignment
+    across = "alignment" in METHODS[method]
+    if across != (alignment != "none"):
+        reason = f"needs one of {', '.join(ALIGNMENTS)}" if across else "has no alignment; start from dskd_cma"
+        raise InputError(f"--method {method} --alignment {alignment}: this method {reason}")
+
+    def refuse(field, unused, needs):
+        if unused and getattr(options, field) != getattr(Options, field):
+            raise InputError(f"--{field} {getattr(options, field)}: --method {method} has no use for it; it is for "
+                             f"{needs}")
+    refuse("adversary", not across, "dskd_cma or dskd_cla")
+    refuse("weights", not across, "dskd_cma, dskd_cla or dskd_clp")
+    refuse("dtw_weight", not across, "dskd_cma, dskd_cla or dskd_clp")
+    refuse("projector_init", not across, "dskd_cma and those after it")
+    refuse("align_on", not alignment.startswith("chunk"), "dskd_clp or dskd_cla")
+    refuse("divergence", method in (*WITHOUT_KD, "uld", "mined"), "kd or one of the dual-space methods")
+    if alignment == "chunk_mean" and options.adversary != "none":
+        raise InputError(f"--adversary {options.adversary}: --alignment chunk_mean has no queries to be matched with "
+                         "keys")
+
+
+def make_modules(options: Options, student_size: int, teacher_size: int):
+    """What learns beside the student in the dual-space methods: the projectors, and the adversary or None. Sizes: d_s,
+    d_t. options: Options or a run's settings."""
+    query = options.alignment in ("attention", "chunk_attention")
+    projectors = Projectors(student_size, teacher_size, query, dtw_embed=options.dtw_weight > 0)
+    return projectors, None if options.adversary == "none" else ADVERSARIES[options.adversary](2 * teacher_size)
+
+
+def distill(options: Options, batch, student, teacher, projectors, adversary, step: int,
+            factors: dict[str, float]) -> Parts:
+    """Forward both models and compute the method's loss parts, each a SUM over valid positions (of which side: see
+    `terms`).
+
+    student and teacher have .embed, .head and forward(ids) → hidden; where the batch holds teacher_hidden (B, T, d_t),
+    on the grid of valid positions, the teacher's forward is not called. step: optimizer steps done so far. factors:
+    what the total multiplies nll_loss and the parts of kd_loss by, see methods/heads.py.
+    """
+    learner = side_of(batch, "student", student.embed)
+    learner.hidden, learner.head = learner.valid.grid(student(batch["student_ids"])), student.head.weight
+    if options.method in WITHOUT_KD:
+        return heads.sft(learner, factors)
+    guide = side_of(batch, "teacher", teacher.embed)
+    guide.head, guide.hidden = teacher.head.weight, batch.get("teacher_hidden")
+    if guide.hidden is None:
+        with torch.no_grad():
+            guide.hidden = guide.valid.grid(teacher(batch["teacher_ids"]))
+    if options.method == "kd":
+        return heads.kd(learner, guide, options, factors)
+    if options.method == "dskd":
+        return dskd(learner, guide, projectors, options, factors)
+    if options.method == "uld":
+        return heads.sft(learner, factors) | uld_loss(learner, guide, factors)
+    if options.method == "mined":
+        pairs = mined_loss(learner, guide, batch["partners"], batch["vocabulary_map"], options.temperature, factors)
+        return heads.sft(learner, factors) | pairs
+    parts, aligned = dskd_cma(learner, guide, projectors, options, step, factors)
+    if options.adversary == "gan":
+        keys, queries = guide.valid.pack(aligned.keys), learner.valid.pack(aligned.queries)
+        parts |= discriminator.gan(adversary, keys, queries)
+    if options.adversary == "ct":
+        masks = guide.valid.mask, learner.valid.mask
+        parts |= discriminator.conditional_transport(adversary, aligned.keys, aligned.queries, *masks)
+    if options.dtw_weight:
+        parts |= soft_dtw.dtw_losses(learner, guide, projectors, aligned, options, step)
+    return parts
+
+
+def terms(parts: Parts, n: dict[str, int]):
+    """CE, KD, GA and DTW of the total, from the parts and the step's numbers of valid tokens; 0 where a method has no
+    such term. Keys are the teacher's positions, everything else is divided by the number of the student's."""
+    ce, kd = parts["nll_loss"] / n["student"], parts.get("kd_loss", 0.0) / n["student"]
+    ga = dtw = 0.0
+    if "adversary_key_loss" in parts:
+        ga = parts["adversary_key_loss"] / n["teacher"] + parts["adversary_query_loss"] / n["student"]
+    if "dtw_embed_loss" in parts:
+        dtw = (parts["dtw_embed_loss"] + parts["dtw_hidden_loss"]) / n["student"]
+    return ce, kd, ga, dtw

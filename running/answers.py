@@ -1,0 +1,139 @@
+"""A model answers the prompts of some rows: the student where it is scored, the teacher for SeqKD.
+
+SeqKD (sequence-level distillation, Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts and the
+student learns its answers by cross-entropy. They are greedy (the paper's beam search with one beam); one that reached
+the length limit is kept as it is. They are written beside the data, in a file of rows that names the teacher; a second
+file names the settings, and a change of any of them makes another pair of files. Writing them can be interrupted and
+goes on from there.
+"""
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from files import hub
+from files.config import InputError
+from files.rows import Row, read_rows
+from model import Decoder
+from running import parallel
+from running.run_folder import Interrupted
+from tokenize_align import Tokenizer, encode_prompt, left_pad
+
+
+def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
+                   batch_size: int, temperature: float, seed: int = 0, desc: str = "answering",
+                   done=()) -> Iterator[list[tuple[int, str, bool]]]:
+    """Generate answers, a batch of prompts of like length at a time → lists of (number of the row, answer, whether it
+    ended before the limit). Limits in tokens; temperature 0 is greedy. done: numbers of rows that need no answer any
+    more."""
+    device = decoder.embed.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    limit = min(max_prompt_length, max_length - 1)
+    prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
+    new_tokens = max_length - max(map(len, prompts))            # what the longest prompt leaves, for every row
+    order = sorted(set(range(len(rows))) - set(done), key=lambda i: -len(prompts[i]))
+    with tqdm(total=len(rows), initial=len(rows) - len(order), desc=desc, unit="row", leave=False,
+              dynamic_ncols=True) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start:start + batch_size]
+            ids, mask = left_pad([prompts[i] for i in part], tokenizer.eos_id)
+            new = decoder.generate(ids.to(device), mask.to(device), new_tokens, temperature, eos_id=tokenizer.eos_id,
+                                   generator=generator)
+            answers = [tokens[:tokens.index(tokenizer.eos_id)] if tokenizer.eos_id in tokens else tokens
+                       for tokens in new.tolist()]
+            yield [(i, tokenizer.decode(tokens).strip(), len(tokens) < new.size(1)) for i, tokens in zip(part, answers)]
+            bar.update(len(part))
+
+
+def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
+                batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering",
+                at_once=contextlib.nullcontext) -> list[str]:
+    """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers.
+
+    Every process of torchrun answers a part of the rows and gets all answers; a sharded model needs its processes in
+    step, so there each answers everything. at_once: a context in which Interrupted may be raised; it is raised in every
+    process.
+    """
+    sharded = parallel.is_sharded(decoder)
+    first, every = (0, 1) if sharded else (parallel.rank(), parallel.world())
+    others = set(range(len(rows))) - set(range(first, len(rows), every))
+    answers: dict[int, str] | None = {}
+    try:
+        with contextlib.nullcontext() if sharded else at_once():
+            for batch in answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size,
+                                        temperature,
+                                        seed + 1_000_003 * first, desc, others):
+                answers |= {i: text for i, text, _ in batch}
+    except Interrupted:
+        answers = None
+    parts = parallel.gather(answers)
+    if None in parts:
+        raise Interrupted
+    answers = {i: text for part in parts for i, text in part.items()}
+    return [answers[i] for i in range(len(rows))]
+
+
+def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
+    """Say how many prompts of a set exceed the limit, in tokens, where any does."""
+    if cut := sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows):
+        print(f"{name}: {cut} of {len(rows)} prompts cut to {limit} tokens")
+
+
+# ------------------------------------------------------------------------------------------------------------- SeqKD
+
+def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, tokenizer: Tokenizer, max_length: int,
+                 max_prompt_length: int, batch_size: int) -> list[Row]:
+    """The rows, which stand in data_file, with the teacher's answer in place of theirs; without those it has no answer
+    to.
+
+    name: the teacher's, for the file. max_length: prompt and answer in the teacher's tokens. Raises InputError where
+    the teacher answers nothing at all.
+    """
+    settings = {"teacher_sha256": hub.fingerprint(teacher.source), "data_sha256": hub.fingerprint(data_file),
+                "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    path = data_file.with_name(f"{data_file.stem}-by-{hub.label(Path(name).name)}-{key}.jsonl")
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        answers = _answer_all(partial, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
+        kept = [{"prompt": rows[i].prompt, "output": answers[i][0]} for i in range(len(rows)) if answers[i][0]]
+        if not kept:
+            raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
+        counts = {"rows": len(rows), "empty_answers": len(rows) - len(kept),
+                  "unended_answers": sum(not ended for _, ended in answers.values())}
+        with hub.atomic_write(path.with_suffix(".json")) as file:
+            json.dump({"teacher": name, **settings, **counts}, file, indent=2)
+        with hub.atomic_write(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        partial.unlink(missing_ok=True)
+    counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    print(f"the teacher's answers: {path} ({len(rows)} prompts, {counts['empty_answers']} empty answers left out, "
+          f"{counts['unended_answers']} cut at {max_length} tokens)")
+    return read_rows(path)
+
+
+def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int,
+                tuple[str, bool]]:
+    """Every row's answer, and whether it ended; those that stand in `partial`, a line each, are not asked for again."""
+    answers = {}
+    if partial.exists():
+        # the last line may have been cut
+        lines = [line for line in partial.read_text(encoding="utf-8").splitlines(True) if line.endswith("]\n")]
+        try:
+            answers = {i: (text, ended) for i, text, ended in map(json.loads, lines)}
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{partial}: damaged ({error}); delete it to ask the teacher anew") from error
+        with hub.atomic_write(partial) as file:
+            file.writelines(lines)
+    with open(partial, "a", encoding="utf-8") as file:
+        for batch in answer_batches(teacher, tokenizer, rows, max_length, max_prompt_length, batch_size,
+                                    temperature=0.0,
+                                    desc="the teacher answers the training prompts", done=answers):
+            file.writelines(json.dumps(line) + "\n" for line in batch)
+            file.flush()
+            answers |= {i: (text, ended) for i, text, ended in batch}
+    return answers

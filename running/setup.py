@@ -1,0 +1,193 @@
+"""From settings to a run that is ready to take its first step: data, models, caches, the folder, an earlier
+checkpoint."""
+import contextlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import toy
+from files import hub
+from files.config import InputError
+from files.rows import Row, read_rows
+from methods import projector_init
+from methods.mined import MinED, token_strings
+from methods.table import LOGITS_ONLY, WITHOUT_KD, make_modules
+from model import Decoder, load
+from running import cache, lora, parallel, report
+from running.answers import teacher_rows, tell_cut_prompts
+from running.checkpoint import last_checkpoint, load_checkpoint
+from running.checks import check_machine, check_pair, same_vocabulary
+from running.run_folder import Stop, check_out_dir, keep_metrics, locked, start_run
+from tokenize_align import Example, Tokenizer, load_tokenizer
+
+
+@dataclass
+class Run:
+    """All that a run has beside its settings."""
+    device: str
+    dtype: torch.dtype
+    out_dir: Path
+    files: dict[str, Path]                      # "train", "dev" and, where there is one, "test"
+    rows: dict[str, list[Row]]                  # the same
+    scored: dict[str, list[Row]]                # of dev and test what --eval_num leaves
+    folders: dict[str, Path]                    # "student" and, where there is one, "teacher"
+    tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
+    student: Decoder | None = None
+    teacher: Decoder | None = None
+    projectors: torch.nn.Module | None = None
+    adversary: torch.nn.Module | None = None
+    last: Path | None = None                    # the checkpoint to go on from
+    examples: list[Example] = field(default_factory=list)
+    mined: MinED | None = None
+    states: cache.TeacherStates | None = None
+    looked_at: list[Example] = field(default_factory=list)      # dev rows for --probe_interval
+    steps_per_epoch: int = 0
+    total_steps: int = 0
+    state: dict = field(default_factory=dict)   # what training.json holds: step, best_dev_rouge_l, bad_steps …
+    stop: Stop | None = None                    # signals
+
+    def autocast(self):
+        return hub.autocast(self.device, self.dtype)
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        """What fills up rows, student's and teacher's: EOS, which nothing looks at."""
+        return self.tokenizers["student"].eos_id, self.tokenizers.get("teacher", self.tokenizers["student"]).eos_id
+
+
+def set_up(config, stack: contextlib.ExitStack) -> Run:
+    """Everything before the optimizer. stack keeps the folder's lock. config: train.Config; a new run's out_dir is
+    filled in. Nothing is written into out_dir before everything else has been found good."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device, dtype = hub.pick_device(config.device, config.dtype)
+    check_machine(config, device)
+    run = find_inputs(config, device, dtype)
+    if config.resume:
+        if parallel.is_first():
+            stack.enter_context(locked(run.out_dir))
+            run.last = last_checkpoint(run.out_dir)
+        run.last = parallel.gather(run.last)[0]
+    load_models(config, run)
+    load_examples(config, run)
+    if config.compile:
+        for decoder in filter(None, (run.student, run.teacher)):
+            decoder.compile(dynamic=True)
+    if not config.resume and parallel.is_first():
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(run.out_dir))
+        start_run(config, run.out_dir)
+    parallel.equal_weights(run.student, run.projectors, run.adversary)
+    if config.shard_student:
+        parallel.shard(run.student, device)
+    if config.shard_teacher:
+        parallel.shard(run.teacher, device)
+    if parallel.rank():
+        torch.manual_seed(config.seed + 1_000_003 * parallel.rank())        # dropout differs between processes
+    run.steps_per_epoch = math.ceil(len(run.examples) / (config.batch_size * config.grad_accum))
+    run.total_steps = config.max_steps or config.epochs * run.steps_per_epoch
+    return run
+
+
+def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
+    """Data and model folders, downloaded or made where they are not there yet, and where the run will write."""
+    with parallel.first_goes_first():
+        toy.write_data_for([config.data])
+    files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
+    files = {split: file for split, file in files.items() if file}
+    rows = {split: read_rows(file) for split, file in files.items()}
+    names = {side: getattr(config, side) for side in ("student", "teacher") if getattr(config, side)}
+    folders = {side: toy.folder(side) if name == "toy" else Path(name) for side, name in names.items()}
+    out_dir = check_out_dir(config, [*files.values(), *folders.values()])
+    toys = [side for side, name in names.items() if name == "toy"]
+    with parallel.first_goes_first():
+        toy.prepare(toys, ["--device", config.device, "--num_threads", str(config.num_threads)])
+    scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
+    return Run(device, dtype, out_dir, files, rows, scored, folders)
+
+
+def load_models(config, run: Run) -> None:
+    """The student, the teacher and what learns beside the student. The seed decides all that is drawn."""
+    torch.manual_seed(config.seed)
+    run.tokenizers["student"] = load_tokenizer(run.folders["student"])
+    with_lora = config.lora_rank > 0
+    run.student = load(run.last if run.last and not with_lora else run.folders["student"],
+                       init="pretrained" if run.last else config.student_init,
+                       device="cpu" if config.shard_student else run.device)
+    run.student.checkpointing = config.gradient_checkpointing
+    if with_lora:
+        lora.add_lora(run.student, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        if run.last:
+            lora.load_adapter(run.last / "adapter", run.student)
+    if config.method != "sft":
+        run.teacher = load(run.folders["teacher"], dtype=run.dtype,
+                           device="cpu" if config.shard_teacher else run.device,
+                           layers=not config.cache_teacher).requires_grad_(False)
+        run.tokenizers["teacher"] = load_tokenizer(run.folders["teacher"])
+        report.recommend_sft(config, run.teacher)
+    check_pair(config, run.student, run.teacher, run.tokenizers)
+    if config.method not in (*WITHOUT_KD, *LOGITS_ONLY):
+        modules = make_modules(config, run.student.config.hidden_size, run.teacher.config.hidden_size)
+        run.projectors, run.adversary = (module and module.to(run.device) for module in modules)
+        if config.projector_init == "shared" and not run.last:
+            pairs = projector_init.shared_tokens(run.tokenizers["student"], run.tokenizers["teacher"])
+            projector_init.init_from_shared(run.projectors, run.student, run.teacher, pairs)
+    if run.adversary is not None:
+        run.adversary.requires_grad_(config.ga_lr > 0)
+
+
+def load_examples(config, run: Run) -> None:
+    """The training rows in both tokenizations, and what is computed once for all of them."""
+    student, teacher = run.tokenizers["student"], run.tokenizers.get("teacher")
+    if config.method == "seqkd":
+        with run.autocast(), parallel.first_goes_first():
+            run.rows["train"] = teacher_rows(run.rows["train"], run.files["train"], config.teacher, run.teacher,
+                                             teacher,
+                                             config.max_length, config.max_prompt_length, config.batch_size)
+    rows = run.rows["train"]
+    one_tokenizer = config.method in WITHOUT_KD or same_vocabulary(student, teacher)
+    with parallel.first_goes_first():
+        if config.method == "mined":
+            strings = token_strings(student, teacher)
+            run.mined = MinED(strings, cache.kept_vocabulary_map(hub.DATA_DIR, strings))
+        run.examples, cut, dropped = cache.cached_rows(hub.DATA_DIR / "tokens", rows, student,
+                                                       student if one_tokenizer else teacher,
+                                                       config.max_length, config.max_prompt_length)
+    if cut or dropped:
+        print(f"{config.data}, train: {cut} of {len(rows)} prompts cut to {config.max_prompt_length} tokens, {dropped} "
+              f"rows dropped, because no response token fits into {config.max_length}")
+    if not run.examples:
+        raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
+    if config.cache_teacher:
+        with run.autocast(), parallel.first_goes_first():
+            run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
+                                             run.teacher.config.hidden_size, getattr(torch, config.cache_dtype),
+                                             run.dtype)
+            if not run.states.complete:
+                whole = load(run.teacher.source, dtype=run.dtype, device=run.device)
+                run.states.fill(whole, config.batch_size, run.pads[1], run.device)
+
+
+def go_on(config, run: Run, optimizer) -> dict | None:
+    """Put back what the last checkpoint holds, if there is one; say what the run will do. → the record of a step that
+    was taken but not finished."""
+    state = {"step": 0, "best_dev_rouge_l": -1.0, "bad_steps": 0}
+    if run.last:
+        state = load_checkpoint(run.last, run.projectors, run.adversary, optimizer)
+    unfinished = state.pop("unfinished", None)
+    run.state = {"step": state["step"], "data": config.data, "method": config.method, "student": config.student,
+                 "best_dev_rouge_l": state["best_dev_rouge_l"], "bad_steps": state["bad_steps"]}
+    if parallel.is_first():
+        keep_metrics(run.out_dir / "metrics.jsonl", state["step"] - (unfinished is not None))
+    tell_cut_prompts(f"{config.data}, dev", run.scored["dev"], run.tokenizers["student"], config.max_prompt_length)
+    return unfinished
+
+
+def load_best(config, run: Run) -> Decoder:
+    """The best checkpoint, in parts where the student is."""
+    decoder = load(run.out_dir / "best", device="cpu" if config.shard_student else run.device)
+    if config.shard_student:
+        parallel.shard(decoder, run.device)
+    return decoder

@@ -185,7 +185,7 @@ def leave_pictures(config, run) -> None:
     try:
         drawn = [draw_curves(run.out_dir)]
         if config.alignment != "none":
-            best = load_checkpoint(config.out_dir, str(run.folders["teacher"]))
+            best = open_checkpoint(config.out_dir, str(run.folders["teacher"]))
             if responses := look(best, run.files["dev"], BATCH):
                 drawn.insert(0, draw(best, readable(responses), run.out_dir / "heatmap.png"))
         print(f"pictures:          {', '.join(map(str, drawn))}")
@@ -210,7 +210,7 @@ class Checkpoint:
     tokenizers: tuple               # the student's, the teacher's
 
 
-def run_folder(checkpoint: str) -> Path:
+def folder_of_run(checkpoint: str) -> Path:
     """The out_dir of a checkpoint, which may be given as the out_dir itself or as best/ or last/ in it."""
     path = Path(checkpoint)
     path = path.parent if path.name in ("best", "last") and not (path / "metrics.jsonl").exists() else path
@@ -220,10 +220,10 @@ def run_folder(checkpoint: str) -> Path:
     return path
 
 
-def load_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu") -> Checkpoint:
+def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu") -> Checkpoint:
     """Read embeddings, projectors, adversary and tokenizers of a checkpoint. teacher: where it lies now, if it was
     moved. Raises InputError for what is no checkpoint of an attention method."""
-    out_dir, folder = run_folder(checkpoint), hub.model_dir(checkpoint)
+    out_dir, folder = folder_of_run(checkpoint), hub.model_dir(checkpoint)
     try:
         settings = types.SimpleNamespace(**json.loads((out_dir / "config.json").read_text(encoding="utf-8")))
         method, alignment, _ = settings.method, settings.alignment, settings.adversary
@@ -436,10 +436,10 @@ def main() -> None:
     names = [config.checkpoint, *([config.other] if config.other else [])]
     if config.curves:
         for name in names:
-            print(f"wrote {draw_curves(run_folder(name))}")
+            print(f"wrote {draw_curves(folder_of_run(name))}")
         return
     device, _ = hub.pick_device(config.device, "float32")
-    runs = [load_checkpoint(name, config.teacher, device) for name in names]
+    runs = [open_checkpoint(name, config.teacher, device) for name in names]
     data = config.data or runs[0].settings.data
     toy.write_data_for([data])
     file = hub.data_file(data, "test" if Path(data).is_file() else config.split)
@@ -450,7 +450,7 @@ def main() -> None:
         raise InputError(f"{file}: {len(common)} rows to look at, and 2 is the least")
     results, draws = zip(*(numbers(run, responses) for run, responses in zip(runs, every)))
 
-    default = run_folder(names[0]) / ("probe" if len(names) == 1 else f"probe-with-{hub.label(names[1])}")
+    default = folder_of_run(names[0]) / ("probe" if len(names) == 1 else f"probe-with-{hub.label(names[1])}")
     out_dir = Path(config.out_dir or default)
     out_dir.mkdir(parents=True, exist_ok=True)
     print(f"{file}: {len(every[0])} rows, "

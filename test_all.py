@@ -3251,7 +3251,7 @@ def test_stored_attention_equals_one_computed_from_the_files(two_runs, world, mo
     assert pngs == ["contact_sheet.png", *(f"heatmap-{i:05d}.png" for i in range(6)), "keys_queries.png"]
     assert all((run / "probe" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pngs)
     # the run's own last look is at the same rows, of the last checkpoint
-    again = probe.load_checkpoint(str(run / "last"))
+    again = probe.open_checkpoint(str(run / "last"))
     samples = probe.look(again, world / "data/dev.jsonl", 32)
     looked = [r for r in metrics(run) if "probe_mass" in r]
     assert [r["step"] for r in looked] == [4, 8, 12]

@@ -55,16 +55,16 @@ def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], f
     """
     kind = hidden[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
-    weights = [head.detach().to(dtype) for head in heads]
-    weights = weights * len(hidden) if len(heads) == 1 else weights
+    matrices = [head.detach().to(dtype) for head in heads]
+    matrices = matrices * len(hidden) if len(heads) == 1 else matrices
     of_hidden = [torch.zeros_like(h) if h.requires_grad else None for h in hidden]
     of_head = torch.zeros_like(heads[0]) if heads[0].requires_grad else None
+    learning = [k for k, h in enumerate(hidden) if h.requires_grad or k == 0 and of_head is not None]
     size, sums = _chunk_size(hidden[0]), {}
     for start in range(0, max(len(hidden[0]), 1), size):            # no position at all is one empty chunk
         here = slice(start, start + size)
         states = [h.detach()[here].to(dtype) for h in hidden]
-        logits = [x @ weight.t() for x, weight in zip(states, weights)]
-        learning = [k for k, h in enumerate(hidden) if h.requires_grad or k == 0 and of_head is not None]
+        logits = [x @ matrix.t() for x, matrix in zip(states, matrices)]
         for k in learning:
             logits[k].requires_grad_()
         with torch.enable_grad():
@@ -73,7 +73,7 @@ def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], f
         gradients = torch.autograd.grad(loss, [logits[k] for k in learning]) if learning else []
         for k, gradient in zip(learning, gradients):
             if of_hidden[k] is not None:
-                of_hidden[k][here] = gradient @ weights[k]
+                of_hidden[k][here] = gradient @ matrices[k]
             if k == 0 and of_head is not None:
                 _add_product(of_head, gradient, states[0])
         for name, value in values.items():

@@ -1,5 +1,4 @@
-"""Cross-model attention (CMA): how a teacher's positions reach the student's when the two cut the text into other
-tokens.
+"""Cross-model attention (CMA): how a teacher's positions reach those of a student who cuts the text into other tokens.
 
 Names as in the papers (DSKD, arXiv 2406.17328; DSKD-CMA-GA, 2603.22056): query, key, value; x: input tokens, y: labels,
 E: embeddings, h: final hidden states, W: head; t2s: from the teacher to the student's space, s2t: the other way.
@@ -13,8 +12,7 @@ Notable here:
 - attention lives on (B, S, T) of valid positions only, S and T being the largest numbers of them in a row, so that no
   loss depends on how far a batch is padded;
 - the probes CLP and CLA are the same loss with chunks of text in place of attention, or around it (`mixing_weights`);
-- the losses once the states have reached the other side are in methods/dual_space.py.
-"""
+- the losses once the states have reached the other side are in methods/dual_space.py."""
 import math
 from typing import NamedTuple
 
@@ -26,15 +24,13 @@ from methods.sides import Side
 
 ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean")
 
-
 class Aligned(NamedTuple):
     """What was found between the two sides of a batch, on their grids of valid positions."""
     teacher_label_embed: torch.Tensor       # (B, T, d_t), E_t(y_t)
-    weights: torch.Tensor                   # (B, S, T), how much of each teacher position a student position takes
+    attention: torch.Tensor                 # (B, S, T), how much of each teacher position a student position takes
     back: torch.Tensor                      # (B, T, S), how much of each student position a teacher position takes
     queries: torch.Tensor | None            # (B, S, 2 d_t); None for chunk_mean
     keys: torch.Tensor                      # (B, T, 2 d_t)
-
 
 def align(student: Side, teacher: Side, projectors: Projectors, alignment: str) -> Aligned:
     """What each position takes from the other side. Only the embeddings, detached, and P_q are needed for it."""
@@ -46,15 +42,12 @@ def align(student: Side, teacher: Side, projectors: Projectors, alignment: str) 
     queries = None if alignment == "chunk_mean" else projectors.query(student_pair)
     return Aligned(label_embed, *mixing_weights(alignment, queries, keys, student, teacher), queries, keys)
 
-
 def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:
     """How positions are mixed → student from teacher (B, S, T), teacher from student (B, T, S); each row sums to 1.
-
     attention (CMA): softmax over the rows of A, and of Aᵀ; A is −1e5 where either side is not valid.
     chunk_attention (CLA): A is also −1e5 outside M, the pairs in one chunk. chunk_mean (CLP): M over its rows' sums.
     A row whose chunk has nothing on the other side (a text that was cut there) is all zeros; it has no part in the
-    losses between the two sides.
-    """
+    losses between the two sides."""
     allowed = student.valid.mask[:, :, None] & teacher.valid.mask[:, None, :]
     if alignment != "attention":
         allowed = allowed & (student.chunks[:, :, None] == teacher.chunks[:, None, :])
@@ -65,23 +58,20 @@ def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) 
     weights, back = scores.softmax(-1), scores.transpose(1, 2).softmax(-1)
     return (weights, back) if alignment == "attention" else (weights * allowed, back * allowed.transpose(1, 2))
 
-
 def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step: int,
              factors: dict[str, float]) -> tuple[Parts, Aligned]:
     """Dual-space distillation across tokenizers → the loss parts, and the alignment for what else needs it.
-
     The embeddings are detached, the teacher's states have no gradient; standard deviations σ are over valid positions
     and all features. options: alignment, weights, ramp_steps, divergence and temperature of table.Options; step:
-    optimizer steps done so far.
-    """
+    optimizer steps done so far."""
     found = align(student, teacher, projectors, options.alignment)
 
     def unit(grid):
         return grid / teacher.valid.deviation(grid)
     value = unit(teacher.hidden) + unit(found.teacher_label_embed)
-    t2s = found.weights @ projectors.t2s(value)                         # (B, S, d_s)
+    t2s = found.attention @ projectors.t2s(value)                         # (B, S, d_s)
     s2t = found.back @ projectors.s2t(student.hidden)                   # (B, T, d_t)
-    met_s = student.valid.pack(found.weights.detach().sum(-1) > 0).float()
+    met_s = student.valid.pack(found.attention.detach().sum(-1) > 0).float()
     met_t = teacher.valid.pack(found.back.detach().sum(-1) > 0).float()
     gate, w_s, w_t = "right", torch.ones_like(met_s), torch.ones_like(met_t)
     if options.weights == "entropy":
@@ -91,10 +81,8 @@ def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step
         student_space(student, student.valid.pack(t2s), options, factors, gate, w_s, met_s),
         teacher_space(teacher, teacher.valid.pack(s2t), options, factors, w_t * met_t)), found
 
-
 def entropy_weights(student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:
-    """DWA-KD's w_s = H(softmax z_s) and w_t = 1 − H(softmax z_t) / ln V_t, (N_s,) and (N_t,), with mean 1 in a
-    sequence."""
+    """DWA-KD's w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t: (N_s,), (N_t,), with mean 1 in a sequence."""
     certainty = 1 - entropies(teacher.packed, teacher.head) / math.log(len(teacher.head))
     return (student.valid.mean_one(entropies(student.packed, student.head)),
             teacher.valid.mean_one(certainty.clamp(0, 1)))

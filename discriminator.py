@@ -11,12 +11,10 @@ ct, conditional transport (arXiv 2012.14100), which makes it dear to carry the o
     CT = −½ mean_j Σ_i c_ij softmax_i(d)_ij − ½ mean_i Σ_j c_ij softmax_j(d)_ij, i and j in one example
 
 The adversary is trained here, with its own learning rate. (In the release its weights stay as they were drawn: --ga_lr
-0.)
-"""
+0.)"""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
@@ -27,11 +25,9 @@ class _Reverse(torch.autograd.Function):
     def backward(ctx, gradient):
         return -gradient
 
-
 def reverse_gradient(x: torch.Tensor) -> torch.Tensor:
     """R: x itself, but the gradient changes sign on its way back."""
     return _Reverse.apply(x)
-
 
 class Highway(nn.Module):
     """u = g·relu(H v) + (1 − g)·v with g = σ(H v): (..., size) → (..., size)."""
@@ -45,7 +41,6 @@ class Highway(nn.Module):
         gate = transformed.sigmoid()
         return gate * transformed.relu() + (1 - gate) * v
 
-
 class Discriminator(nn.Module):
     """C: (N, size) → (N,) logits of "this is a key". size = 2 d_t."""
 
@@ -58,7 +53,6 @@ class Discriminator(nn.Module):
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         return self.linear2(F.leaky_relu(self.linear1(self.dropout(self.highway(v))), 0.1)).squeeze(-1)
-
 
 class Transport(nn.Module):
     """f and the navigator n of conditional transport: (..., size) → two sets of unit vectors (..., hidden_size)."""
@@ -74,18 +68,14 @@ class Transport(nn.Module):
         navigator = self.navigator2(F.leaky_relu(self.navigator1(v), 0.1))
         return F.normalize(feature.float(), dim=-1), F.normalize(navigator.float(), dim=-1)
 
-
 def gan(discriminator: Discriminator, keys: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
     """The discriminator's losses and successes, as SUMS: keys (N_t, 2 d_t), queries (N_s, 2 d_t) of valid positions.
-
     → adversary_key_loss and _acc over keys, adversary_query_loss and _acc over queries (the accuracies are counts).
-    GA = adversary_key_loss / N_t + adversary_query_loss / N_s.
-    """
+    GA = adversary_key_loss / N_t + adversary_query_loss / N_s."""
     key_logits = discriminator(keys.detach()).float()
     query_logits = discriminator(reverse_gradient(queries)).float()
     return {"adversary_key_loss": F.softplus(-key_logits).sum(), "adversary_key_acc": (key_logits > 0).sum(),
             "adversary_query_loss": F.softplus(query_logits).sum(), "adversary_query_acc": (query_logits <= 0).sum()}
-
 
 def conditional_transport(transport: Transport, keys: torch.Tensor, queries: torch.Tensor, key_mask: torch.Tensor,
                           query_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -93,8 +83,7 @@ def conditional_transport(transport: Transport, keys: torch.Tensor, queries: tor
     (B, T) and (B, S), true on valid positions.
 
     → adversary_key_loss, adversary_query_loss; CT = adversary_key_loss / N_t + adversary_query_loss / N_s, a mean over
-    all tokens of the batch, whichever example they are in.
-    """
+    all tokens of the batch, whichever example they are in."""
     def on_grid(mask, values):          # f and n of the valid positions, zero elsewhere
         return (value.new_zeros(*mask.shape, value.size(-1)).masked_scatter(mask[..., None], value)
                 for value in transport(values[mask]))

@@ -7,8 +7,7 @@ number. As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L 
 references; mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
 
 Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of
-the dynamic program in one whole number, and every stem only once.
-"""
+the dynamic program in one whole number, and every stem only once."""
 import functools
 import json
 import re
@@ -26,21 +25,15 @@ from running import parallel
 from running.answers import answer_rows, tell_cut_prompts
 from tokenize_align import load_tokenizer
 
-
 # ----------------------------------------------------------------------------------------------------------- scores
-
 def _rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
     """rouge-score's tokenization: lower case, runs of a–z and 0–9 are words, those over 3 letters are stemmed."""
     words = re.findall("[a-z0-9]+", text.lower())
     return [stem(w) if len(w) > 3 else w for w in words] if use_stemmer else words
 
-
 def lcs_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): one whole number is a row of the dynamic
-    program.
-
-    Bit i of `row` is 0 where the LCS of the first i + 1 words of a is one longer than that of the first i.
-    """
+    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): one whole number is a row of the table. Bit
+    i of `row` is 0 where the LCS of the first i + 1 words of a is one longer than that of the first i."""
     positions: dict[str, int] = {}
     for i, word in enumerate(a):
         positions[word] = positions.get(word, 0) | 1 << i
@@ -50,14 +43,10 @@ def lcs_length(a: list[str], b: list[str]) -> int:
             row = (row + matches | row - matches) & everything
     return len(a) - row.bit_count()
 
-
 def rouge_l(predictions: list[str], references: list[list[str] | str], use_stemmer: bool = True) -> list[float]:
     """ROUGE-L F1 (Lin, 2004) of each prediction against the best of its references, in [0, 1].
-
-    references: a list of strings, or one string, for each prediction. F = 2 P R / (P + R), P = LCS / words predicted,
-    R = LCS / words of the reference. Raises ValueError where the lists differ in length or a prediction has no
-    reference.
-    """
+    references: a string or a list for each prediction. F = 2 P R / (P + R), P = LCS / words predicted, R = LCS / words
+    of the reference. Raises ValueError where the lists differ in length or a prediction has no reference."""
     references = [[r] if isinstance(r, str) else r for r in references]
     if len(predictions) != len(references) or not all(references):
         raise ValueError(f"{len(predictions)} predictions need as many lists of at least one reference")
@@ -70,21 +59,15 @@ def rouge_l(predictions: list[str], references: list[list[str] | str], use_stemm
             best[i] = max(best[i], 2 * precision * recall / (precision + recall))
     return best
 
-
 def exact_match(predictions: list[str], references: list[list[str]]) -> list[bool]:
-    """Whether a prediction equals one of its references after SQuAD's normalization but for articles, which stay: lower
-    case, no punctuation, single spaces."""
+    """Whether a prediction is one of its references in lower case, without punctuation (SQuAD's, but articles stay)."""
     def normal(text):
         return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
     return [normal(p) in map(normal, group) for p, group in zip(predictions, references)]
 
-
 # ---------------------------------------------------------------------------------------------------------- stemmer
-
-# Porter's (An algorithm for suffix stripping, 1980) in the dialect that the rouge-score package uses: NLTK's. Terms as
-# in the paper: m is the measure of a stem, [C](VC)^m[V]; *v*: contains a vowel; *o: ends consonant-vowel-consonant, the
-# last not w, x or y. NLTK's departures from the paper are marked.
-
+# Porter's (An algorithm for suffix stripping, 1980) in the dialect of the rouge-score package: NLTK's, whose departures
+# are marked. As in the paper: m is the measure of a stem, [C](VC)^m[V]; *v*: contains a vowel; *o: ends cvc.
 IRREGULAR = {"sky": "sky", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
              "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing", "cannings": "canning",
              "canning": "canning", "howe": "howe", "proceed": "proceed", "exceed": "exceed", "succeed": "succeed"}
@@ -97,7 +80,6 @@ STEP3 = [("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ica
 STEP4 = ["al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism", "ate",
          "iti", "ous", "ive", "ize"]
 
-
 def _shape(word: str) -> str:
     """'c' or 'v' for every letter; y is a consonant at the start and after a vowel."""
     shape = ""
@@ -106,15 +88,12 @@ def _shape(word: str) -> str:
         shape += "v" if vowel else "c"
     return shape
 
-
 def _measure(stem: str) -> int:
     return _shape(stem).count("vc")
-
 
 def _ends_cvc(stem: str) -> bool:
     shape = _shape(stem)
     return shape.endswith("cvc") and stem[-1] not in "wxy" or shape == "vc"      # NLTK: or the whole stem is vc
-
 
 def _replace(word: str, rules: list[tuple[str, str]], least: int) -> str:
     """The first suffix that fits decides: it is replaced if what stands before it has measure ≥ least."""
@@ -124,14 +103,12 @@ def _replace(word: str, rules: list[tuple[str, str]], least: int) -> str:
             return before + replacement if _measure(before) >= least else word
     return word
 
-
 def _step1a(word: str) -> str:
     if word.endswith("ies"):
         return word[:-1] if len(word) == 4 else word[:-2]      # NLTK: dies → die, but flies → fli
     if word.endswith("sses"):
         return word[:-2]
     return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
-
 
 def _step1b(word: str) -> str:
     if word.endswith("ied"):
@@ -150,11 +127,9 @@ def _step1b(word: str) -> str:
         return word if word[-1] in "lsz" else word[:-1]
     return word + "e" if _measure(word) == 1 and _ends_cvc(word) else word
 
-
 def _step1c(word: str) -> str:
     # NLTK: y → i only after a consonant that is not the whole stem (happy → happi, enjoy → enjoy, by → by)
     return word[:-1] + "i" if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c" else word
-
 
 def _step2(word: str) -> str:
     if word.endswith("alli") and _measure(word[:-4]) > 0:      # NLTK: first, and then step 2 again
@@ -162,7 +137,6 @@ def _step2(word: str) -> str:
     if word.endswith("logi") and _measure(word[:-3]) > 0:      # NLTK
         return word[:-1]
     return _replace(word, STEP2, 1)
-
 
 def _step4(word: str) -> str:
     for suffix in STEP4:
@@ -172,14 +146,12 @@ def _step4(word: str) -> str:
             return before if fits else word
     return word
 
-
 def _step5(word: str) -> str:
     if word.endswith("e"):
         m = _measure(word[:-1])
         if m > 1 or m == 1 and not _ends_cvc(word[:-1]):
             word = word[:-1]
     return word[:-1] if word.endswith("ll") and _measure(word[:-1]) > 1 else word
-
 
 @functools.lru_cache(1 << 16)
 def stem(word: str) -> str:
@@ -190,33 +162,25 @@ def stem(word: str) -> str:
         return word
     return _step5(_step4(_replace(_step2(_step1c(_step1b(_step1a(word)))), STEP3, 1)))
 
-
 # ------------------------------------------------------------------------------------------------------------- main
-
 @dataclass
 class Config:
     model: str = flag("", "checkpoint folder, a run's out_dir, or a model's name")
     data: list[str] = flag(["toy"], "data sets by name, folder or .jsonl file (their test split is scored)")
-    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass over the data each", at_least=0,
-                            at_most=2**40)
+    seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass each", at_least=0, at_most=2**40)
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     greedy: bool = flag(False, "take the likeliest token instead of sampling; one pass")
     temperature: float = flag(1.0, "sampling temperature", at_least=1e-6)
     batch_size: int = flag(32, "prompts answered together", at_least=1)
-    max_length: int = flag(0, "prompt and answer together, in tokens (0: 512, or all positions of a smaller model)",
-                           at_least=0)
+    max_length: int = flag(0, "prompt and answer in tokens (0: 512, or all positions of a smaller model)", at_least=0)
     max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
-    out_dir: str = flag("", "where rouge.json and the answers go (default: the checkpoint folder, or out/eval for a "
-                        "name)")
+    out_dir: str = flag("", "where the results go (default: the checkpoint folder, or out/eval for a name)")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA",
-                      choices=("auto", "float32", "bfloat16"))
-
+    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
 
 def main() -> None:
     with parallel.started():
         evaluate(parse(Config, __doc__, positional=("model",)))
-
 
 def evaluate(config: Config) -> None:
     """Answer and score every set, write the answers and rouge.json, print the table."""
@@ -231,13 +195,11 @@ def evaluate(config: Config) -> None:
     positions = decoder.config.max_positions
     config.max_length = config.max_length or min(512, positions)
     if not 2 <= config.max_length <= positions:
-        raise InputError(f"--max_length {config.max_length}: {config.model} has {positions} positions, and 2 is the "
-                         "least")
+        raise InputError(f"--max_length {config.max_length}: {config.model} has {positions} positions; the least is 2")
     trained_on = hub.trained_on(decoder.source)
     labels = {name: hub.label(name) for name in sets}
     if len(set(labels.values())) < len(labels):
-        raise InputError(f"--data {' '.join(sets)}: the files of answers would have the same name {labels}; rename a "
-                         "set")
+        raise InputError(f"--data {' '.join(sets)}: their answers' files would have one name {labels}; rename a set")
     default = decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")
     out_dir = Path(config.out_dir or default)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -258,7 +220,6 @@ def evaluate(config: Config) -> None:
         print(f"{'OOD mean':<24}{'':>6}   {summary['ood_mean']:5.2f}")
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
 
-
 def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], out_dir: Path) -> dict:
     """One set, answered with every seed → its part of rouge.json. The answers are written into out_dir."""
     tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, config.max_length - 1))
@@ -273,20 +234,16 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
         if parallel.is_first():
             with hub.atomic_write(out_dir / f"answers-{hub.label(name)}-{kind}.jsonl") as file:
                 for row, text, score in zip(rows, answers, each):
-                    line = {"prompt": row.prompt, "answer": text, "output": row.outputs,
-                            "rouge_l": round(100 * score, 2)}
+                    line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=round(100 * score, 2))
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return {"rows": len(rows), "rouge_l": statistics.mean(scores), "rouge_l_by_seed": scores,
             "std": statistics.stdev(scores) if len(scores) > 1 else 0.0, "exact_match": statistics.mean(matches)}
 
-
 def greedy_rouge_l(decoder, tokenizer, rows: list[Row], config, desc: str, at_once) -> float:
-    """ROUGE-L × 100 of a model's greedy answers, the mean over rows. config: its max_length and max_prompt_length;
-    at_once: as in answer_rows."""
+    """ROUGE-L × 100 of greedy answers, the mean over rows. config: its limits in tokens; at_once: as in answer_rows."""
     answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, temperature=0.0,
                           desc=desc, at_once=at_once)
     return 100 * sum(rouge_l(answers, [row.outputs for row in rows])) / len(answers)
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -8,9 +8,7 @@ Notable here:
 - two classes: `GPT2`, and `Llama`, which by configuration alone is Llama 2/3, TinyLlama, Mistral, SmolLM2 (rotary
   embeddings, RMSNorm, SwiGLU, grouped-query attention), Qwen1.5/2/2.5 (bias on q, k, v) and Qwen3 (norm on q and k);
 - the forward pass stops at the hidden states, because distillation needs logits at response positions only;
-- a config field that would change the result and is not implemented is an error (`read_config` in
-  files/model_config.py).
-"""
+- a config field that would change the result and is not implemented is an error (files/model_config.py)."""
 import copy
 import dataclasses
 import json
@@ -30,30 +28,25 @@ from files import hub
 from files.config import InputError
 from files.model_config import ModelConfig, read_config
 
-
 IN_A_LAYER = r"(^|\.)(h|layers)\.\d+\."        # in a name in the hub's files
 
-
 class KVCache:
-    """Keys and values of the tokens seen so far: one (B, kv_heads, capacity, head_dim) buffer a layer, filled in
-    place."""
+    """Keys and values of the tokens seen so far: a layer's lie in one (B, kv_heads, capacity, head_dim) buffer."""
 
-    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, like: torch.Tensor):
-        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.num_layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.num_layers)]
-        self.length = 0                     # tokens stored before the current forward pass
+    def __init__(self, capacity: int):
+        self.capacity, self.layers = capacity, []       # [keys, values] of each layer
+        self.length = 0                                 # tokens stored before the current forward pass
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        if layer == len(self.layers):
+            self.layers.append([x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (k, v)])
         end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        for stored, new in zip(self.layers[layer], (k, v)):
+            stored[:, :, self.length:end] = new
+        return [stored[:, :, :end] for stored in self.layers[layer]]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-
+        self.layers = [[stored[rows] for stored in layer] for layer in self.layers]
 
 class Attention(nn.Module):
     """softmax(q kᵀ / √head_dim) v under a mask; the subclasses differ in how they make q, k, v."""
@@ -68,8 +61,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         mask = masks[self.config.sliding_layers[self.layer]]
         groups = self.config.num_heads // self.config.num_kv_heads
-        # one new token: the heads that share keys and values are so many queries of them
-        if groups > 1 and q.size(2) == 1:
+        if groups > 1 and q.size(2) == 1:       # one new token: heads that share k and v are so many queries of them
             y = F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, attn_mask=mask)
             return y.flatten(1)[:, None]
         if groups > 1:
@@ -81,7 +73,6 @@ class Attention(nn.Module):
     def heads(self, x, count):
         """(B, T, count · hd) → (B, count, T, hd)"""
         return x.unflatten(-1, (count, self.config.head_dim)).transpose(1, 2)
-
 
 class Decoder(nn.Module):
     """What GPT2 and Llama share: embeddings, masks, generation, files. `.embed` and `.head` may be one tensor."""
@@ -104,10 +95,8 @@ class Decoder(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids (B, T) → hidden states (B, T, d) after the final norm, i.e. h with logits = W h.
-
         mask: (B, T), true on real tokens, for left padding. Right padding needs none: attention is causal, so what
-        stands behind a token cannot reach it. Raises ValueError where T exceeds the model's positions.
-        """
+        stands behind a token cannot reach it. Raises ValueError where T exceeds the model's positions."""
         if mask is None:
             positions = torch.arange(ids.size(1), device=ids.device)[None]
         else:
@@ -115,8 +104,7 @@ class Decoder(nn.Module):
         return self._hidden(ids, positions, self._masks(mask, ids.size(1), ids.size(1), ids.device), None)
 
     def run(self, layer, *inputs) -> torch.Tensor:
-        """One block; with `checkpointing`, what it computes inside is thrown away and computed again for its
-        gradient."""
+        """One block; with `checkpointing`, its inner results are computed again for the gradient, not kept."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return recompute_later(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -149,30 +137,26 @@ class Decoder(nn.Module):
         training = self.training
         self.eval()
         try:
-            yield from self._steps(ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator)
+            yield from self._steps(ids, mask, max_new_tokens, (temperature, top_p, top_k, generator), eos_id)
         finally:
             self.train(training)
 
-    def _steps(self, ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator):
+    def _steps(self, ids, mask, max_new_tokens, sampling, eos_id):
         mask = torch.ones_like(ids) if mask is None else mask
         if ids.size(1) > self.config.max_positions:
-            raise ValueError(f"a prompt of {ids.size(1)} tokens, but this model has {self.config.max_positions} "
-                             "positions")
+            raise ValueError(f"{ids.size(1)} tokens, but this model has {self.config.max_positions} positions")
         capacity = min(ids.size(1) + max_new_tokens, self.config.max_positions)
         seen = mask.new_ones(ids.size(0), capacity).bool()
         seen[:, :ids.size(1)] = mask.bool()
-        cache = KVCache(self.config, ids.size(0), capacity, self._like())
-        # the rows that have not ended; the rest left the batch
-        alive = torch.arange(ids.size(0), device=ids.device)
+        cache, alive = KVCache(capacity), torch.arange(ids.size(0), device=ids.device)      # rows that have not ended
         output = ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
         new, step_positions = ids, mask.long().cumsum(1).sub(1).clamp(min=0)
         for length in range(ids.size(1), capacity):
             masks = self._masks(seen[:, :length], new.size(1), length, ids.device)
             hidden = self._hidden(new, step_positions, masks, cache)[:, -1]
             cache.length = length
-            chosen = choose_tokens(self.logits(hidden).float(), temperature, top_p, top_k, generator)
-            output = torch.full_like(output, 0 if eos_id is None else eos_id).index_copy(0, alive, chosen)
-            yield output
+            chosen = choose_tokens(self.logits(hidden).float(), *sampling)
+            yield output.index_copy(0, alive, chosen)
             if eos_id is not None and (ended := chosen == eos_id).any():
                 keep = (~ended).nonzero().squeeze(1)
                 if not len(keep):
@@ -183,20 +167,11 @@ class Decoder(nn.Module):
 
     def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
         """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N), N ≤ max_new_tokens.
-
         temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability, top_k (0 = all) the
         k likeliest. A row ends at its first eos_id and is filled up with it. `generator` makes sampling repeatable.
-        Ends early at the model's last position; raises ValueError where the prompt alone exceeds it.
-        """
+        Ends early at the model's last position; raises ValueError where the prompt alone exceeds it."""
         steps = list(self.stream(ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator))
         return torch.stack(steps, 1) if steps else ids.new_empty(ids.size(0), 0)
-
-    def _like(self) -> torch.Tensor:
-        """An empty tensor of the dtype and device in which keys and values are computed."""
-        device = self.embed.weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        return torch.empty(0, device=device,
-                           dtype=torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype)
 
     def save(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write the hub's layout: config.json, model.safetensors and, copied from `self.source`, the tokenizer's files.
@@ -216,8 +191,7 @@ class Decoder(nn.Module):
         with hub.atomic_write(folder / "config.json") as file:
             json.dump(config, file, indent=2)
         if self.source and not self.source.is_dir():
-            raise InputError(f"{self.source}: this folder is gone, and with it the tokenizer that belongs into "
-                             f"{folder}")
+            raise InputError(f"{self.source}: this folder is gone, and with it the tokenizer that {folder} needs")
         for name in hub.TOKENIZER_FILES:
             if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
                 shutil.copyfile(self.source / name, folder / name)
@@ -229,8 +203,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Fresh weights as the models' authors draw them: N(0, initializer_range²), GPT-2's residual outputs / √(2
-        layers)."""
+        """Fresh weights, as the authors draw them: N(0, initializer_range²), GPT-2's residual outputs / √(2 layers)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -240,7 +213,6 @@ class Decoder(nn.Module):
                 residual = isinstance(self, GPT2) and name.endswith("c_proj.weight")
                 std = self.config.initializer_range / ((2 * self.config.num_layers) ** 0.5 if residual else 1)
                 parameter.normal_(0.0, std)
-
 
 def choose_tokens(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
     """Choose one token a row: logits (B, V) → ids (B,)."""
@@ -257,9 +229,7 @@ def choose_tokens(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
         logits = ordered.masked_fill(beyond, float("-inf")).gather(-1, index.argsort(-1))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
-
 # ----------------------------------------------------------------------------------------------------------- GPT-2
-
 class GPT2Attention(Attention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -270,7 +240,6 @@ class GPT2Attention(Attention):
         q, k, v = (self.heads(part, self.config.num_heads) for part in self.c_attn(x).chunk(3, -1))
         return self.c_proj(self.attend(q, k, v, masks, cache))
 
-
 class GPT2MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -280,7 +249,6 @@ class GPT2MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
-
 
 class GPT2Block(nn.Module):
     def __init__(self, config, layer):
@@ -294,7 +262,6 @@ class GPT2Block(nn.Module):
     def forward(self, x, masks, cache):
         x = x + self.dropout(self.attn(self.ln_1(x), masks, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
-
 
 class GPT2(Decoder):
     """GPT-2 of any size: learned positions, LayerNorm before each part, GELU."""
@@ -316,9 +283,7 @@ class GPT2(Decoder):
             x = self.run(layer, x, masks, cache)
         return self.norm(x)
 
-
 # ------------------------------------------------------------------------------------------- Llama and its relatives
-
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, computed in float32."""
 
@@ -330,13 +295,10 @@ class RMSNorm(nn.Module):
         normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
-
 def rotate(x, cos, sin):
-    """Rotary embedding (arXiv 2104.09864) in half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T,
-    hd)."""
+    """Rotary embedding (arXiv 2104.09864), half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T, hd)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
-
 
 class LlamaAttention(Attention):
     def __init__(self, config, layer):
@@ -359,7 +321,6 @@ class LlamaAttention(Attention):
         q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
         return self.o_proj(self.attend(q, k, v, masks, cache))
 
-
 class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -369,7 +330,6 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class LlamaBlock(nn.Module):
     def __init__(self, config, layer):
@@ -383,12 +343,11 @@ class LlamaBlock(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Llama(Decoder):
     """Llama 2/3, TinyLlama, Mistral, SmolLM2, Qwen1.5/2/2.5/3: which one is a matter of ModelConfig's fields."""
 
-    hub_names = {"embed.": "model.embed_tokens.", "layers.": "model.layers.", "norm.": "model.norm.",
-                 "head.": "lm_head."}
+    hub_names = dict(zip(("embed.", "layers.", "norm.", "head."),
+                         ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")))
 
     def __init__(self, config):
         super().__init__(config)
@@ -404,9 +363,7 @@ class Llama(Decoder):
             x = self.run(layer, x, rope, masks, cache)
         return self.norm(x)
 
-
 # ------------------------------------------------------------------------------------------------------------ files
-
 def shape_of(name_or_dir: str | Path, layers: bool = True) -> Decoder:
     """A Decoder without memory for its weights; only config.json is read."""
     config = read_config(hub.model_dir(name_or_dir, weights=False) / "config.json")
@@ -414,15 +371,13 @@ def shape_of(name_or_dir: str | Path, layers: bool = True) -> Decoder:
         config = config if layers else dataclasses.replace(config, num_layers=0)
         return (GPT2 if config.family == "gpt2" else Llama)(config)
 
-
 def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu", layers: bool = True) -> Decoder:
     """A Decoder from a short name, a hub id or a folder. init="random" takes the shape only and draws fresh weights.
     layers=False leaves its layers on the disk: what remains is good for .embed and .head only.
 
     Raises InputError for an unknown name, a folder without config or weights, an architecture or config field that is
-    not implemented, a cut file, and missing, extra or misshapen tensors (which it names).
-    """
+    not implemented, a cut file, and missing, extra or misshapen tensors (which it names)."""
     folder = hub.model_dir(name_or_dir, weights=init == "pretrained")
     decoder = shape_of(folder, layers)
     config = decoder.config
@@ -442,15 +397,13 @@ def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype =
     decoder.source = folder
     return decoder.to(device).eval()
 
-
 def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The folder's tensors under our names, checked one by one against what the config asks for."""
     found = {}
     for name, tensor in _read_weights(folder, layers=decoder.config.num_layers > 0).items():
         dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not isinstance(name, str) or not dense:
-            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__} that is not a named, "
-                             "dense tensor")
+            raise InputError(f"{folder}: the weights hold {name!r}, a {type(tensor).__name__}, not a dense tensor")
         if isinstance(decoder, GPT2) and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"            # the hub's own gpt2 was saved without the prefix
         if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # constants, not weights
@@ -458,9 +411,8 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
     wanted = {decoder.hub_name(name): (name, tensor) for name, tensor in decoder.state_dict().items()}
     if decoder.config.tie_head:
         del wanted["lm_head.weight"]
-        embed_name = decoder.hub_name("embed.weight")
-        if embed_name in found and "lm_head.weight" in found and torch.equal(found["lm_head.weight"],
-                                                                             found[embed_name]):
+        head, embedding = found.get("lm_head.weight"), found.get(decoder.hub_name("embed.weight"))
+        if head is not None and embedding is not None and torch.equal(head, embedding):
             del found["lm_head.weight"]
     state, problems = {}, []
     for hub_name, (name, ours) in wanted.items():
@@ -484,7 +436,6 @@ def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, 
         state["head.weight"] = state["embed.weight"]
     return state
 
-
 def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
     """The tensors of a folder, with or without those of the layers, from one file or from the shards of an index;
     pickles without code execution."""
@@ -496,8 +447,7 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
         try:
             shards = sorted(set(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"].values()))
             paths = [folder / Path(shard).name for shard in shards]
-            outside = [shard for shard, path in zip(shards, paths) if folder / shard != path
-                       or shard in ("", ".", "..")]
+            outside = [shard for shard in shards if not re.fullmatch(r"\w[\w.-]*", shard)]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{files[0]}: not an index of shards ({error!r:.200})") from error
         if outside:
@@ -507,12 +457,11 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
-                    content = {name: file.get_tensor(name) for name in file.keys() if layers
-                               or not re.search(IN_A_LAYER, name)}
+                    names = [name for name in file.keys() if layers or not re.search(IN_A_LAYER, name)]
+                    content = {name: file.get_tensor(name) for name in names}
             else:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                content = {name: tensor
-                           for name, tensor in content.items() if layers or not re.search(IN_A_LAYER, str(name))}
+                content = torch.load(path, map_location="cpu", weights_only=True).items()
+                content = {name: x for name, x in content if layers or not re.search(IN_A_LAYER, str(name))}
         except FileNotFoundError as error:
             raise InputError(f"{path}: this file is named by the index but is not there") from error
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:

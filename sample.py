@@ -4,8 +4,7 @@
     python sample.py smollm2 "Name three rivers." --temperature 0
     python sample.py out/toy-dskd_cma_ga                          # asks for instructions until an empty line or Ctrl-D
 
-The instruction is put into Alpaca's template, as in training.
-"""
+The instruction is put into Alpaca's template, as in training."""
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from files.config import InputError, flag, parse
 from files.rows import make_prompt
 from model import load
 from tokenize_align import encode_prompt, left_pad, load_tokenizer
-
 
 @dataclass
 class Config:
@@ -31,7 +29,6 @@ class Config:
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "weights' type: float32 on CPU, bfloat16 on CUDA",
                       choices=("auto", "float32", "bfloat16"))
-
 
 def tell(decoder, tokenizer, config: Config, instruction: str, generator: torch.Generator) -> None:
     """Print the answer to one instruction, token by token; a character split over tokens waits until it is whole."""
@@ -54,7 +51,6 @@ def tell(decoder, tokenizer, config: Config, instruction: str, generator: torch.
             shown = text
     print(tokenizer.decode(tokens)[len(shown):])
 
-
 def main() -> None:
     config = parse(Config, __doc__, positional=("model", "instruction"))
     if not config.model:
@@ -75,7 +71,6 @@ def main() -> None:
         if not instruction:
             return
         tell(decoder, tokenizer, config, instruction, generator)
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -75,9 +75,7 @@ real_vocabularies = pytest.mark.skipif(not (FIXTURES / "tokenizers").is_dir(),
                                        reason=f"no real vocabularies in {FIXTURES}/tokenizers")
 real_text = pytest.mark.skipif(not (FIXTURES / "data").is_dir(), reason=f"no real data in {FIXTURES}/data")
 
-
 # ------------------------------------------------------------------------------------------------- fixtures and helpers
-
 
 def close(ours, reference, relative=1e-4):
     ours, reference = torch.as_tensor(ours).double(), torch.as_tensor(reference).double()
@@ -85,32 +83,26 @@ def close(ours, reference, relative=1e-4):
     scale = reference.abs().max().clamp(min=1e-6)
     assert ((ours - reference).abs().max() / scale).item() <= relative, f"{ours} is not {reference}"
 
-
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 BATCHES = ("full", "ragged")
 
-
 def options(method, **more):
     return table.Options(method=method, **{**table.METHODS[method], **more})
-
 
 def factors(chosen):
     """What train.py multiplies the parts by."""
     α = 0.0 if chosen.method in table.WITHOUT_KD else chosen.kd_rate
     return {"nll_loss": 1 - α, **dict.fromkeys(table.KD_PARTS, α)}
 
-
 def total(chosen, parts, n):
     """train.py's line."""
     α, (CE, KD, GA, DTW) = factors(chosen)["kd_loss"], table.terms(parts, n)
     return (1 - α) * CE + α * KD + chosen.ga_weight * GA + chosen.dtw_weight * DTW
 
-
 def chunk_numbers(batch):
     """student_chunks and teacher_chunks from a stored M: a chunk is named by its first teacher position."""
     student_chunks = batch["chunk_mask"].argmax(2)
     return {"student_chunks": student_chunks, "teacher_chunks": student_chunks.gather(1, batch["chunk_mask"].argmax(1))}
-
 
 def golden_run(batch_name, method, **more):
     """Models, projectors and the loss parts of a golden batch. The stored values have DWA-KD's ramp at its end."""
@@ -139,14 +131,13 @@ def golden_run(batch_name, method, **more):
     n = {side: (batch[f"{side}_labels"] != -100).sum() for side in ("student", "teacher")}
     return chosen, batch, student, projectors, parts, n
 
-
-STORED_METHODS = [*((method, name) for method in ("kd", "dskd", "dskd_cma") for name in divergences.DIVERGENCES),
+STORED_METHODS = [*((method, name) for method in ("kd", "dskd", "dskd_cma")
+                    for name in sorted({key.split("/")[2] for key in EXPECTED if key.startswith("full/kd/")})),
                   ("dskd_clp", "forward_kl"),
                   ("dskd_cla", "forward_kl"), ("dwa_kd", ""), ("uld", "")]
 ADVERSARY_NAMES = {"gan": {"highway.linear": "kq_highway1", "linear1": "kq_linear1", "linear2": "kq_linear2"},
                    "ct": {"highway.linear": "kq_highway1", "feature1": "kq_linear3", "feature2": "kq_linear4",
                           "navigator1": "kq_linear5", "navigator2": "kq_linear6"}}
-
 
 def all_paths(s, t):
     """Every warping path from (0, 0) to (s − 1, t − 1)."""
@@ -155,11 +146,9 @@ def all_paths(s, t):
     before = [(s - 1, t), (s, t - 1), (s - 1, t - 1)]
     return [path + [(s - 1, t - 1)] for a, b in before if a and b for path in all_paths(a, b)]
 
-
 def pad_batch(batch, extra):
     return {name: torch.nn.functional.pad(x, (0, extra), value=-100 if "labels" in name else 0)
             for name, x in batch.items() if name.endswith(("ids", "labels", "chunks"))}
-
 
 def all_parts(method, batch, **more):
     student, same = model.load(GOLDEN / "student"), method in ("kd", "dskd")
@@ -176,14 +165,12 @@ def all_parts(method, batch, **more):
     total(chosen, parts, {"student": 1, "teacher": 1}).backward()
     return parts, student.embed.weight.grad
 
-
 class Vocabulary:
     def __init__(self, *tokens):
         self.tokens, self.vocab_size = tokens, len(tokens)
 
     def token_bytes(self, i):
         return self.tokens[i]
-
 
 def two_decoders(shared, sizes=(6, 10)):
     """Heads and embeddings of 40 and 50 tokens, of which the first `shared` are the same."""
@@ -193,11 +180,9 @@ def two_decoders(shared, sizes=(6, 10)):
                                                     norm=torch.nn.LayerNorm(size))
     return make(40, sizes[0]), make(50, sizes[1]), [(i, i + 5) for i in range(shared)]
 
-
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2,
              max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
-
 
 def reference_configs():
     import transformers as tf
@@ -216,9 +201,7 @@ def reference_configs():
                                   max_window_layers=1),
         "qwen3": tf.Qwen3Config(**SIZES, head_dim=16)}
 
-
 FAMILIES = ("gpt2", "llama2", "llama3", "tinyllama", "linear", "smollm2", "mistral", "qwen1.5", "qwen2.5", "qwen3")
-
 
 def reference_model(family, folder):
     """A random model of transformers, saved into a folder."""
@@ -230,19 +213,16 @@ def reference_model(family, folder):
     reference.save_pretrained(folder)
     return reference
 
-
 def changed_config(family, change, folder):
     """A model of transformers whose config.json says something else."""
     reference_model(family, folder)
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
-
 
 HOSTILE = ["", "a", " ", "  ", " 12 345  6  x", "a  1\n\n 2", "Don't I'LL we've", "你好，世界 한국어 日本語", "👩‍👩‍👧‍👦🏽 🇩🇪",
            "cafe\u0301 \u1100\u1161\u11a8 \u0958 \u212b",
            "x" * 2000, " " * 700, " \n" * 50, "\t\t\r\n\r\n  a",
            "\x00\x01\x04\x1c\x1d\x1e\x1f\x7f\x85\xa0\u2028\u3000\ufeff", "½ ² Ⅷ ٣", "İ ß ǅ", "\U0010ffff\ue000",
            "ก็ำ", "a\u0323\u0307", "\u0307\u0323", "'''", "!!!??\n\n", "<|endoftext|> <s> </s> <|im_start|>", "▁▁a ▁b"]
-
 
 def texts():
     rng = random.Random(0)
@@ -253,7 +233,6 @@ def texts():
         result += [text for row in rows for text in (row.prompt, row.outputs[0])]
     return result
 
-
 def assert_spans_tile(tokenizer, text):
     ids, spans = tokenizer.encode_with_spans(text)
     assert ids == tokenizer.encode(text)
@@ -263,7 +242,6 @@ def assert_spans_tile(tokenizer, text):
         assert spans[-1][1] == len(text.encode())
         assert all(a[1] == b[0] and b[0] <= b[1] for a, b in zip(spans, spans[1:]))
     return ids, spans
-
 
 def fixture_tokenizer(name):
     """Ours and a reference encoder of the tokenizers library, with control tokens read as text."""
@@ -293,7 +271,6 @@ def fixture_tokenizer(name):
     reference.encode_special_tokens = True
     return ta.load_tokenizer(folder), lambda text: reference.encode(text, add_special_tokens=False).ids
 
-
 def byte_level_json(pre_tokenizer, normalizer=None, ignore_merges=False):
     """A tokenizer of the tokenizers library with a few merges, as tokenizer.json."""
     from tokenizers import Tokenizer, models
@@ -309,12 +286,10 @@ def byte_level_json(pre_tokenizer, normalizer=None, ignore_merges=False):
                                        rstrip=False, normalized=False, special=True)])
     return content
 
-
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
                 r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 SPLIT = dict(type="Split", pattern={"Regex": LLAMA3_SPLIT}, behavior="Isolated", invert=False)
-
 
 @pytest.fixture(autouse=True, scope="session")
 def data_folder(tmp_path_factory):
@@ -324,12 +299,10 @@ def data_folder(tmp_path_factory):
     yield
     patch.undo()
 
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than these tests' training; test_train_leaves_pictures has them."""
     monkeypatch.setattr(probe, "leave_pictures", lambda *args: [])
-
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
@@ -351,7 +324,6 @@ def world(tmp_path_factory):
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines))
     return folder
 
-
 def flags(world, out, *more, method="dskd_cma_ga"):
     teacher = [] if method == "sft" else ["--teacher", str(world / "teacher")]
     return [*teacher, "--student", str(world / "student"), "--data", str(world / "data"), "--method", method,
@@ -359,32 +331,25 @@ def flags(world, out, *more, method="dskd_cma_ga"):
             "--max_prompt_length", "100", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3", "--eval_num", "4",
             *more]
 
-
 def run_main(module, monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     module.main()
 
-
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
-
 def stable(records):
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "tflops", "mfu")} for r in records]
-
 
 COMBINATIONS = [*((method, []) for method in table.METHODS if method not in ("kd", "dskd")),
                 ("dwa_kd", ["--adversary", "gan", "--divergence", "adaptive_kl"]),
                 ("dskd_cla", ["--align_on", "input", "--dtw_weight", "0.3", "--adversary", "ct"]),
                 ("dskd_clp", ["--weights", "entropy"])]
 
-
 class Killed(BaseException):
     """What kill -9 is to a program, but for its finally blocks."""
 
-
 QUICK = ["--max_steps", "4", "--save_interval", "1", "--eval_interval", "2", "--eval_num", "2"]
-
 
 def assert_same_run(whole, cut, but=()):
     assert stable(metrics(whole)) == stable(metrics(cut))
@@ -396,7 +361,6 @@ def assert_same_run(whole, cut, but=()):
         assert files[0][file] == files[1][file], file
     assert not [f for f in cut.iterdir() if f.name.endswith((".tmp", ".partial"))]
 
-
 @pytest.fixture(scope="module")
 def quick_run(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick") / "whole"
@@ -405,14 +369,12 @@ def quick_run(world, tmp_path_factory):
         run_main(train, patch, *flags(world, folder, *QUICK))
     return folder
 
-
 class Evil:
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
 
 def torchrun(processes, script, *argv, check=True, timeout=240):
     """Run a script as torchrun does; OMP_NUM_THREADS and the rest of the environment are ours."""
@@ -423,7 +385,6 @@ def torchrun(processes, script, *argv, check=True, timeout=240):
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
 
-
 @pytest.fixture(scope="module")
 def odd_world(world, tmp_path_factory):
     """41 training rows: in steps of 8, the last step of an epoch has one row, and one process has none."""
@@ -432,7 +393,6 @@ def odd_world(world, tmp_path_factory):
     lines = (folder / "data/train.jsonl").read_text().splitlines(True)[:41]
     (folder / "data/train.jsonl").write_text("".join(lines))
     return folder / "data"
-
 
 def assert_equal_runs(one, two, files=("best/model", "last/model", "last/projectors")):
     """Runs of one and of two processes: the same losses and the same weights, but for rounding."""
@@ -448,9 +408,7 @@ def assert_equal_runs(one, two, files=("best/model", "last/model", "last/project
         for name in x:          # a key's bias has no gradient but rounding, which AdamW enlarges
             torch.testing.assert_close(y[name], x[name], rtol=1e-4, atol=1e-5)
 
-
 TWO = ["--batch_size", "4", "--grad_accum", "2", "--eval_interval", "6", "--probe_interval", "6"]
-
 
 def checkpoint_of_step_6(out, world, data, monkeypatch, argv):
     """Put a checkpoint of step 6 in place of the last one."""
@@ -463,13 +421,11 @@ def checkpoint_of_step_6(out, world, data, monkeypatch, argv):
     shutil.copytree(Path(argv[argv.index("--out_dir") + 1]) / "last", out / "last")
     assert json.loads((out / "last/training.json").read_text())["step"] == 6
 
-
 JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                            lambda inner: st.lists(inner, max_size=3)
                            | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
 FUZZ = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None,
                            suppress_health_check=list(hypothesis.HealthCheck))
-
 
 def damage(data, content: bytes) -> bytes:
     """Some JSON with a value changed, or some bytes with a few flipped, cut or put in."""
@@ -495,14 +451,12 @@ def damage(data, content: bytes) -> bytes:
         content[place:place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
     return bytes(content)
 
-
 def compare_argv(world, out, *more):
     return ["--methods", "sft", "dskd_cma", "dskd_cma --kd_rate 0.3", "--seeds", "1", "2", "--scoring_seeds", "5", "6",
             "--num", "3", "--out_dir", out, "--data", world / "data",
             "--teacher", world / "teacher", "--student", world / "student", "--max_length", "128",
             "--max_prompt_length", "100", "--batch_size", "8", "--max_steps", "4",
             "--save_interval", "1", "--eval_interval", "2", "--eval_num", "2", *more]
-
 
 @pytest.fixture(scope="module")
 def whole_table(world, tmp_path_factory):
@@ -512,11 +466,9 @@ def whole_table(world, tmp_path_factory):
         run_main(compare, patch, *compare_argv(world, out))
     return out
 
-
 def without_settings(path):
     return [{k: v for k, v in json.loads(line).items() if k not in ("flags", "key", "row_key")}
             for line in path.read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
 def two_runs(world, tmp_path_factory):
@@ -529,7 +481,6 @@ def two_runs(world, tmp_path_factory):
                                           "99", method=method))
     return folder
 
-
 def damaged(world, tmp_path, side="student", **files):
     folder = tmp_path / "damaged"
     folder.mkdir()
@@ -538,7 +489,6 @@ def damaged(world, tmp_path, side="student", **files):
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_text(content)
     return folder
-
 
 def rouge_pairs():
     rng = random.Random(0)
@@ -554,13 +504,11 @@ def rouge_pairs():
         pairs += rng.sample(real, 1200)
     return pairs
 
-
 # ---------------------------------------------------------------------------------------------------------------- house
 
 LAYERS = (("files",), ("tokenize_align", "model", "cma", "discriminator", "methods", "toy"), ("running",),
           ("eval_rouge", "sample", "probe"), ("train",), ("tools",))
 SOURCES = [path for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))]
-
 
 def imported(path):
     """The project's own modules that a file imports, anywhere in it."""
@@ -571,7 +519,6 @@ def imported(path):
             yield from (f"{node.module}.{part.name}" for part in node.names) if whole_packages else [node.module]
         if isinstance(node, ast.Import):
             yield from (part.name for part in node.names if part.name.split(".")[0] in own)
-
 
 @pytest.mark.house
 def test_imports_go_one_way():
@@ -595,7 +542,6 @@ def test_imports_go_one_way():
         assert free, f"a circle among {sorted(graph)}"
         graph = {name: others for name, others in graph.items() if name not in free}
 
-
 @pytest.mark.house
 def test_lines_and_functions_are_short():
     for path in SOURCES:
@@ -609,18 +555,25 @@ def test_lines_and_functions_are_short():
     assert len((HERE / "train.py").read_text().splitlines()) <= 250
     assert len((HERE / "README.md").read_text().splitlines()) <= 150
 
-
 @pytest.mark.house
 def test_the_readme_points_at_what_is_there():
     for page in (HERE / "README.md", *(HERE / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-        for name in re.findall(r"`((?:methods|running|files|tools)/\w+\.py)[:`]", text):
-            assert (HERE / name).exists(), f"{page.name}: {name}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+                names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in names, f"{page.name}: {target}#{anchor}"
+        for name, function in re.findall(r"`((?:\w+/)?\w+\.py)(?:: (\w+))?`", text):
+            found = [path for path in SOURCES if path.match(name)]
+            assert found, f"{page.name}: {name}"
+            if function:
+                assert re.search(rf"^(def|class) {function}\b", found[0].read_text(encoding="utf-8"), re.M), \
+                    f"{page.name}: {name}: {function}"
         for module in re.findall(r"python -m (\w+)\.(\w+)", text):
             assert (HERE / "{}/{}.py".format(*module)).exists(), f"{page.name}: {module}"
-
 
 # --------------------------------------------------------------------------------------------------------------- golden
 
@@ -634,7 +587,6 @@ def test_golden_forward(batch_name):
         hidden = decoder(batch[f"{side}_ids"], real)
         close(hidden[real], stored[f"{side}_hidden"][real])
         close(decoder.logits(hidden)[real], stored[f"{side}_logits"][real])
-
 
 @pytest.mark.golden
 @pytest.mark.parametrize("method, name", STORED_METHODS)
@@ -664,7 +616,6 @@ def test_golden_losses_and_gradients(batch_name, method, name):
     assert {p for p, gradient in gradients.items()
             if gradient is not None} - {"student.h.0.attn.c_attn"} == stored.keys() - {"student.h.0.attn.c_attn"}
 
-
 @pytest.mark.golden
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("method", ("dskd_cma", "dwa_kd"))
@@ -678,7 +629,6 @@ def test_golden_with_every_speed_up(method, monkeypatch):
     for name, parameter in (("student.wte", student.embed.weight), ("t2s.weight", projectors.t2s.weight),
                             ("query.weight", projectors.query.weight)):
         close(parameter.grad, stored[f"{key}/{name}"])
-
 
 @pytest.mark.golden
 @pytest.mark.parametrize("batch_name", BATCHES)
@@ -696,14 +646,12 @@ def test_golden_entropy_weights(batch_name):
         expected = torch.tensor(EXPECTED[f"{batch_name}/dwa_kd"][f"{side}_weight_0"])
         close(weights, expected[batch[f"{side}_labels"][0] != -100])
 
-
 @pytest.mark.golden
 @pytest.mark.parametrize("batch_name", BATCHES)
 def test_golden_sft(batch_name):
     _, _, _, _, parts, n = golden_run(batch_name, "sft")
     close(parts["nll_loss"] / n["student"], EXPECTED[f"{batch_name}/kd/forward_kl"]["nll_loss"])
     close(parts["accuracy"] / n["student"], EXPECTED[f"{batch_name}/kd/forward_kl"]["accuracy"])
-
 
 @pytest.mark.golden
 @pytest.mark.parametrize("batch_name, kind", [("full", "gan"), ("ragged", "gan"), ("full", "ct")])
@@ -728,7 +676,6 @@ def test_golden_adversary(batch_name, kind):
               gradients[f"{batch_name}/adversary/{kind}/{theirs}.weight"])
     close(projectors.query.weight.grad, gradients[f"{batch_name}/adversary/{kind}/query.weight"])
 
-
 @pytest.mark.golden
 @pytest.mark.parametrize("batch_name", BATCHES)
 def test_golden_soft_dtw(batch_name):
@@ -736,7 +683,6 @@ def test_golden_soft_dtw(batch_name):
     assert len(EXPECTED[f"{batch_name}/soft_dtw"]) == 4
     for gamma, value in EXPECTED[f"{batch_name}/soft_dtw"].items():
         close(soft_dtw.sdtw(cost[None], *torch.tensor(cost.shape)[:, None], float(gamma))[0], value)
-
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -755,7 +701,6 @@ def test_rows_that_are_wrong(line, message, tmp_path):
     with pytest.raises(InputError, match="x.jsonl" + message if message.startswith(":") else message):
         read_rows(tmp_path / "x.jsonl")
 
-
 @pytest.mark.files
 def test_rows(tmp_path):
     path = tmp_path / "x.jsonl"
@@ -770,14 +715,12 @@ def test_rows(tmp_path):
         with pytest.raises(InputError, match=message):
             read_rows(path)
 
-
 @pytest.mark.files
 @real_text
 def test_our_template_is_the_data_sets():
     for line in (FIXTURES / "data/dolly/train.jsonl").read_text().splitlines()[:300]:
         row = json.loads(line)
         assert make_prompt(row["instruction"], row["input"]) == row["prompt"]
-
 
 @pytest.mark.files
 def test_hostile_rows(tmp_path):
@@ -801,7 +744,6 @@ def test_hostile_rows(tmp_path):
     # an escaped NUL is a character like others
     assert read_rows(tmp_path / "rows.jsonl")[0].prompt == "a\0"
 
-
 @pytest.mark.files
 @hypothesis.given(data=st.data())
 @FUZZ
@@ -814,7 +756,6 @@ def test_fuzz_rows(data, tmp_path_factory):
     except InputError as error:
         assert str(path) in str(error)
         assert "\n" not in str(error)
-
 
 @pytest.mark.files
 def test_data_is_checked_before_use(tmp_path, monkeypatch):
@@ -840,13 +781,11 @@ def test_data_is_checked_before_use(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pass a folder"):
         hub.data_file("dolly", "dev")                                   # not there to download
 
-
 @pytest.mark.files
 @real_text
 def test_published_blob_ids():
     for (name, split) in (("dolly", "test"), ("self-inst", "test")):
         assert hub.git_blob_id(FIXTURES / "data" / name / f"{split}.jsonl") == hub.DATASETS[name, split][1]
-
 
 @pytest.mark.files
 def test_model_names(monkeypatch, tmp_path):
@@ -867,7 +806,6 @@ def test_model_names(monkeypatch, tmp_path):
         hub.model_dir("qwen")
     with pytest.raises(InputError, match="not a folder"):
         hub.model_dir("no-such-name")
-
 
 # ------------------------------------------------------------------------------------------------------- tokenize_align
 
@@ -891,7 +829,6 @@ def test_tokenizers_equal_the_reference(name):
     assert (ours.vocab_size, ours.eos_id, ours.bos_id) == expected[name]
     assert ours.decode([ours.eos_id]) == ""
 
-
 @pytest.mark.tokenize_align
 def test_smollm2_equals_the_reference():
     """Its digits stand alone, and 21 of the 256 bytes have no token."""
@@ -904,7 +841,6 @@ def test_smollm2_equals_the_reference():
     for text in texts():
         assert assert_spans_tile(ours, text)[0] == reference.encode(text).ids, repr(text)
 
-
 @pytest.mark.tokenize_align
 @real_vocabularies
 def test_sentencepiece_splits_characters_into_bytes():
@@ -912,7 +848,6 @@ def test_sentencepiece_splits_characters_into_bytes():
     ids, spans = tokenizer.encode_with_spans("a🧿b")
     assert spans == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
     assert tokenizer.token_bytes(ids[1]) == "🧿".encode()[:1]
-
 
 @pytest.mark.tokenize_align
 @real_vocabularies
@@ -923,7 +858,6 @@ def test_vocabulary_and_merges_equal_tokenizer_json(tmp_path):
     a, b = ta.load_tokenizer(tmp_path), ta.load_tokenizer(FIXTURES / "tokenizers/gpt2")
     assert all(a.encode(text) == b.encode(text) for text in HOSTILE)
     assert a.eos_id == b.eos_id
-
 
 @pytest.mark.tokenize_align
 @pytest.mark.parametrize("kind", ("gpt2", "smollm2", "llama3", "qwen"))
@@ -943,7 +877,6 @@ def test_split_patterns_come_from_the_file(kind, tmp_path):
         ids, _ = assert_spans_tile(ours, text)
         assert ids == reference.encode(text).ids, repr(text)
 
-
 @pytest.mark.tokenize_align
 def test_what_a_pattern_leaves_out_is_a_piece(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
@@ -957,13 +890,11 @@ def test_what_a_pattern_leaves_out_is_a_piece(tmp_path):
         assert assert_spans_tile(ours, text)[0] == reference.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
 
-
 @pytest.mark.tokenize_align
 def test_end_of_sequence_must_be_a_piece(world, tmp_path):
     folder = damaged(world, tmp_path, "teacher", tokenizer_config__json='{"eos_token": "<|im_end|>"}')
     with pytest.raises(InputError, match="im_end"):
         ta.load_tokenizer(folder)
-
 
 @pytest.mark.tokenize_align
 def test_nfc_spans_point_into_the_original(tmp_path):
@@ -974,7 +905,6 @@ def test_nfc_spans_point_into_the_original(tmp_path):
     ids, spans = assert_spans_tile(tokenizer, text)
     assert [tokenizer.token_bytes(i) for i in ids] == [b"he", b" ", b"\xc3", b"\xa9", b" ", b"x"]
     assert spans == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8)]
-
 
 @pytest.mark.tokenize_align
 @pytest.mark.parametrize("files, message", [
@@ -987,7 +917,6 @@ def test_tokenizer_files_that_are_wrong(files, message, tmp_path):
     with pytest.raises(InputError, match=message):
         ta.load_tokenizer(tmp_path)
 
-
 @pytest.mark.tokenize_align
 def test_chunks():
     a, b = [(0, 2), (2, 5), (5, 6), (6, 6)], [(0, 1), (1, 2), (2, 4), (4, 6), (6, 6)]      # cuts at 2 and 6, then EOS
@@ -995,7 +924,6 @@ def test_chunks():
     assert ta.chunk_mask(a, b).int().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     # one side was cut
     assert ta.chunks([(0, 2), (2, 4)], [(0, 2)]) == [(range(0, 1), range(0, 1)), (range(1, 2), range(1, 1))]
-
 
 @pytest.mark.tokenize_align
 @real_vocabularies
@@ -1010,7 +938,6 @@ def test_chunks_from_their_definition():
             if a < a_end and b < b_end:         # in one chunk: no common boundary lies between their starts
                 low, high = min(a, b), max(a, b)
                 assert mask[i, j] == (not any(low < cut <= high for cut in ends[0] & ends[1]))
-
 
 @pytest.mark.tokenize_align
 def test_batches(world):
@@ -1066,7 +993,6 @@ def test_batches(world):
     assert 0 < dropped < len(rows)
     assert ta.encode_rows(rows, student, teacher, 10, 10)[2] == len(rows)      # nothing but prompt fits
 
-
 @pytest.mark.tokenize_align
 def test_a_pattern_that_panics(tmp_path):
     folder = tmp_path / "panic"
@@ -1082,7 +1008,6 @@ def test_a_pattern_that_panics(tmp_path):
         tokenizer = ta.load_tokenizer(folder)
         for text in ("b", "hello", "bab"):
             tokenizer.encode(text)
-
 
 @pytest.mark.tokenize_align
 @hypothesis.given(data=st.data())
@@ -1111,7 +1036,6 @@ def test_fuzz_tokenizer_files(data, world, tmp_path_factory):
     except InputError as error:
         assert "\n" not in " ".join(str(error).split())
 
-
 # ---------------------------------------------------------------------------------------------------------------- model
 
 @pytest.mark.model
@@ -1133,7 +1057,6 @@ def test_models_equal_transformers(family, tmp_path):
     import transformers
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     close(again(ids).logits, reference(ids).logits, 1e-6)
-
 
 @pytest.mark.model
 @torch.no_grad()
@@ -1159,7 +1082,6 @@ def test_llama_reads_both_dialects_shards_and_bin(tmp_path):
         decoder = model.load(folder)
         close(decoder.logits(decoder(ids)), reference(ids).logits)
 
-
 @pytest.mark.model
 def test_gpt2_as_the_hub_has_it(tmp_path):
     """Without the prefix, with the mask buffers and a second copy of the tied head."""
@@ -1171,7 +1093,6 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     ids = torch.randint(0, 97, (2, 9))
     decoder = model.load(tmp_path)
     close(decoder.logits(decoder(ids)).detach(), reference(ids).logits.detach())
-
 
 @pytest.mark.model
 def test_defaults_of_absent_fields_are_transformers(tmp_path):
@@ -1187,7 +1108,6 @@ def test_defaults_of_absent_fields_are_transformers(tmp_path):
     changed_config("gpt2", extra, tmp_path)
     model.load(tmp_path)
 
-
 @pytest.mark.model
 def test_random_init_has_the_config_and_its_own_weights(tmp_path):
     reference_model("gpt2", tmp_path)
@@ -1198,7 +1118,6 @@ def test_random_init_has_the_config_and_its_own_weights(tmp_path):
     assert abs(a.embed.weight.std().item() - 0.02) < 0.002
     assert not torch.equal(a.embed.weight, b.embed.weight)
     assert abs(a.layers[0].attn.c_proj.weight.std().item() - 0.02 / 2) < 0.002
-
 
 @pytest.mark.model
 def test_sampling():
@@ -1214,7 +1133,6 @@ def test_sampling():
     assert draw(t=0)[0] == 1
     assert (draw(t=2.0) - (logits[0] / 2).softmax(-1)).abs().max() < 0.03
 
-
 @pytest.mark.model
 def test_rows_end_at_eos_and_leave(tmp_path):
     reference_model("gpt2", tmp_path)
@@ -1229,7 +1147,6 @@ def test_rows_end_at_eos_and_leave(tmp_path):
     assert decoder.generate(ids, None, 999, temperature=0).size(1) == 64 - 5        # the last position ends it
     with pytest.raises(ValueError, match="64 positions"):
         decoder.generate(torch.zeros(1, 65, dtype=torch.long), None, 1)
-
 
 @pytest.mark.model
 @pytest.mark.parametrize("change, message", [
@@ -1247,7 +1164,6 @@ def test_configs_that_are_not_implemented(change, message, tmp_path):
     with pytest.raises(InputError, match=message):
         model.load(tmp_path)
 
-
 @pytest.mark.model
 @pytest.mark.parametrize("change, message", [
     (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
@@ -1262,7 +1178,6 @@ def test_llama_configs_that_are_not_implemented(change, message, tmp_path):
     changed_config("llama2", change, tmp_path)
     with pytest.raises(InputError, match=message):
         model.load(tmp_path)
-
 
 @pytest.mark.model
 def test_damaged_weights(tmp_path):
@@ -1290,7 +1205,6 @@ def test_damaged_weights(tmp_path):
     assert not (tmp_path / "executed").exists()
     with pytest.raises(InputError, match="config.json"):
         model.load(GOLDEN)
-
 
 @pytest.mark.model
 def test_hostile_weights(world, tmp_path):
@@ -1336,7 +1250,7 @@ def test_hostile_weights(world, tmp_path):
     (sparse / "model.safetensors").unlink()
     for tensor in (whole[name].to_sparse(), whole[name].to("meta")):
         torch.save({**whole, name: tensor}, sparse / "pytorch_model.bin")
-        with pytest.raises(InputError, match="not a named, dense tensor|not plain weights|cut or damaged"):
+        with pytest.raises(InputError, match="not a dense tensor|not plain weights|cut or damaged"):
             model.load(sparse)
     for folder, message in cases:
         with pytest.raises(InputError, match=message) as error:
@@ -1345,7 +1259,6 @@ def test_hostile_weights(world, tmp_path):
         assert len(str(error.value)) < 1000
     with pytest.raises(InputError, match="does not fit into memory"):
         model.load(folder_with("huge", n_inner=10**7, n_layer=1000, vocab_size=10**7), init="random")
-
 
 # -------------------------------------------------------------------------------------------------------------- methods
 
@@ -1370,7 +1283,6 @@ def test_divergences_from_their_definitions():
     for name, value in by_hand.items():
         close(divergences.divergence(name, z_s, z_t, T), value, 1e-5)
 
-
 @pytest.mark.methods
 @pytest.mark.parametrize("gamma", (0.05, 1.0, 10.0))
 def test_soft_dtw_from_its_definition(gamma):
@@ -1392,7 +1304,6 @@ def test_soft_dtw_from_its_definition(gamma):
         close(cost.grad[k], alignment, 1e-9)
     assert torch.autograd.gradcheck(lambda c: soft_dtw.sdtw(c, *lengths, gamma), (cost,))       # finite differences
 
-
 @pytest.mark.methods
 @pytest.mark.parametrize("gamma", (0.01, 0.1, 1.0, 10.0))
 def test_soft_dtw_is_stable(gamma):
@@ -1409,7 +1320,6 @@ def test_soft_dtw_is_stable(gamma):
     assert results[0][1].min() >= 0
     assert (results[0][1][1, 400:] == 0).all()
     assert (results[0][1][1, :, 37:] == 0).all()
-
 
 @pytest.mark.methods
 def test_soft_dtw_goes_to_hard_dtw():
@@ -1432,7 +1342,6 @@ def test_soft_dtw_goes_to_hard_dtw():
                   for gamma in (0.1, 0.01, 0.001)]
         assert errors[2] < 0.02 * max(hard[s, t], 1)
         assert errors[0] >= 9 * errors[2]
-
 
 @pytest.mark.methods
 def test_band_and_divergence_of_dtw():
@@ -1460,7 +1369,6 @@ def test_band_and_divergence_of_dtw():
     same, other = (soft_dtw.dtw_divergences([(a, x)], lengths[0], lengths[0], 1.0)[0] for x in (a, b))
     assert abs(same) < 1e-4 < 1 < other
 
-
 @pytest.mark.methods
 def test_edit_distances_and_the_vocabulary_map():
     def levenshtein(a, b):
@@ -1482,7 +1390,6 @@ def test_edit_distances_and_the_vocabulary_map():
     student, teacher = ([bytes(rng.choices(b"abcd", k=rng.randint(1, 6))) for _ in range(300)] for _ in range(2))
     for t, i in zip(teacher, mined.map_vocabulary(student, teacher).tolist()):
         assert levenshtein(t, student[i]) == min(levenshtein(t, s) for s in student)
-
 
 @pytest.mark.methods
 def test_mined_partners(tmp_path, monkeypatch):
@@ -1513,7 +1420,6 @@ def test_mined_partners(tmp_path, monkeypatch):
                 ta.Example(2, sequence([4, 0]), sequence([6, 0]))]
     assert aligned.tensors(examples)["partners"].tolist() == [[0, 1, 2, 3], [-1, 2, 3, 4], [0, 1, -1, -1]]
 
-
 @pytest.mark.methods
 def test_schedules_of_dwa_kd():
     batch = load_file(GOLDEN / "batch_ragged.safetensors")
@@ -1522,7 +1428,6 @@ def test_schedules_of_dwa_kd():
     chosen = options("dwa_kd")
     assert [soft_dtw.gamma_at(chosen, step) for step in (0, 1785, 3570, 9999)] == [2.0, 1.4, 0.8, 0.8]
     assert (chosen.ramp_steps, chosen.dtw_weight) == (300, 0.2)
-
 
 @pytest.mark.methods
 def test_mined_loss_from_its_definition(monkeypatch):
@@ -1545,7 +1450,6 @@ def test_mined_loss_from_its_definition(monkeypatch):
     close(parts["kd_loss"], expected)
     assert parts["mined_pairs"] == 3
 
-
 @pytest.mark.methods
 def test_conditional_transport_from_its_definition():
     """Ragged examples, one at a time; a mean over all tokens of the batch. Its critic wants the cost high."""
@@ -1563,7 +1467,6 @@ def test_conditional_transport_from_its_definition():
         over_keys -= 0.5 * (cost * d.softmax(1)).sum()
     close(parts["adversary_key_loss"].detach(), over_keys.detach())
     close(parts["adversary_query_loss"].detach(), over_queries.detach())
-
 
 @pytest.mark.methods
 def test_a_chunk_without_counterpart_takes_nothing():
@@ -1598,7 +1501,6 @@ def test_a_chunk_without_counterpart_takes_nothing():
     assert alone.any()
     assert losses[0]["nll_loss"] != losses[1]["nll_loss"]
 
-
 @pytest.mark.methods
 @pytest.mark.parametrize("method, more",
                          [*((method, {}) for method in table.METHODS), ("dwa_kd", {"adversary": "gan"}),
@@ -1625,7 +1527,6 @@ def test_padding_order_and_chunks_change_nothing(method, more, monkeypatch):
             close(other[name].detach(), value.detach(), 1e-5)
     for other in (padded_gradient, permuted_gradient, chunked_gradient):
         close(other, gradient, 1e-4)
-
 
 @pytest.mark.methods
 def test_heads_run_on_valid_positions_only(monkeypatch):
@@ -1665,7 +1566,6 @@ def test_heads_run_on_valid_positions_only(monkeypatch):
             total(chosen, parts, {"student": 1, "teacher": 1}).backward()
         assert largest.elements == vocabulary * size, f"{method}: larger than a head's weight"
 
-
 @pytest.mark.methods
 def test_queries_projector_gets_the_reversed_gradient():
     torch.manual_seed(0)
@@ -1678,14 +1578,12 @@ def test_queries_projector_gets_the_reversed_gradient():
     torch.nn.functional.softplus(critic(projector(x))).sum().backward()
     close(-reversed_gradient, projector.weight.grad, 1e-6)
 
-
 @pytest.mark.methods
 def test_shared_tokens():
     a, b = Vocabulary(b"", b"the", b" a", b"the", b"x"), Vocabulary(b"", b" a", b"y", b"the", b" a")
     assert projector_init.shared_tokens(a, b) == [(1, 3), (2, 1)]
     with pytest.raises(InputError, match="no token in common"):
         projector_init.shared_tokens(a, Vocabulary(b"", b"z"))
-
 
 @pytest.mark.methods
 def test_projectors_from_shared_tokens_find_a_map_that_exists():
@@ -1708,7 +1606,6 @@ def test_projectors_from_shared_tokens_find_a_map_that_exists():
     close(queries, torch.cat([teacher.embed(ids_t), teacher.embed(ids_t.flip(0))],
                              -1) / teacher.embed.weight[ids_t].std(), 1e-5)
 
-
 @pytest.mark.methods
 @pytest.mark.parametrize("shared", [30, 4])         # more tokens than dimensions, and fewer
 def test_projectors_from_shared_tokens_are_least_squares(shared):
@@ -1723,7 +1620,6 @@ def test_projectors_from_shared_tokens_are_least_squares(shared):
     half = (np.linalg.pinv(rows[2]) @ rows[3]).T / rows[3].std(ddof=1)
     close(projectors.query.weight, np.block([[half, 0 * half], [0 * half, half]]), 1e-4)
     assert not any(layer.bias.any() for layer in (projectors.t2s, projectors.s2t, projectors.query))
-
 
 @pytest.mark.methods
 @pytest.mark.parametrize("batch_name", BATCHES)
@@ -1752,7 +1648,6 @@ def test_the_fast_code_equals_the_plain(batch_name):
     for name, gradient in results[0][1].items():
         close(results[1][1][name], gradient, 1e-4)
 
-
 @pytest.mark.methods
 def test_a_total_that_weighs_otherwise_is_noticed():
     """The heads take their gradient early, by a table; a total that contradicts it must not pass."""
@@ -1763,7 +1658,6 @@ def test_a_total_that_weighs_otherwise_is_noticed():
     parts = table.distill(chosen, batch, student, teacher, None, None, 0, factors(chosen))
     with pytest.raises(RuntimeError, match="the total weighs its parts"):
         (0.9 * parts["nll_loss"] + 0.1 * parts["kd_loss"]).backward()
-
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -1783,7 +1677,6 @@ def test_training_from_shared_tokens(world, tmp_path, monkeypatch):
         close(saved[name], tensor, 1e-5)
     with pytest.raises(InputError, match="--projector_init shared: --method uld has no use for it"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "x", "--projector_init", "shared", method="uld"))
-
 
 @pytest.mark.train
 @pytest.mark.parametrize("method, more", COMBINATIONS)
@@ -1823,7 +1716,6 @@ def test_training_lowers_the_loss(method, more, world, tmp_path, monkeypatch, ca
     close(decoder.logits(decoder(ids)).detach(), reference(ids).logits.detach())
     assert ta.load_tokenizer(tmp_path / "run").encode("hello") == ta.load_tokenizer(world / "student").encode("hello")
 
-
 @pytest.mark.train
 @pytest.mark.parametrize("method", ("kd", "dskd"))
 def test_one_vocabulary(method, world, tmp_path, monkeypatch):
@@ -1832,7 +1724,6 @@ def test_one_vocabulary(method, world, tmp_path, monkeypatch):
     assert not (tmp_path / "no").exists()
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--teacher", str(world / "student"), method=method))
     assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"]
-
 
 @pytest.mark.train
 def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
@@ -1883,7 +1774,6 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     assert len(list(data.glob("train-by-teacher-*.jsonl"))) == 2
     assert "the teacher's answers:" in capsys.readouterr().out
 
-
 @pytest.mark.train
 def test_who_learns(world, tmp_path, monkeypatch):
     """The discriminator and the projectors change from checkpoint to checkpoint; the teacher never does."""
@@ -1907,7 +1797,6 @@ def test_who_learns(world, tmp_path, monkeypatch):
         assert matrices and all(not torch.equal(a[name], b[name]) for name in matrices), part
     assert before == digest()
 
-
 @pytest.mark.train
 def test_accumulation_equals_one_batch(world, tmp_path, monkeypatch):
     """sft: two forward passes of 4 rows make the step that one of 8 makes. (CMA's σ are taken over a forward pass.)"""
@@ -1919,7 +1808,6 @@ def test_accumulation_equals_one_batch(world, tmp_path, monkeypatch):
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
         close(a["loss"], b["loss"], 1e-5)
 
-
 @pytest.mark.train
 def test_steps_that_explode_end_the_run(world, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="3 steps in a row, up to step 4"):
@@ -1929,7 +1817,6 @@ def test_steps_that_explode_end_the_run(world, tmp_path, monkeypatch):
     assert ["skipped_rows" in r for r in metrics(tmp_path / "run")] == [False, True, True, True]
     for folder, step in (("last", 1),):         # bad steps don't push the good checkpoint out
         assert json.loads((tmp_path / "run" / folder / "training.json").read_text())["step"] == step
-
 
 @pytest.mark.train
 def test_adversary_stays_as_it_was_drawn(world, tmp_path, monkeypatch):
@@ -1948,7 +1835,6 @@ def test_adversary_stays_as_it_was_drawn(world, tmp_path, monkeypatch):
     assert not same("discriminator", "frozen", "trained")
     assert not torch.equal(runs["frozen"]["projectors"]["query.weight"], runs["without"]["projectors"]["query.weight"])
 
-
 @pytest.mark.train
 def test_learning_rate():
     rate = lambda step: train.learning_rate(1e-3, step, 10, 110)
@@ -1956,7 +1842,6 @@ def test_learning_rate():
     assert rate(9) == rate(10) == 1e-3
     close(rate(109), 1e-7)
     close(train.learning_rate(1e-3, 50, 0, 101), (1e-3 + 1e-7) / 2)
-
 
 @pytest.mark.train
 def test_options_reach_the_loss(world, tmp_path, monkeypatch):
@@ -1974,7 +1859,6 @@ def test_options_reach_the_loss(world, tmp_path, monkeypatch):
         assert torch.equal(label[1]["student_ids"], by_input[1]["student_ids"])
         assert not torch.equal(label[1]["student_chunks"], by_input[1]["student_chunks"])
 
-
 @pytest.mark.train
 @pytest.mark.parametrize("method, more",
                          [("dskd_cma_ga", []), ("dwa_kd", ["--adversary", "ct"]), ("dskd_cla", ["--dtw_weight", "0.2"]),
@@ -1987,7 +1871,6 @@ def test_bfloat16(method, more, world, tmp_path, monkeypatch):
         assert abs(half["loss"] - full["loss"]) < 0.05 * full["loss"]
         assert half["loss"] != full["loss"]
     assert load_file(tmp_path / "half/best/model.safetensors")["transformer.wte.weight"].dtype == torch.float32
-
 
 @pytest.mark.train
 @pytest.mark.parametrize("change, message", [
@@ -2011,7 +1894,6 @@ def test_command_lines_that_are_wrong(change, message, world, tmp_path, monkeypa
         run_main(train, monkeypatch, *flags(world, tmp_path / "run"), *change)
     assert not (tmp_path / "run").exists()
 
-
 @pytest.mark.train
 def test_models_and_data_that_are_wrong(world, tmp_path, monkeypatch):
     too_small = json.loads((world / "student/config.json").read_text()) | dict(vocab_size=500)
@@ -2032,7 +1914,6 @@ def test_models_and_data_that_are_wrong(world, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no row has a response token"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "run"), "--max_length", "10")
     assert not (tmp_path / "run").exists()
-
 
 @pytest.mark.train
 def test_a_folder_with_a_run_is_refused(world, tmp_path, monkeypatch):
@@ -2056,7 +1937,6 @@ def test_a_folder_with_a_run_is_refused(world, tmp_path, monkeypatch):
         run_main(train, monkeypatch, *flags(world, precious, "--overwrite", method="sft"))
     assert (precious / "thesis.txt").read_text() == "mine"
 
-
 @pytest.mark.train
 def test_errors_are_one_line_and_exit_2(world):
     data = ["--data", str(world / "data")]
@@ -2071,7 +1951,6 @@ def test_errors_are_one_line_and_exit_2(world):
         assert result.stderr.count("\n") == 1, result.stderr
         assert word in result.stderr
 
-
 @pytest.mark.train
 def test_toy_settings_are_the_toys_and_paper_settings_the_papers():
     config = checks.read_settings(train.Config, train.__doc__, [])
@@ -2082,7 +1961,6 @@ def test_toy_settings_are_the_toys_and_paper_settings_the_papers():
     assert checks.read_settings(train.Config, train.__doc__, ["--lr", "0.5"]).lr == 0.5
     for field in dataclasses.fields(train.Config):
         assert field.metadata["help"]
-
 
 # -------------------------------------------------------------------------------------------------------------- running
 
@@ -2153,7 +2031,6 @@ def test_cached_teacher(method, world, tmp_path, monkeypatch, capsys):
     assert rows == [48, 48]      # a teacher of the same name
     assert metrics(tmp_path / "again")[0]["loss"] != metrics(tmp_path / "without")[0]["loss"]
 
-
 @pytest.mark.running
 def test_cached_tokens(world, tmp_path, monkeypatch, capsys):
     rows = read_rows(world / "data/train.jsonl")
@@ -2172,7 +2049,6 @@ def test_cached_tokens(world, tmp_path, monkeypatch, capsys):
     assert cache.cached_rows(tmp_path, rows, student, teacher, 51, 50) == ta.encode_rows(rows, student, teacher, 51, 50)
     assert cache.cached_rows(tmp_path, rows[::-1], student, student, 50,
                              50) == ta.encode_rows(rows[::-1], student, student, 50, 50)
-
 
 @pytest.mark.running
 def test_step_flops_equal_a_count(world):
@@ -2196,7 +2072,6 @@ def test_step_flops_equal_a_count(world):
             total(chosen, parts, {"student": 1, "teacher": 1}).backward()
         close(flops.step_flops(chosen, *pair, counted), counter.get_total_flops(), 0.02)
 
-
 @pytest.mark.running
 def test_resume_before_the_first_checkpoint(world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "3", method="sft"))
@@ -2205,7 +2080,6 @@ def test_resume_before_the_first_checkpoint(world, tmp_path, monkeypatch):
         (tmp_path / "run" / folder).rename(tmp_path / folder)
     run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
     assert stable(metrics(tmp_path / "run")) == whole
-
 
 @pytest.mark.running
 @pytest.mark.parametrize("file, content, message", [
@@ -2220,7 +2094,6 @@ def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monk
         run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
     with pytest.raises(InputError, match="not the folder of a run"):
         run_main(train, monkeypatch, "--out_dir", tmp_path / "run/best", "--resume")
-
 
 @pytest.mark.running
 @pytest.mark.parametrize("method, more",
@@ -2248,7 +2121,6 @@ def test_resume_is_exact(method, more, world, tmp_path, monkeypatch):
     assert len(steps) == len(metrics(tmp_path / "whole")) - 6
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
-
 @pytest.mark.running
 def test_a_folder_that_another_run_took(world, tmp_path, monkeypatch):
     """While a run prepares its data, another begins in the same folder: neither is lost."""
@@ -2262,7 +2134,6 @@ def test_a_folder_that_another_run_took(world, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="another run has begun"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1", method="sft"))
     assert (tmp_path / "run/metrics.jsonl").read_text() == "{}"
-
 
 @pytest.mark.running
 def test_killed_at_every_disk_operation_of_a_checkpoint(quick_run, world, tmp_path, monkeypatch):
@@ -2308,7 +2179,6 @@ def test_killed_at_every_disk_operation_of_a_checkpoint(quick_run, world, tmp_pa
             assert_same_run(quick_run, out)
             shutil.rmtree(out)
 
-
 @pytest.mark.running
 def test_kill_9(quick_run, world, tmp_path):
     """Three times at moments that nobody chose."""
@@ -2334,7 +2204,6 @@ def test_kill_9(quick_run, world, tmp_path):
         (out / picture).unlink()
     assert_same_run(quick_run, out)
 
-
 @pytest.mark.running
 def test_weights_that_are_not_finite_are_not_saved(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda peak, step, *rest: 3e38 if step == 1 else 1e-3)
@@ -2343,7 +2212,6 @@ def test_weights_that_are_not_finite_are_not_saved(world, tmp_path, monkeypatch)
                  *flags(world, tmp_path / "run", "--weight_decay", "10", "--save_interval", "1", "--eval_interval", "9",
                         "--max_steps", "9", method="sft"))
     assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "run/last/model.safetensors").values())
-
 
 @pytest.mark.running
 @pytest.mark.parametrize("file", ("model.safetensors", "resume.safetensors", "training.json", "projectors.safetensors",
@@ -2365,7 +2233,6 @@ def test_a_damaged_checkpoint_is_noticed(file, quick_run, world, tmp_path, monke
         (out / folder / "training.json").unlink()
     with pytest.raises(InputError, match="damaged .*training.json"):
         run_main(train, monkeypatch, "--out_dir", out, "--resume")
-
 
 @pytest.mark.running
 def test_nothing_is_unpickled(quick_run, tmp_path, monkeypatch):
@@ -2392,7 +2259,6 @@ def test_nothing_is_unpickled(quick_run, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickled)
     assert (tmp_path / "executed").exists()             # it would have shown
-
 
 @pytest.mark.running
 @pytest.mark.parametrize("where", ("step", "scoring"))
@@ -2426,7 +2292,6 @@ def test_a_signal_saves_and_leaves(where, number, quick_run, world, tmp_path, mo
     for file in ("best/model.safetensors", "last/model.safetensors", "last/resume.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (quick_run / file).read_bytes()
 
-
 @pytest.mark.running
 def test_signals_again_and_late(quick_run, world, tmp_path, monkeypatch, capsys):
     """A second Ctrl-C does not wait, a second SIGTERM changes nothing, and one in the last save or after it is not
@@ -2453,7 +2318,6 @@ def test_signals_again_and_late(quick_run, world, tmp_path, monkeypatch, capsys)
         assert not (out / "results.json").exists()
         run_main(train, monkeypatch, "--out_dir", out, "--resume")
         assert_same_run(quick_run, out)
-
 
 @pytest.mark.running
 def test_killed_while_it_begins(quick_run, world, tmp_path, monkeypatch):
@@ -2499,7 +2363,6 @@ def test_killed_while_it_begins(quick_run, world, tmp_path, monkeypatch):
             assert len(metrics(out)) == 4
         assert kill_at > 8
 
-
 @pytest.mark.running
 def test_sigterm_from_outside(quick_run, world, tmp_path):
     out = tmp_path / "run"
@@ -2515,7 +2378,6 @@ def test_sigterm_from_outside(quick_run, world, tmp_path):
     assert f"train.py --out_dir {out} --resume" in printed
     state = json.loads((out / "last/training.json").read_text())
     assert state["step"] == len(metrics(out)) + ("unfinished" in state)
-
 
 @pytest.mark.running
 def test_a_full_disk(quick_run, world, tmp_path, monkeypatch):
@@ -2545,7 +2407,6 @@ def test_a_full_disk(quick_run, world, tmp_path, monkeypatch):
     assert_same_run(quick_run, out)
     with pytest.raises(InputError, match="metrics.jsonl: cannot be written"):
         train.append_line(tmp_path / "no/metrics.jsonl", {})
-
 
 @pytest.mark.running
 def test_steps_that_are_not_finite(world, tmp_path, monkeypatch, capsys):
@@ -2588,7 +2449,6 @@ def test_steps_that_are_not_finite(world, tmp_path, monkeypatch, capsys):
     run_main(train, monkeypatch, "--out_dir", tmp_path / "b", "--resume")
     assert len(metrics(tmp_path / "b")) == 9
 
-
 @pytest.mark.running
 def test_one_run_a_folder(quick_run, world, tmp_path, monkeypatch):
     out = tmp_path / "run"
@@ -2605,7 +2465,6 @@ def test_one_run_a_folder(quick_run, world, tmp_path, monkeypatch):
     assert content == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     assert not any(empty.iterdir())
     run_main(train, monkeypatch, "--resume", "--out_dir", out)                  # the lock is gone with its holder
-
 
 @pytest.mark.running
 def test_folders_that_are_links_or_cannot_be_written(world, tmp_path, monkeypatch):
@@ -2636,7 +2495,6 @@ def test_folders_that_are_links_or_cannot_be_written(world, tmp_path, monkeypatc
             run_main(train, monkeypatch, *flags(world, out, method="sft"))
     assert not any((tmp_path / "read-only").iterdir())
 
-
 @pytest.mark.running
 @pytest.mark.parametrize("change, message", [
     (lambda lines: lines[:1] + lines[2:], "line of step 2 is missing"),
@@ -2648,7 +2506,6 @@ def test_metrics_without_gap(change, message, quick_run, tmp_path, monkeypatch):
     path.write_text("".join(change(path.read_text().splitlines(True))))
     with pytest.raises(InputError, match=message):
         run_main(train, monkeypatch, "--out_dir", out, "--resume")
-
 
 @pytest.mark.running
 @pytest.mark.parametrize("side", ("student", "teacher"))        # a GPT-2, a Llama
@@ -2693,7 +2550,6 @@ def test_lora_equals_peft(side, world, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="adapter"):
         lora.load_adapter(tmp_path / "cut/last/adapter", base)
 
-
 @pytest.mark.running
 @pytest.mark.parametrize("side", ("student", "teacher"))
 def test_gradient_checkpointing(side, world):
@@ -2716,7 +2572,6 @@ def test_gradient_checkpointing(side, world):
     assert len(results[0]) == len(results[1])
     assert kept[1] < 0.5 * kept[0]
 
-
 @pytest.mark.running
 @pytest.mark.parametrize("change",
                          ({"lr": "1e-3"}, {"max_steps": "2"}, {"data": 5}, {"method": "foo"}, {"compile": 1},
@@ -2727,7 +2582,6 @@ def test_settings_of_another_type(change, quick_run, tmp_path, monkeypatch):
     (tmp_path / "run/metrics.jsonl").write_text("")
     with pytest.raises(InputError, match=f"--{next(iter(change))} .*must be"):
         run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
-
 
 @pytest.mark.running
 @hypothesis.given(data=st.data())
@@ -2754,7 +2608,6 @@ def test_fuzz_checkpoints(data, quick_run, tmp_path_factory):
         checkpoint.load_checkpoint(out / "last", projectors, adversary, optimizer)
     except InputError:
         pass
-
 
 # ------------------------------------------------------------------------------------------------------------ processes
 
@@ -2785,7 +2638,6 @@ def test_two_processes_equal_one(world, odd_world, tmp_path, monkeypatch):
     assert len(scores[0]) == 2
     assert len(set(scores[0]["answers-" + hub.label(str(world / "data")) + "-greedy.jsonl"].splitlines())) == 6
 
-
 @pytest.mark.processes
 @pytest.mark.parametrize("ending, code",
                          [("print('saved')", 0), ("print('saved'); sys.exit(143)", 143),
@@ -2800,7 +2652,6 @@ def test_a_process_of_torchrun_ends_without_taking_the_interpreter_down(ending, 
                              for more in ({}, {"LOCAL_RANK": "1"}))
     assert alone.returncode == 77
     assert (one_of_several.returncode, one_of_several.stdout) == (code, "saved\n")
-
 
 @pytest.mark.processes
 def test_sharded_from_the_start(world, odd_world, tmp_path, monkeypatch):
@@ -2845,7 +2696,6 @@ train.hub.run(train.main)
     assert expected["student's weights"] < alone["student's weights"]
     assert expected["teacher's weights"] < alone["teacher's weights"]
 
-
 @pytest.mark.processes
 def test_several_processes_refuse(world, tmp_path, monkeypatch):
     result = torchrun(2, HERE / "train.py", *flags(world, tmp_path / "run", "--batch_size", "8"), check=False)
@@ -2859,7 +2709,6 @@ def test_several_processes_refuse(world, tmp_path, monkeypatch):
                  ["--lora_rank", "2", "--student_init", "random"], ["--lora_alpha", "2"]):
         with pytest.raises(InputError, match=more[0]):
             run_main(train, monkeypatch, *flags(world, tmp_path / "run", *more))
-
 
 @pytest.mark.processes
 def test_a_signal_to_all_processes(world, odd_world, tmp_path):
@@ -2903,7 +2752,6 @@ train.hub.run(train.main)
     assert [r["step"] for r in metrics(tmp_path / "scoring")] == list(range(1, 13))
     assert "dev_rouge_l" in metrics(tmp_path / "scoring")[5]
 
-
 @pytest.mark.processes
 def test_a_dead_process_ends_the_others(world, odd_world, tmp_path):
     script = tmp_path / "dies.py"
@@ -2927,7 +2775,6 @@ train.hub.run(train.main)
     torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "run", "--resume")
     assert len(metrics(tmp_path / "run")) == 12
 
-
 @pytest.mark.processes
 def test_lora_distils(world, odd_world, tmp_path, monkeypatch):
     """With every other option: the same steps whether cut into parts, checkpointed or plain."""
@@ -2939,7 +2786,6 @@ def test_lora_distils(world, odd_world, tmp_path, monkeypatch):
              *argv(tmp_path / "two", "--shard_student", "--shard_teacher", "--gradient_checkpointing"))
     assert_equal_runs(tmp_path / "one", tmp_path / "two",
                       files=("best/model", "last/model", "last/projectors", "last/adapter/adapter_model"))
-
 
 # ----------------------------------------------------------------------------------------------------------- eval_rouge
 
@@ -2959,7 +2805,6 @@ def test_every_process_answers_as_one_would(world):
     assert len(set(lengths)) > 3
     assert max(map(len, whole)) > 6
 
-
 @pytest.mark.eval_rouge
 @pytest.mark.parametrize("use_stemmer", (True, False))
 def test_rouge_l_equals_rouge_score(use_stemmer):
@@ -2975,7 +2820,6 @@ def test_rouge_l_equals_rouge_score(use_stemmer):
     assert np.abs(np.array(ours)
                   - [scorer.score_multi(r, p)["rougeL"].fmeasure for r, (p, _) in zip(several, pairs)]).max() <= 1e-9
 
-
 @pytest.mark.eval_rouge
 def test_porter_equals_nltk():
     reference = pytest.importorskip("nltk.stem.porter").PorterStemmer()
@@ -2987,12 +2831,10 @@ def test_porter_equals_nltk():
     for word in words | set(eval_rouge.IRREGULAR):
         assert eval_rouge.stem(word) == reference.stem(word), word
 
-
 @pytest.mark.eval_rouge
 def test_exact_match():
     assert eval_rouge.exact_match(["The  Cat.", "a cat", "", "x"],
                                   [["the cat"], ["cat"], [""], ["y", "X!"]]) == [True, False, True, True]
-
 
 @pytest.mark.eval_rouge
 def test_eval_rouge(world, tmp_path, monkeypatch, capsys):
@@ -3018,7 +2860,6 @@ def test_eval_rouge(world, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="256 positions"):
         run_main(eval_rouge, monkeypatch, *argv, "--max_length", "300")
 
-
 @pytest.mark.eval_rouge
 def test_sample(world, monkeypatch, capsys):
     run_main(sample, monkeypatch, world / "student", "Spell the word plums.", "--max_new_tokens", "20", "--temperature",
@@ -3039,7 +2880,6 @@ def test_sample(world, monkeypatch, capsys):
     run_main(sample, monkeypatch, world / "student", "--max_new_tokens", "20", "--temperature", "0")
     assert capsys.readouterr().out.startswith(printed)
     assert next(questions, "none left") == "none left"
-
 
 # ---------------------------------------------------------------------------------------------------------------- probe
 
@@ -3069,7 +2909,6 @@ def test_measures_of_handmade_attention():
     assert other["byte_distance"] == [3.25, 1.0, 4.0]
     assert other["monotone_steps"] == [0, 0]
 
-
 @pytest.mark.probe
 def test_the_bootstrap_against_loops():
     values = [torch.tensor(v) for v in ([1.0, 2.0], [5.0], [], [0.0, 1.0, 4.0])]
@@ -3086,7 +2925,6 @@ def test_the_bootstrap_against_loops():
     assert measures.resample([torch.tensor([]), torch.tensor([])])[0] is None
     same = [torch.ones(3), torch.ones(2)]
     assert measures.interval(measures.resample(same)[1]) == [1.0, 1.0]
-
 
 @pytest.mark.probe
 def test_keys_and_queries_are_told_apart():
@@ -3124,7 +2962,6 @@ def test_keys_and_queries_are_told_apart():
     close(points.abs(), np.abs(left[:, :2] * singular[:2]), 1e-6)
     close(torch.tensor(shares), singular[:2] ** 2 / np.sum(singular ** 2), 1e-6)
 
-
 @pytest.mark.probe
 def test_numbers_of_handmade_samples():
     """Who repeats is a matter of label tokens; middles are in bytes; the probe is asked about samples it was not
@@ -3133,10 +2970,10 @@ def test_numbers_of_handmade_samples():
     student = ta.Sequence([9, 9, 4, 5, 4, 0], 2, [(0, 2), (2, 4), (4, 6), (6, 6)], [0, 0, 1, 2])
     teacher = ta.Sequence([8, 7, 6, 1], 1, [(0, 4), (4, 6), (6, 6)], [0, 1, 2])
     draw = lambda n, shift: torch.randn(n, 6, generator=generator) + shift
-    make = lambda shift: probe.Response(0, student, teacher, torch.rand(4, 3), torch.eye(3, 4), draw(4, shift),
-                                        draw(3, 0.0))
+    make = lambda shift: probe.Response(0, student, teacher, torch.rand(4, 3), torch.eye(3, 4), draw(3, 0.0),
+                                        draw(4, shift))
     perfect = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    sample = dataclasses.replace(make(0.0), weights=perfect)
+    sample = dataclasses.replace(make(0.0), attention=perfect)
     there, back = (values[0] for values in probe.attention_values([sample]).values())
     assert [len(there[name]) for name in ("mass", "mass_once", "mass_repeated", "monotone_steps")] == [4, 2, 2, 3]
     assert [len(back[name]) for name in ("mass_once", "mass_repeated")] == [3, 0]
@@ -3152,7 +2989,6 @@ def test_numbers_of_handmade_samples():
     swapped = [make(9.0) if i % 2 else dataclasses.replace(make(0.0), keys=draw(3, 9.0)) for i in range(10)]
     assert sum(part.sum() for side in probe.matching_values(swapped) for part in side) == 0
 
-
 @pytest.mark.probe
 @pytest.mark.parametrize("token, label", [
     (b" the", "␣the"), (b"\n\n", "↵↵"), ("é".encode(), "é"), ("你".encode(), r"\u4f60"), ("🧿".encode(), r"\U0001f9ff"),
@@ -3161,7 +2997,6 @@ def test_numbers_of_handmade_samples():
     (b" " * 40, "␣" * 17 + "…"), (b"", "")])
 def test_token_labels(token, label):
     assert pictures.token_label(token) == label
-
 
 @pytest.mark.probe
 @pytest.mark.parametrize("rows, columns",
@@ -3203,7 +3038,6 @@ def test_heatmap_labels_are_legible(rows, columns, tmp_path, monkeypatch):
     for i, (x0, y0, x1, y1) in enumerate(boxes):
         covered = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
         assert covered.sum() == 1, i
-
 
 @pytest.mark.probe
 def test_stored_attention_equals_one_computed_from_the_files(two_runs, world, monkeypatch, capsys):
@@ -3260,14 +3094,12 @@ def test_stored_attention_equals_one_computed_from_the_files(two_runs, world, mo
     assert {"probe_mass", "probe_hit", "probe_accuracy", "probe_key_loss", "probe_key_acc", "probe_query_loss",
             "probe_query_acc"} <= looked[-1].keys()
 
-
 @pytest.mark.probe
 def test_a_look_changes_nothing(two_runs, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--projector_lr", "1e-2", "--eval_interval", "99"))
     looked = [{name: value for name, value in r.items() if not name.startswith("probe_")}
               for r in metrics(two_runs / "dskd_cma_ga")]
     assert stable(metrics(tmp_path / "run")) == stable(looked)
-
 
 @pytest.mark.probe
 def test_two_checkpoints_are_compared(two_runs, world, monkeypatch, capsys):
@@ -3291,7 +3123,6 @@ def test_two_checkpoints_are_compared(two_runs, world, monkeypatch, capsys):
     assert "no clear difference" in printed
     assert "+0.0 %  [+0.0, +0.0]" in printed
 
-
 @pytest.mark.probe
 def test_verdict():
     def side(accuracy, mean, energy):
@@ -3302,7 +3133,6 @@ def test_verdict():
     assert "2 of 3" in told
     assert "a clear fall" in told
     assert "a clear rise" in probe.verdict([side(0.6, 1, 1), side(0.9, 2, 2)], [draws(0.6), draws(0.9)])
-
 
 @pytest.mark.probe
 def test_train_leaves_pictures(world, tmp_path, monkeypatch, capsys, two_runs):
@@ -3332,7 +3162,6 @@ def test_train_leaves_pictures(world, tmp_path, monkeypatch, capsys, two_runs):
         run_main(probe, patch, tmp_path / "sft", "--curves")
         assert (tmp_path / "sft/curves.png").exists()
 
-
 @pytest.mark.probe
 def test_curves_show_what_was_recorded(tmp_path, monkeypatch):
     figures = []
@@ -3348,7 +3177,6 @@ def test_curves_show_what_was_recorded(tmp_path, monkeypatch):
     middle = np.interp(smooth.get_xdata(), raw.get_xdata(), raw.get_ydata())
     assert np.abs(smooth.get_ydata() - middle).max() <= 0.5             # a running mean lies where the line is
     assert list(panels["attention in the right chunk, dev"].lines[0].get_xdata()) == [1, 51, 101, 151]
-
 
 @pytest.mark.probe
 def test_probe_refuses(two_runs, world, tmp_path, monkeypatch):
@@ -3379,7 +3207,6 @@ def test_probe_refuses(two_runs, world, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="config.json: not what train.py writes"):
         run_main(probe, monkeypatch, tmp_path / "run")
 
-
 # ------------------------------------------------------------------------------------------------------------------ toy
 
 @pytest.mark.toy
@@ -3409,7 +3236,6 @@ def test_toy_worlds_are_apart(world):
     differ = [student.encode_with_spans(output)[1] != teacher.encode_with_spans(output)[1]
               for _, output in rows["toy", "test"]]
     assert 0.2 < sum(differ) / len(differ), "the two tokenizers cut the same text alike"
-
 
 # ---------------------------------------------------------------------------------------------------------------- tools
 
@@ -3450,7 +3276,6 @@ def test_memory_of_one_process(world, tmp_path, monkeypatch, capsys):
         loaded = model.load(world / "teacher", layers="--cache_teacher" not in more)
         assert counts | {"teacher's weights": size(loaded.parameters())} == expected
         assert f"{sum(expected.values()) / 1e9:8.2f} GB" in capsys.readouterr().out
-
 
 @pytest.mark.tools
 def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
@@ -3493,7 +3318,6 @@ def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
         with pytest.raises(InputError, match="holds a run with --"):
             run_main(compare, monkeypatch, *argv)
 
-
 @pytest.mark.tools
 def test_compare_is_killed(whole_table, world, tmp_path):
     """SIGKILL at three moments that nobody chose: the same table."""
@@ -3517,7 +3341,6 @@ def test_compare_is_killed(whole_table, world, tmp_path):
     assert without_settings(out / "results.jsonl") == without_settings(whole_table / "results.jsonl")
     assert (out / "table.md").read_text() == (whole_table / "table.md").read_text()
 
-
 @pytest.mark.tools
 def test_the_paired_bootstrap_against_all_draws():
     """Two seeds, a set of three rows and one of two: all 2² · 3³ · 2² draws, weighed equally."""
@@ -3538,7 +3361,6 @@ def test_the_paired_bootstrap_against_all_draws():
     assert abs(low - np.percentile(draws, 2.5)) < 0.02 * spread
     assert abs(high - np.percentile(draws, 97.5)) < 0.02 * spread
     assert measures.paired_bootstrap(ours, ours)[:] == (0.0, 0.0, 0.0)
-
 
 @pytest.mark.tools
 def test_table_of_handmade_results():
@@ -3568,7 +3390,6 @@ def test_table_of_handmade_results():
     assert lines[3].endswith("| +1.00 [+1.00, +1.00] |")
     assert lines[4].count("**") == 0
 
-
 @pytest.mark.tools
 def test_compare_costs(world, tmp_path, monkeypatch, capsys):
     run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "x", "--dry_run", "--peak", "0.001", "--mfu", "0.5"))
@@ -3583,7 +3404,6 @@ def test_compare_costs(world, tmp_path, monkeypatch, capsys):
     done = metrics(tmp_path / "run")
     close(tokens, sum(r["tokens_per_second"] * r["seconds"] for r in done), 1e-4)
     close(operations, sum(r["tflops"] * r["seconds"] for r in done) * 1e12, 0.01)
-
 
 @pytest.mark.tools
 def test_preset_paper(monkeypatch, capsys):
@@ -3602,7 +3422,6 @@ def test_preset_paper(monkeypatch, capsys):
     with pytest.raises(InputError, match="the teacher learns the data first"):
         run_main(compare, monkeypatch, "--preset", "paper")
 
-
 @pytest.mark.tools
 def test_preset_ablation(monkeypatch, capsys):
     """Twenty settings of the adversary and two rows without one; sft is not given the flag that it refuses."""
@@ -3616,7 +3435,6 @@ def test_preset_ablation(monkeypatch, capsys):
     assert {(o.method, o.cache_teacher) for o in seen if o.adversary == "none"} == {("sft", False), ("dskd_cma", True)}
     assert {(o.epochs, o.num_threads, o.student) for o in seen} == {(24, 1, "toy")}
 
-
 @pytest.mark.tools
 def test_compare_refuses(whole_table, world, tmp_path, monkeypatch):
     for more, message in ((["--bogus", "1"], "bogus"), (["--methods", "magic"], "magic"),
@@ -3627,12 +3445,12 @@ def test_compare_refuses(whole_table, world, tmp_path, monkeypatch):
         assert not (tmp_path / "x").exists()
     rows = lambda *methods: ["--methods", *methods]
     for more, message in (
-            (["--max_steps=5"], "--max_steps is given twice"), (["--seed", "3"], "--seed: is not for a row"),
-        (["--resume"], "--resume: is not for a row"),
+            (["--max_steps=5"], "--max_steps is given twice"), (["--seed", "3"], "--seed: compare.py sets it"),
+        (["--resume"], "--resume: compare.py sets it"),
             (["--kd_rate", "0.4"], "--kd_rate: is given for the row 'dskd_cma --kd_rate 0.3' and for all rows"),
         (["--baseline", "dksd"], "--baseline 'dksd': is not one of the rows"),
             (rows(""), "is not a method with its flags"), (rows("dskd_cma '"), "is not a method with its flags"),
-        (rows("sft --method kd"), "--method: is not for a row"),
+        (rows("sft --method kd"), "--method: compare.py sets it"),
             (rows("dskd_cma", "dskd_cma --kd_rate 0.5"), "have the same settings"),
         (rows("dskd_cma --kd_rate 0.3", "dskd_cma --kd_rate=0.3"), "one folder"),
             (["--sets", world / "data", f"{world}/data/"], "the same files"),
@@ -3650,7 +3468,6 @@ def test_compare_refuses(whole_table, world, tmp_path, monkeypatch):
     (tmp_path / "bad/inputs.json").write_text("3")
     with pytest.raises(InputError, match="inputs.json: not what compare.py writes"):
         run_main(compare, monkeypatch, *compare_argv(world, tmp_path / "bad"))
-
 
 @pytest.mark.tools
 def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monkeypatch):
@@ -3685,7 +3502,6 @@ def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monk
         finally:
             changed.write_bytes(before)
 
-
 @pytest.mark.tools
 def test_compare_sets_data_itself(world, tmp_path):
     """--data toy with another student is still the toy's data; a row's flags and those for all rows change the
@@ -3700,7 +3516,6 @@ def test_compare_sets_data_itself(world, tmp_path):
                                    {"epochs": ["2"]}, tmp_path, preset)
     assert (sft.settings.epochs, sft.settings.cache_teacher, cma_.settings.epochs, cma_.settings.cache_teacher,
             cma_.settings.ga_weight) == (2, False, 2, True, 3.0)
-
 
 @pytest.mark.tools
 def test_compare_scores_rows_with_line_separators(world, tmp_path, monkeypatch):

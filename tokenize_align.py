@@ -7,8 +7,7 @@ Notable here:
 - byte-level BPE (GPT-2, Qwen, SmolLM2, Llama 3) runs as a tiktoken Encoding built from the model's own files,
   SentencePiece (Llama 2, TinyLlama, Mistral) through sentencepiece; both give the ids of the reference libraries;
 - control tokens in a text are text: "<|endoftext|>" in a row of data never ends anything;
-- a chunk is what lies between two byte offsets at which BOTH tokenizations have a boundary.
-"""
+- a chunk is what lies between two byte offsets at which BOTH tokenizations have a boundary."""
 import bisect
 import random
 import unicodedata
@@ -28,10 +27,9 @@ from files.tokenizer_config import ByteLevelConfig, read_byte_level, read_json, 
 Span = tuple[int, int]
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
-
 class Tokenizer:
-    """What the two kinds share. `eos_id` closes a response; `bos_id` (or None) opens a prompt; `vocab_size` = largest
-    id + 1; `folder` holds its files."""
+    """What both kinds share. `eos_id` closes a response, `bos_id` (or None) opens a prompt, `vocab_size` is the largest
+    id + 1, `folder` holds its files."""
 
     name: str
     folder: Path
@@ -56,7 +54,6 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id adds to a text (of a control token: its name)."""
         raise NotImplementedError
-
 
 class ByteLevelBPE(Tokenizer):
     """Byte pair encoding over UTF-8 bytes (Sennrich et al.; GPT-2's form), run by tiktoken."""
@@ -118,7 +115,6 @@ class ByteLevelBPE(Tokenizer):
     def token_bytes(self, token_id):
         return self.bytes_of[token_id]
 
-
 class SentencePiece(Tokenizer):
     """A tokenizer.model with byte fallback and without normalization, as Llama 2, TinyLlama and Mistral have it."""
 
@@ -130,8 +126,7 @@ class SentencePiece(Tokenizer):
         self.name, self.vocab_size = name, self.model.vocab_size()
         self.eos_id = self.model.eos_id() if eos is None else self.model.piece_to_id(eos)
         if self.eos_id < 0 or eos is not None and self.model.id_to_piece(self.eos_id) != eos:
-            raise InputError(f"{path}: the end-of-sequence token {eos!r} is not one of its pieces; tokens added beside "
-                             "a SentencePiece model are not implemented")
+            raise InputError(f"{path}: the end-of-sequence token {eos!r} is not a piece; added ones aren't implemented")
         self.bos_id = self.model.bos_id() if add_bos and self.model.bos_id() >= 0 else None
         is_byte = [self.model.is_byte(i) for i in range(self.vocab_size)]
         self.control = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
@@ -162,11 +157,9 @@ class SentencePiece(Tokenizer):
         piece = self.bytes_of[token_id]
         return piece if token_id in self.control else piece.replace("▁".encode(), b" ")
 
-
 def _spans(ends: np.ndarray) -> list[Span]:
     ends = ends.tolist()
     return list(zip([0] + ends[:-1], ends))
-
 
 def _nfc_to_original(text: str) -> np.ndarray:
     """Byte offset in NFC(text) → byte offset in text. Composition never reaches over a character that it leaves alone
@@ -186,23 +179,19 @@ def _nfc_to_original(text: str) -> np.ndarray:
         base += length
     return np.concatenate(offsets + [[base]])
 
-
 def _alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for every byte: itself where it is printable, else the characters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
-
 ALPHABET = _alphabet()
-
 
 def _from_alphabet(token: str) -> bytes:
     try:
         return bytes(ALPHABET[c] for c in token)
     except KeyError as error:
         raise InputError(f"the token {token!r} is not in GPT-2's byte alphabet: not a byte-level BPE") from error
-
 
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     """The tokenizer of a model: a short name, a hub id or a folder with tokenizer.model, tokenizer.json, or vocab.json
@@ -220,40 +209,30 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise InputError(f"{folder}: the tokenizer's files are damaged or of an unknown make ({error!r})") from error
 
-
 # ----------------------------------------------------------------------------------------------------------- chunks
-
 def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], list[int]]:
     """For every token the number of its chunk: how many common cuts lie at or before its start."""
     sides = [np.array(spans, np.int64).reshape(-1, 2) for spans in (spans_a, spans_b)]
     cuts = np.intersect1d(sides[0][:, 1], sides[1][:, 1])
     return tuple(np.searchsorted(cuts[cuts > 0], spans[:, 0], side="right").tolist() for spans in sides)
 
-
 def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]]:
-    """Cut one text at every byte offset where both tokenizations have a boundary → (tokens of a, tokens of b) per
-    chunk.
-
+    """Cut one text where both tokenizations have a boundary → (tokens of a, tokens of b) for every chunk.
     EOS, given as the empty span (n, n) at the text's end on both sides, is a chunk of its own. What follows the last
-    common boundary is a chunk too, of which one range may be empty.
-    """
+    common boundary is a chunk too, of which one range may be empty."""
     ids_a, ids_b = chunk_numbers(spans_a, spans_b)
     return [(range(bisect.bisect_left(ids_a, k), bisect.bisect_right(ids_a, k)),
              range(bisect.bisect_left(ids_b, k), bisect.bisect_right(ids_b, k))) for k in sorted({*ids_a, *ids_b})]
-
 
 def chunk_mask(spans_a: list[Span], spans_b: list[Span]) -> torch.Tensor:
     """M of cma.mixing_weights: (len_a, len_b) bool, true where two tokens lie in the same chunk."""
     ids_a, ids_b = chunk_numbers(spans_a, spans_b)
     return torch.tensor(ids_a).view(-1, 1) == torch.tensor(ids_b).view(1, -1)
 
-
 # --------------------------------------------------------------------------------------- rows → examples → batches
-
 @dataclass
 class Sequence:
-    """One side's view of an example: prompt + response + EOS; of the response's tokens (and of EOS) the byte spans, and
-    the numbers of the chunks that they are in."""
+    """One side of an example: prompt + response + EOS; of the response and EOS the byte spans and chunks' numbers."""
     ids: list[int]
     prompt_length: int
     spans: list[Span]
@@ -264,28 +243,22 @@ class Sequence:
         """Positions whose label is a response token or EOS."""
         return len(self.ids) - self.prompt_length
 
-
 @dataclass
 class Example:
     row: int                    # number in the data file, from 0
     student: Sequence
     teacher: Sequence
 
-
 def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_length: int) -> tuple[list[int], bool]:
     """BOS where the model has one, then the prompt, cut to the limit in tokens → (ids, whether it was cut)."""
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
     return ids[:max_prompt_length], len(ids) > max_prompt_length
 
-
 def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int):
-    """Tokenize every row twice → (examples, rows whose prompt was cut, rows dropped for want of a prompt or valid
-    token).
-
+    """Tokenize every row twice → (examples, number of prompts cut, rows dropped for want of a prompt or valid token).
     Prompt and response are tokenized apart, as at generation time; EOS is appended, then everything cut to max_length
-    tokens. Texts that both sides share a tokenizer for are tokenized once.
-    """
-    examples, cut, dropped = [], 0, 0
+    tokens. Texts that both sides share a tokenizer for are tokenized once."""
+    examples, cut = [], 0
     for number, row in enumerate(rows):
         whole, sides, was_cut = [], [], False
         end = len(row.outputs[0].encode())
@@ -294,19 +267,14 @@ def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_len
             response, spans = tokenizer.encode_with_spans(row.outputs[0])
             whole.append((prompt, response + [tokenizer.eos_id], [*spans, (end, end)]))
             was_cut |= prompt_cut
-        # before the text is cut
-        for (prompt, response, spans), chunks_of_side in zip(whole, chunk_numbers(whole[0][2], whole[-1][2])):
+        for (prompt, response, spans), numbers in zip(whole, chunk_numbers(whole[0][2], whole[-1][2])):     # uncut
             ids = (prompt + response)[:max_length]
             valid = max(len(ids) - len(prompt), 0)
-            sides.append(Sequence(ids, len(ids) - valid, spans[:valid], chunks_of_side[:valid]))
-        example = Example(number, sides[0], sides[-1])
+            sides.append(Sequence(ids, len(ids) - valid, spans[:valid], numbers[:valid]))
         cut += was_cut
-        if all(side.valid and side.prompt_length for side in (example.student, example.teacher)):
-            examples.append(example)
-        else:
-            dropped += 1
-    return examples, cut, dropped
-
+        if all(side.valid and side.prompt_length for side in sides):
+            examples.append(Example(number, sides[0], sides[-1]))
+    return examples, cut, len(rows) - len(examples)
 
 def make_batches(examples: list[Example], batch_size: int, seed: int) -> list[list[Example]]:
     """Shuffle, then sort by length within stretches of 32 batches, so that a batch's rows are about equally long and
@@ -321,15 +289,12 @@ def make_batches(examples: list[Example], batch_size: int, seed: int) -> list[li
     generator.shuffle(batches)
     return batches
 
-
 def collate(examples: list[Example], student_pad: int, teacher_pad: int,
             align_on: str | None = None) -> dict[str, torch.Tensor]:
     """Right-pad to the longest of the batch → student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T).
-
     ids are the tokens but the last, labels the next token where it belongs to the response or is EOS, else −100.
     align_on adds student_chunks (B, S) and teacher_chunks (B, T): the number of a valid position's chunk, "label": of
-    its label token, "input": of its input token, where the prompt's last tokens make a chunk of their own.
-    """
+    its label token, "input": of its input token, where the prompt's last tokens make a chunk of their own."""
     batch = {}
     for side, pad in {"student": student_pad, "teacher": teacher_pad}.items():
         sequences = [getattr(example, side) for example in examples]
@@ -343,7 +308,6 @@ def collate(examples: list[Example], student_pad: int, teacher_pad: int,
                 chunks[i, valid] = torch.tensor(s.chunks if align_on == "label" else [-1] + s.chunks[:-1])
         batch |= {f"{side}_ids": ids, f"{side}_labels": labels} | ({f"{side}_chunks": chunks} if align_on else {})
     return batch
-
 
 def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts for generation → ids (B, T) and mask (B, T), true on real tokens."""

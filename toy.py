@@ -12,11 +12,8 @@ and test every question is new, though each fact was asked for in other words. T
     toy-asides      look-ups that tell another fact in passing
 
 The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000 pieces), the student
-a GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them.
-"""
-import functools
+a GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them."""
 import io
-import itertools
 import json
 import os
 import random
@@ -36,11 +33,9 @@ SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")
 WORLD_ROWS, TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 6000, 800, 100, 300, 200
 
 TEACHER = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=1000,
-               hidden_size=192,
-               intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3,
-               max_position_embeddings=256,
-               rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, initializer_range=0.06,
-               torch_dtype="float32")
+               hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+               num_key_value_heads=3, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0,
+               tie_word_embeddings=True, initializer_range=0.06, torch_dtype="float32")
 STUDENT = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=600, n_embd=64, n_layer=2, n_head=4,
                n_positions=256, activation_function="gelu_new", layer_norm_epsilon=1e-5, initializer_range=0.02,
                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, torch_dtype="float32")
@@ -52,9 +47,7 @@ TRAINING = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_leng
 PRETRAINING = {"teacher": ["--epochs", "5", "--lr", "1e-3", "--warmup_steps", "50"],
                "student": ["--epochs", "1", "--lr", "3e-3", "--warmup_steps", "20"]}
 
-
 # -------------------------------------------------------------------------------------------------------- the world
-
 TOWNS = "Tolven Marrick Oslaw Pentiver Quillby Harnow Brisk Ferrin Dunmoor Ivelle Kasto Lunfar".split()
 FOODS = "plums bread soup figs cheese rice pears honey nuts beans".split()
 ANIMALS = "goat hen dog cat pony duck crow toad hare swan".split()
@@ -62,94 +55,77 @@ TRADES = "baker miller weaver smith potter sailor tailor farmer painter cooper".
 COLOURS = "red blue green white black yellow brown grey pink gold".split()
 ATTRIBUTES = {"town": TOWNS, "food": FOODS, "animal": ANIMALS, "trade": TRADES, "colour": COLOURS}
 
-LOOKUPS = {     # attribute → (questions in training, questions only in toy-phrasings)
-    "town": (["Where does {0} live?", "In which town does {0} live?", "Name the town of {0}.",
-              "What is the home town of {0}?"],
-             ["{0} lives in which town?", "Tell me where the home of {0} is."]),
-    "food": (["What does {0} eat?", "Which food does {0} like?", "Name the food of {0}.",
-              "What is the favourite food of {0}?"],
-             ["{0} likes which food?", "Tell me what {0} likes to eat."]),
-    "animal": (["Which animal does {0} keep?", "What animal does {0} have?", "Name the animal of {0}.",
-                "What is the pet of {0}?"],
-               ["{0} keeps which animal?", "Tell me which pet {0} has."]),
-    "trade": (["What work does {0} do?", "What is the trade of {0}?", "Name the trade of {0}.",
-               "Which trade does {0} work in?"],
-              ["{0} does what work?", "Tell me which trade {0} has."]),
-    "colour": (["Which colour does {0} like?", "What is the favourite colour of {0}?", "Name the colour of {0}.",
-                "What colour does {0} wear?"],
-               ["{0} likes which colour?", "Tell me the colour that {0} likes to wear."]),
-}
+LOOKUPS = {     # attribute → questions in training | questions only in toy-phrasings
+    "town": "Where does {0} live?; In which town does {0} live?; Name the town of {0}.; What is the home town of {0}?"
+            " | {0} lives in which town?; Tell me where the home of {0} is.",
+    "food": "What does {0} eat?; Which food does {0} like?; Name the food of {0}.; What is the favourite food of {0}?"
+            " | {0} likes which food?; Tell me what {0} likes to eat.",
+    "animal": "Which animal does {0} keep?; What animal does {0} have?; Name the animal of {0}.; "
+              "What is the pet of {0}? | {0} keeps which animal?; Tell me which pet {0} has.",
+    "trade": "What work does {0} do?; What is the trade of {0}?; Name the trade of {0}.; Which trade does {0} work in?"
+             " | {0} does what work?; Tell me which trade {0} has.",
+    "colour": "Which colour does {0} like?; What is the favourite colour of {0}?; Name the colour of {0}.; "
+              "What colour does {0} wear? | {0} likes which colour?; Tell me the colour that {0} likes to wear."}
+EDITS = {       # the same for the other tasks
+    "add": "What is {} plus {}?; Add {} and {}. | Give me the sum of {} and {}.",
+    "subtract": "What is {} minus {}?; {} minus {} is what? | How much is {} less {}?",
+    "reverse": "Reverse the list.; Write the list backwards. | Turn the list around.",
+    "sort": "Sort the list.; Put the list in alphabetical order. | Order the list from a to z.",
+    "first": "Give the first word of the list.; Which word of the list comes first? | What does the list begin with?",
+    "remove": "Remove {} from the list.; Write the list without {}. | Take {} out of the list.",
+    "twice": "Write {} twice.; Repeat the word {}. | Say {} two times.",
+    "capitals": "Write {} in capital letters.; Write {} in upper case. | Shout the word {}.",
+    "past": "Write in the past tense.; Say that it happened yesterday. | Turn the present into the past.",
+    "question": "Make it a question.; Ask whether this is true. | Turn the sentence into a question.",
+    "deny": "Say the opposite.; Deny it. | Claim that this is false."}
 WORDS = FOODS + ANIMALS + TRADES + COLOURS
 VERBS = {"walk": "walked", "go": "went", "run": "ran", "ride": "rode", "come": "came", "look": "looked"}
 PLACES = "the lake;the mill;the old bridge;the market;the hill;the harbour".split(";")
 
-
 def people() -> dict[str, dict[str, str]]:
     """Eighty people and their facts, always the same."""
     rng = random.Random(7)
-    names = [a + b for a, b in itertools.product("Mi Ro Ta Be Lo Ka Su Jo".split(),
-                                                 "ra dan vel nix shi mon lo ret gus ban".split())]
+    names = [a + b for a in "Mi Ro Ta Be Lo Ka Su Jo".split() for b in "ra dan vel nix shi mon lo ret gus ban".split()]
     return {name: {attribute: rng.choice(values) for attribute, values in ATTRIBUTES.items()} for name in names}
 
+def wordings(text: str, held_out: bool) -> list[str]:
+    """Of a line of LOOKUPS or EDITS those of training or the others."""
+    return text.split(" | ")[held_out].split("; ")
 
 def _lookups(held_out: bool) -> list[tuple[str, str, str]]:
-    return [(question.format(name), "", facts[attribute])
-            for name, facts in people().items() for attribute in ATTRIBUTES
-            for question in LOOKUPS[attribute][held_out]]
+    return [(question.format(name), "", facts[attribute]) for name, facts in people().items()
+            for attribute, text in LOOKUPS.items() for question in wordings(text, held_out)]
 
+def _ask(rng, task: str, held_out: bool, *gaps) -> str:
+    return rng.choice(wordings(EDITS[task], held_out)).format(*gaps)
 
 def _arithmetic(rng, held_out):
     a, b = rng.randint(0, 12), rng.randint(0, 12)
     if rng.random() < 0.5:
-        return rng.choice([["What is {} plus {}?", "Add {} and {}."],
-                           ["Give me the sum of {} and {}."]][held_out]).format(a, b), "", str(a + b)
+        return _ask(rng, "add", held_out, a, b), "", str(a + b)
     a, b = max(a, b), min(a, b)
-    return rng.choice([["What is {} minus {}?", "{} minus {} is what?"],
-                       ["How much is {} less {}?"]][held_out]).format(a, b), "", str(a - b)
-
+    return _ask(rng, "subtract", held_out, a, b), "", str(a - b)
 
 def _list_edit(rng, held_out):
     words = rng.sample(WORDS, rng.randint(2, 4))
-    kind = rng.randrange(4)
-    text = ", ".join(words)
-    if kind == 0:
-        return rng.choice([["Reverse the list.", "Write the list backwards."],
-                           ["Turn the list around."]][held_out]), text, ", ".join(words[::-1])
-    if kind == 1:
-        return rng.choice([["Sort the list.", "Put the list in alphabetical order."],
-                           ["Order the list from a to z."]][held_out]), text, ", ".join(sorted(words))
-    if kind == 2:
-        return rng.choice([["Give the first word of the list.", "Which word of the list comes first?"],
-                           ["What does the list begin with?"]][held_out]), text, words[0]
-    gone = rng.choice(words)
-    return (rng.choice([["Remove {} from the list.", "Write the list without {}."],
-                        ["Take {} out of the list."]][held_out]).format(gone), text,
-            ", ".join(w for w in words if w != gone))
-
+    task = rng.choice(("reverse", "sort", "first", "remove"))
+    gone = rng.choice(words) if task == "remove" else ""
+    answers = {"reverse": words[::-1], "sort": sorted(words), "first": words[:1],
+               "remove": [word for word in words if word != gone]}
+    return _ask(rng, task, held_out, gone), ", ".join(words), ", ".join(answers[task])
 
 def _string_edit(rng, held_out):
     word = rng.choice(WORDS)
     if rng.random() < 0.5:
-        return rng.choice([["Write {} twice.", "Repeat the word {}."],
-                           ["Say {} two times."]][held_out]).format(word), "", f"{word} {word}"
-    return rng.choice([["Write {} in capital letters.", "Write {} in upper case."],
-                       ["Shout the word {}."]][held_out]).format(word), "", word.upper()
-
+        return _ask(rng, "twice", held_out, word), "", f"{word} {word}"
+    return _ask(rng, "capitals", held_out, word), "", word.upper()
 
 def _rephrasing(rng, held_out):
     name, verb, place = rng.choice(list(people())), rng.choice(list(VERBS)), rng.choice(PLACES)
-    present = f"{name} {verb}{'es' if verb == 'go' else 's'} to {place}."
-    kind = rng.randrange(3)
-    if kind == 0:
-        return rng.choice([["Write in the past tense.", "Say that it happened yesterday."],
-                           ["Turn the present into the past."]][held_out]), present, f"{name} {VERBS[verb]} to {place}."
-    if kind == 1:
-        question = rng.choice([["Make it a question.", "Ask whether this is true."],
-                               ["Turn the sentence into a question."]][held_out])
-        return question, present, f"Does {name} {verb} to {place}?"
-    return rng.choice([["Say the opposite.", "Deny it."],
-                       ["Claim that this is false."]][held_out]), present, f"{name} does not {verb} to {place}."
-
+    task = rng.choice(("past", "question", "deny"))
+    answer = {"past": f"{name} {VERBS[verb]} to {place}.", "question": f"Does {name} {verb} to {place}?",
+              "deny": f"{name} does not {verb} to {place}."}[task]
+    return _ask(rng, task, held_out), f"{name} {verb}{'es' if verb == 'go' else 's'} to {place}.", answer
 
 def _kinds(rng):
     words = rng.sample(WORDS, rng.randint(2, 4))
@@ -157,14 +133,12 @@ def _kinds(rng):
     if kind == 0:
         return "Give the last word of the list.", ", ".join(words), words[-1]
     if kind == 1:
-        return "Add honey to the list.", ", ".join(w for w in words
-                                                   if w != "honey"), ", ".join([w for w in words if w != "honey"]
-                                                                               + ["honey"])
+        words = [word for word in words if word != "honey"]
+        return "Add honey to the list.", ", ".join(words), ", ".join([*words, "honey"])
     if kind == 2:
         a, b = rng.randint(0, 12), rng.randint(0, 12)
         return f"Which is larger, {a} or {b}?", "", str(max(a, b))
     return "Write the list in capital letters.", ", ".join(words), ", ".join(words).upper()
-
 
 def _asides(rng):
     (name, facts), (wanted, known) = rng.choice(list(people().items())), rng.sample(list(ATTRIBUTES), 2)
@@ -172,27 +146,23 @@ def _asides(rng):
         return f"Where does {name}, whose {known} is {facts[known]}, live?", "", facts["town"]
     return f"{name} has the {known} {facts[known]}. What is the {wanted} of {name}?", "", facts[wanted]
 
-
-EDITS, WEIGHTS = (_rephrasing, _arithmetic, _list_edit, _string_edit), (4, 1, 3, 1)
-
-
 def make_rows() -> dict[tuple[str, str], list[dict]]:
     """(set, split) → rows. Always the same; nothing that is scored stands in a training row."""
     rng = random.Random(1)
 
     def edit(held_out):
-        return rng.choices(EDITS, WEIGHTS)[0](rng, held_out)
+        return rng.choices((_rephrasing, _arithmetic, _list_edit, _string_edit), (4, 1, 3, 1))[0](rng, held_out)
 
-    def distinct(source, amount):
+    def distinct(source, amount, *arguments):
         rows = {}
         while len(rows) < amount:
-            rows[source()] = None
+            rows[source(*arguments)] = None
         return list(rows)
 
-    lookups = _lookups(False)
+    lookups, half, some = _lookups(False), (DEV_ROWS + TEST_ROWS) // 2, OOD_ROWS // 2
     rng.shuffle(lookups)
-    held_lookups, known_lookups = lookups[:(DEV_ROWS + TEST_ROWS) // 2], lookups[(DEV_ROWS + TEST_ROWS) // 2:]
-    held = held_lookups + distinct(lambda: edit(False), (DEV_ROWS + TEST_ROWS) // 2)
+    held_lookups, known_lookups = lookups[:half], lookups[half:]
+    held = held_lookups + distinct(edit, half, False)
     rng.shuffle(held)
     world, scored = [], set(held)
     while len(world) < WORLD_ROWS:          # rows may repeat, as sentences do in the world
@@ -201,22 +171,16 @@ def make_rows() -> dict[tuple[str, str], list[dict]]:
             world.append(row)
     sets = {("toy-world", "train"): world, ("toy-world", "dev"): held[:DEV_ROWS],
             ("toy", "train"): world[:TRAIN_ROWS], ("toy", "dev"): held[:DEV_ROWS], ("toy", "test"): held[DEV_ROWS:],
-            ("toy-phrasings", "test"): rng.sample(_lookups(True), OOD_ROWS // 2)
-            + distinct(lambda: edit(True), OOD_ROWS // 2),
-            ("toy-kinds", "test"): distinct(lambda: _kinds(rng), OOD_ROWS),
-            ("toy-asides", "test"): distinct(lambda: _asides(rng), OOD_ROWS)}
+            ("toy-phrasings", "test"): rng.sample(_lookups(True), some) + distinct(edit, some, True),
+            ("toy-kinds", "test"): distinct(_kinds, OOD_ROWS, rng),
+            ("toy-asides", "test"): distinct(_asides, OOD_ROWS, rng)}
     return {key: [{"prompt": make_prompt(i, x), "instruction": i, "input": x, "output": o} for i, x, o in rows]
             for key, rows in sets.items()}
 
-
 # ------------------------------------------------------------------------------------------ the tokenizers and models
-
 def _train_byte_level_bpe(words: Counter, size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte pair encoding (Sennrich et al., 2016): merge the most frequent pair of neighbours until `size` tokens are
-    there.
-
-    words: (word as a tuple of tokens) → how often. Returns vocabulary and merges in GPT-2's alphabet; EOS comes last.
-    """
+    """Byte pair encoding (Sennrich et al., 2016): merge the most frequent neighbours until `size` tokens are there.
+    words: word as a tuple of tokens → how often. Returns vocabulary and merges in GPT-2's alphabet; EOS comes last."""
     vocabulary = {character: i for i, character in enumerate(ALPHABET)}
     merges = []
     while len(vocabulary) < size - 1:
@@ -238,14 +202,12 @@ def _train_byte_level_bpe(words: Counter, size: int) -> tuple[dict[str, int], li
         words = merged
     return vocabulary | {"<|endoftext|>": len(vocabulary)}, merges
 
-
 def _write_student(folder: Path, texts: list[str]) -> None:
     import regex                        # comes with tiktoken, whose patterns need it
     character = {byte: c for c, byte in ALPHABET.items()}
     words = Counter(word for text in texts for word in regex.findall(GPT2_SPLIT, text))
-    vocabulary, merges = _train_byte_level_bpe(
-        Counter({tuple(character[b] for b in word.encode()): often for word, often in words.items()}),
-        STUDENT["vocab_size"])
+    words = Counter({tuple(character[b] for b in word.encode()): often for word, often in words.items()})
+    vocabulary, merges = _train_byte_level_bpe(words, STUDENT["vocab_size"])
     eos = vocabulary["<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(STUDENT | dict(bos_token_id=eos, eos_token_id=eos), indent=2))
@@ -253,7 +215,6 @@ def _write_student(folder: Path, texts: list[str]) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
     settings = dict(tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
 
 def _write_teacher(folder: Path, texts: list[str]) -> None:
     import sentencepiece
@@ -271,17 +232,13 @@ def _write_teacher(folder: Path, texts: list[str]) -> None:
                     eos_token="</s>", unk_token="<unk>", legacy=True)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
-
 # ---------------------------------------------------------------------------------------------------------- preparing
-
 def folder(side: str) -> Path:
     """Where the toy's "teacher" or "student" is kept."""
     return hub.DATA_DIR / "toy" / side
 
-
 def write_data_for(names: list[str]) -> None:
-    """Write the toy's data when one of the names of --data is a toy set. A change of this file makes everything
-    anew."""
+    """Write the toy's data when one of the names of --data is a toy set. A change of this file makes it all anew."""
     mark, made_by = hub.DATA_DIR / "toy" / "made_by.txt", hub.sha256(Path(__file__))
     if not set(names) & {*SETS, "toy-world"} or mark.exists() and mark.read_text() == made_by:
         return
@@ -290,13 +247,12 @@ def write_data_for(names: list[str]) -> None:
         shutil.rmtree(hub.DATA_DIR / name, ignore_errors=True)
     for (name, split), content in rows.items():
         (hub.DATA_DIR / name).mkdir(parents=True, exist_ok=True)
-        (hub.DATA_DIR / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content),
-                                                            encoding="utf-8")
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        (hub.DATA_DIR / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     texts = [text for row in rows["toy-world", "train"] for text in (row["prompt"], row["output"])]
     _write_student(folder("student-start"), texts)
     _write_teacher(folder("teacher-start"), texts)
     mark.write_text(made_by)
-
 
 def prepare(sides: list[str], machine: list[str]) -> None:
     """Write data and tokenizers, and pretrain the sides with train.py unless that was done before (minutes, once).
@@ -309,26 +265,22 @@ def prepare(sides: list[str], machine: list[str]) -> None:
             continue
         print(f"preparing the toy {side}, once; it is kept in {folder(side)}", flush=True)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run), *machine]
-        anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--data",
-                "toy-world",
-                "--max_length", "128", "--max_prompt_length", "100", "--overwrite", *PRETRAINING[side]]
+        anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--overwrite",
+                "--data", "toy-world", "--max_length", "128", "--max_prompt_length", "100", *PRETRAINING[side]]
         begun = (run / "last").exists() or (run / "last.previous").exists()
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         # standard output has a table that says nothing here; the progress bar stays
-        run_alone = functools.partial(subprocess.run, stdout=subprocess.DEVNULL,
-                                      env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
-        result = run_alone([*command, *(["--resume"] if begun else anew)])
+        result = subprocess.run([*command, *(["--resume"] if begun else anew)], stdout=subprocess.DEVNULL, env=alone)
         if begun and result.returncode == 2:            # begun by another version of train.py, say
-            result = run_alone([*command, *anew])
+            result = subprocess.run([*command, *anew], stdout=subprocess.DEVNULL, env=alone)
         if result.returncode:
-            raise InputError(f"preparing the toy {side} ended with exit code {result.returncode}; the same command "
-                             "goes on with it")
+            raise InputError(f"preparing the toy {side} ended with exit code {result.returncode}; try it again")
         # the world holds the toy's training rows, so this model was trained on them too
         training = json.loads((run / "best" / "training.json").read_text()) | {"data": "toy"}
         (run / "best" / "training.json").write_text(json.dumps(training, indent=2))
         (run / "best" / "checksums.json").unlink()
         (run / "best").rename(folder(side))
         shutil.rmtree(run)
-
 
 def main() -> None:
     write_data_for(list(SETS))
@@ -337,7 +289,6 @@ def main() -> None:
         print(f"\n{name}/test: {len(lines)} rows")
         for row in map(json.loads, lines[:5]):
             print(f"  {row['instruction']}{' | ' + row['input'] if row['input'] else ''}  →  {row['output']}")
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -9,8 +9,7 @@
     total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW       CE, KD, …: methods/table.py; plainly: methods/plain.py
 
 Every term is a sum over valid tokens divided by their number in the whole optimizer step. The papers' settings are the
-defaults; the toy has its own (TRAINING in toy.py).
-"""
+defaults; the toy has its own (TRAINING in toy.py)."""
 import contextlib
 import math
 import time
@@ -34,13 +33,11 @@ from running.setup import Run, go_on, load_best, set_up
 
 BAD_STEPS = 3           # in a row, and the run stops
 
-
 @dataclass
 class Config(Options):
     teacher: str = flag("", "the teacher: name, hub id or folder (toy when no student is given either)")
     student: str = flag("", "the student: name, hub id or folder (toy when no teacher is given either)")
-    data: str = flag("", "training data: name, or folder with train.jsonl and dev.jsonl (default: toy for the toy, "
-                     "else dolly)")
+    data: str = flag("", "training data: name, or folder with train.jsonl and dev.jsonl (default: toy or dolly)")
     student_init: str = flag("pretrained", "the student's first weights", choices=("pretrained", "random"))
     out_dir: str = flag("", "where everything is written (default: a new folder under out/)")
     epochs: int = flag(20, "passes over the training data", at_least=1)
@@ -58,20 +55,16 @@ class Config(Options):
     eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
     eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
     save_interval: int = flag(0, "optimizer steps between checkpoints (0: at every scoring)", at_least=0)
-    probe_interval: int = flag(0, "optimizer steps between looks at the attention on dev rows, see probe.py (0: never)",
-                               at_least=0)
+    probe_interval: int = flag(0, "optimizer steps between looks at the attention, see probe.py (0: never)", at_least=0)
     seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0, at_most=2**40)
     device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA",
-                      choices=("auto", "float32", "bfloat16"))
-    cache_teacher: bool = flag(False, "write the teacher's hidden states to disk once, beside the data, and train "
-                               "without its layers")
+    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    cache_teacher: bool = flag(False, "write the teacher's hidden states to disk once; train without its layers")
     cache_dtype: str = flag("bfloat16", "their type", choices=("bfloat16", "float32"))
     compile: bool = flag(False, "torch.compile the two decoders")
-    gradient_checkpointing: bool = flag(False, "compute the student's layers again for their gradients in place of "
-                                        "keeping what they computed")
-    lora_rank: int = flag(0, "train matrices of this rank beside the student's frozen ones, see running/lora.py (0: "
-                          "all; the paper: 256)", at_least=0)
+    gradient_checkpointing: bool = flag(False, "compute the student's layers again for their gradients; keep nothing")
+    lora_rank: int = flag(0, "train matrices of this rank beside the student's frozen ones (0: all; the paper: 256)",
+                          at_least=0)
     lora_alpha: float = flag(8.0, "α, their weight is α / rank (a number)", at_least=0)
     lora_dropout: float = flag(0.1, "share of their inputs that is dropped", at_least=0, at_most=1)
     num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0, at_most=1024)
@@ -79,7 +72,6 @@ class Config(Options):
     shard_teacher: bool = flag(False, "the same for the teacher")
     resume: bool = flag(False, "go on with the run in --out_dir; its own settings are taken")
     overwrite: bool = flag(False, "delete the run in --out_dir first")
-
 
 def parameter_groups(config: Config, student, projectors, adversary) -> list[dict]:
     """AdamW's groups: each module's matrices (decayed) and its vectors (not)."""
@@ -92,14 +84,12 @@ def parameter_groups(config: Config, student, projectors, adversary) -> list[dic
                 groups.append(dict(params=chosen, lr=lr, peak_lr=lr, weight_decay=decay))
     return groups
 
-
 def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
     """Linear warm-up, then a cosine from the peak down to 1e-7 at the last step, total − 1."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return min(peak, 1e-7) + 0.5 * (1 + math.cos(math.pi * progress)) * max(0.0, peak - 1e-7)
-
 
 def train(config: Config, stack: contextlib.ExitStack) -> None:
     """One run, from the settings to the table. stack: what is to be let go of at the end."""
@@ -158,7 +148,6 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
     parallel.barrier()          # the first process may still be writing the last checkpoint
     conclude(config, run)
 
-
 def finish_step(config: Config, run: Run, optimizer, record: dict) -> None:
     """After a step: score and look where that is due, write its line, save, and leave where a signal asks for it."""
     state, out_dir, modules = run.state, run.out_dir, (run.student, run.projectors, run.adversary)
@@ -175,28 +164,24 @@ def finish_step(config: Config, run: Run, optimizer, record: dict) -> None:
         except Interrupted:
             save_checkpoint(out_dir / "last", *modules, optimizer, state | {"unfinished": record})
             report.leave(config, run.stop.signal, step, run.total_steps)
-        tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}   dev ROUGE-L "
-                   f"{record['dev_rouge_l']:.2f}")
+        tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}  dev ROUGE-L {record['dev_rouge_l']:.2f}")
     if config.probe_interval and (step % config.probe_interval == 0 or done):
         record |= probe.numbers_of_run(config, run)
     append_line(out_dir / "metrics.jsonl", record)
     if record.get("dev_rouge_l", -1.0) > state["best_dev_rouge_l"]:
         state["best_dev_rouge_l"] = record["dev_rouge_l"]
         save_checkpoint(out_dir / "best", *modules, None, state)
-    # while steps fail, the checkpoints before stay
-    due = step % (config.save_interval or eval_interval) == 0 and not state["bad_steps"] or done
+    due = step % (config.save_interval or eval_interval) == 0 and not state["bad_steps"] or done    # not bad steps
     leaving = parallel.add(torch.tensor(run.stop.signal)).item()             # all processes leave after the same step
     if due or leaving:
         save_checkpoint(out_dir / "last", *modules, optimizer, state)
     if leaving:
         report.leave(config, run.stop.signal, step, run.total_steps)
 
-
 def score(config: Config, run: Run, side: str, decoder, split: str, desc: str) -> float:
     """ROUGE-L × 100 of the greedy answers to the scored rows of a split. Raises Interrupted on a signal."""
     with run.autocast():
         return greedy_rouge_l(decoder, run.tokenizers[side], run.scored[split], config, desc, run.stop.at_once)
-
 
 def conclude(config: Config, run: Run) -> None:
     """Score the teacher and the best checkpoint, then leave the table and the pictures."""
@@ -213,12 +198,10 @@ def conclude(config: Config, run: Run) -> None:
         report.print_results(config, run, results)
         probe.leave_pictures(config, run)
 
-
 def main() -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.started())
         train(read_settings(Config, __doc__), stack)
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -4,8 +4,7 @@
 - `data_file("dolly", "train")` is a JSON-lines file: a data set of the DSKD papers, or a folder of yours.
 - `run(main)` prints an InputError, which every file here raises for bad input, as one line and exits with 2.
 
-Downloads are checked before use and never left half-written.
-"""
+Downloads are checked before use and never left half-written."""
 import contextlib
 import hashlib
 import json
@@ -16,11 +15,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
-if int(os.environ.get("RANK", 0)):              # of several processes only the first one shows its progress
-    os.environ["TQDM_DISABLE"] = "1"
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from files.config import InputError  # noqa: E402
+from files.config import InputError
 
 # Large tensors in huge pages (Linux, CPU): without them a third of a step is the system handing out pages of 4 KB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -60,10 +57,8 @@ DATASETS = {
 }
 PAPER_SETS = tuple(dict.fromkeys(name for name, _ in DATASETS))
 
-
 def run(main) -> None:
-    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2; Ctrl-C exits with
-    130."""
+    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2, Ctrl-C code 130."""
     code = 0
     try:
         main()
@@ -79,14 +74,12 @@ def run(main) -> None:
         code = 130
     except SystemExit as error:
         code = error.code or 0
-    # Under torchrun, gloo's threads may still be letting go of their last tensors; taking
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:      # gloo's threads may still be letting go of their last tensors; taking
         sys.stdout.flush()                      # the interpreter down under them would abort a run that is finished.
         sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
-
 
 @contextlib.contextmanager
 def whole_file(path: Path):
@@ -100,13 +93,11 @@ def whole_file(path: Path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """Open a text file that appears under its name only when whole."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         yield file
-
 
 def flush(path: Path) -> None:
     """Make sure a file's (or folder's) contents are on the disk, not only in the system's cache."""
@@ -116,15 +107,12 @@ def flush(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
 def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
     """The folder of a model in the hub's layout, downloaded when it is a name.
-
     name_or_dir: a folder, the out_dir of a training run (its best checkpoint is taken, else its last), a short name
     from MODELS, or a hub id such as "Qwen/Qwen2.5-0.5B".
     weights=False fetches only the configuration and the tokenizer.
-    Raises InputError where there is no such folder or the hub does not give it.
-    """
+    Raises InputError where there is no such folder or the hub does not give it."""
     path = Path(name_or_dir)
     if path.is_dir():
         return next((path / part for part in ("best", "last") if (path / part / "config.json").exists()), path)
@@ -133,7 +121,6 @@ def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
         raise InputError(f"{name}: not a folder, not a hub id (owner/name) and not one of {', '.join(MODELS)}")
     return _download_model(name, repo, weights)
-
 
 def _download_model(name: str, repo: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download       # imported here: slow, and a folder needs none of it
@@ -156,30 +143,25 @@ def _download_model(name: str, repo: str, weights: bool) -> Path:
             reason = f"no such folder here, and {reason}"
         raise InputError(f"{name}: {reason} {advice}") from error
 
-
 def _wanted(files: list[str], weights: bool) -> list[str]:
     """The files of a repository that we read: top level only, safetensors before pickled weights."""
     wanted = [f for f in files if f == "config.json" or f in TOKENIZER_FILES]
     if weights:
-        safe = [f for f in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
-                                                 f)]
+        pattern = r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+        safe = [f for f in files if re.fullmatch(pattern, f)]
         wanted += safe or [f for f in files if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", f)]
     return wanted
-
 
 def weight_files(folder: Path) -> list[Path]:
     """The weights in a folder, in order of preference: one safetensors file, a sharded index, the .bin forms."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return [folder / name for name in names if (folder / name).exists()]
 
-
 def data_file(name_or_dir: str | Path, split: str, required: bool = True) -> Path | None:
     """The JSON-lines file of one split ("train", "dev" or "test").
-
     name_or_dir: a set of the papers (downloaded once, checked against its git blob id at every use), a generated toy
     set, a folder that holds train/dev/test.jsonl or, to be scored, a .jsonl file.
-    Raises InputError where there is none; required=False: a folder without this split gives None.
-    """
+    Raises InputError where there is none; required=False: a folder without this split gives None."""
     name, path = str(name_or_dir), Path(name_or_dir)
     if (name, split) in DATASETS:
         return _download_data(name, split)
@@ -189,18 +171,15 @@ def data_file(name_or_dir: str | Path, split: str, required: bool = True) -> Pat
         path = DATA_DIR / name
     if path.is_file():
         if split != "test":
-            raise InputError(f"--data {name}: a single file can be scored, but training wants a folder with "
-                             "train.jsonl and dev.jsonl")
+            raise InputError(f"--data {name}: a file can be scored, training wants a folder with train and dev.jsonl")
         return path
     if not path.is_dir():
         raise InputError(f"--data {name}: no such file or folder, and not one of toy, {', '.join(PAPER_SETS)}")
     if not (path / f"{split}.jsonl").is_file():
         if not required:
             return None
-        raise InputError(f"{path}: no {split}.jsonl in this folder (a data folder holds train.jsonl, dev.jsonl, "
-                         "test.jsonl)")
+        raise InputError(f"{path}: no {split}.jsonl in this folder (a data folder holds train, dev and test.jsonl)")
     return path / f"{split}.jsonl"
-
 
 def _download_data(name: str, split: str) -> Path:
     remote, blob_id = DATASETS[name, split]
@@ -220,21 +199,17 @@ def _download_data(name: str, split: str) -> Path:
             raise InputError(f"--data {name}: cannot download {RELEASE}{remote} ({error}); pass a folder with "
                              f"{split}.jsonl instead") from error
     if git_blob_id(path) != blob_id:
-        raise InputError(f"{path}: not the published file (expected git blob {blob_id}); delete it to download it "
-                         "again")
+        raise InputError(f"{path}: not the published file (git blob {blob_id}); delete it to download it again")
     return path
-
 
 def git_blob_id(path: Path) -> str:
     """The id git gives a file's contents: SHA-1 over "blob <size>\\0" and the bytes."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
-
 def sha256(path: Path) -> str:
     with open(path, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
 
 def fingerprint(path: Path, weights: bool = True) -> str:
     """A hash of a file's contents, or of those of a model's folder: config, tokenizer and, unless left out, weights."""
@@ -247,7 +222,6 @@ def fingerprint(path: Path, weights: bool = True) -> str:
         digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
     return digest.hexdigest()
 
-
 def pick_device(device: str, dtype: str):
     """("auto", "auto") → (torch device name, torch dtype): CUDA and bfloat16 where there is a GPU, else CPU and
     float32. Raises InputError where CUDA is asked for and there is none."""
@@ -258,24 +232,19 @@ def pick_device(device: str, dtype: str):
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     return device, getattr(torch, dtype)
 
-
 def autocast(device: str, dtype):
     """The context in which a model runs: bfloat16 autocast where that is the dtype, else none."""
     import torch
     return torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
-
 def label(name: str) -> str:
     """A name of data or of a model as a part of a file's name."""
     return re.sub(r"[^\w.-]+", "_", name).strip("_")
 
-
 def check_vocabulary(name: str, model_size: int, tokenizer_size: int) -> None:
     """Raise InputError where a tokenizer has ids for which the model has no embedding."""
     if tokenizer_size > model_size:
-        raise InputError(f"{name}: the tokenizer has {tokenizer_size} ids, but the model's vocabulary only "
-                         f"{model_size}")
-
+        raise InputError(f"{name}: the tokenizer has {tokenizer_size} ids, the model's vocabulary only {model_size}")
 
 def trained_on(folder: Path) -> str | None:
     """The data a checkpoint of train.py was trained on, or None for any other model."""
@@ -284,7 +253,6 @@ def trained_on(folder: Path) -> str | None:
         return str(json.loads(path.read_text(encoding="utf-8"))["data"]) if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not what train.py writes ({error!r})") from error
-
 
 def same_data(name: str, other: str | None) -> bool:
     """Whether two values of --data mean the same set; a file belongs to its folder's set."""

@@ -1,8 +1,7 @@
 """config.json → ModelConfig: both dialects (transformers 4 and 5) of GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
 A field that would change the model's result must be one we know: whatever is neither used nor known to be harmless is
-an error, because a model that silently ignores its configuration is wrong in a way that nobody sees.
-"""
+an error, because a model that silently ignores its configuration is wrong in a way that nobody sees."""
 import dataclasses
 import json
 import math
@@ -24,7 +23,6 @@ HARMLESS = set("""architectures model_type dtype torch_dtype transformers_versio
     return_dict output_hidden_states output_attentions chunk_size_feed_forward id2label label2id problem_type
     reorder_and_upcast_attn attn_implementation _attn_implementation max_length num_labels finetuning_task license
     gradient_checkpointing predict_special_tokens n_special output_past""".split())
-
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -63,13 +61,12 @@ class ModelConfig:
             return frequencies / self.rope_scaling["factor"]
         if self.rope_scaling.get("rope_type") == "llama3":
             # wavelengths beyond the original context are stretched, short ones kept, those between interpolated
-            factor, low, high, original = (self.rope_scaling[k] for k in (
-                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+            names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+            factor, low, high, original = (self.rope_scaling[name] for name in names)
             wavelength = 2 * math.pi / frequencies
             keep = ((original / wavelength - low) / (high - low)).clamp(0, 1)
             return (1 - keep) * frequencies / factor + keep * frequencies
         return frequencies
-
 
 class _Fields:
     """config.json as a dict that remembers which fields were asked for."""
@@ -115,13 +112,10 @@ class _Fields:
     def refuse_unknown(self) -> None:
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", [], {}):
-                raise InputError(f'{self.path}: the field "{name}": {value!r} is not implemented and might change the '
-                                 'result')
-
+                raise InputError(f'{self.path}: the field "{name}": {value!r} is not implemented; it might matter')
 
 def read_config(path: Path) -> ModelConfig:
-    """Read config.json. Raises InputError for a missing or malformed file, field or architecture, or one that is not
-    implemented."""
+    """Read config.json. Raises InputError for a missing, malformed or not implemented file, field or architecture."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -144,12 +138,10 @@ def read_config(path: Path) -> ModelConfig:
     if config.num_heads * config.head_dim > MOST:
         raise InputError(f"{path}: {config.num_heads} heads of size {config.head_dim} are beyond {MOST:,} features")
     if config.num_heads % config.num_kv_heads:
-        raise InputError(f"{path}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key-value "
-                         "heads")
+        raise InputError(f"{path}: {config.num_heads} heads cannot share {config.num_kv_heads} key-value heads")
     if family != "gpt2" and config.head_dim % 2:
         raise InputError(f"{path}: rotary embeddings need an even head size, not {config.head_dim}")
     return config
-
 
 def _gpt2(get: _Fields) -> ModelConfig:
     for name in [n for n in get.values if n.startswith("summary_")]:       # a classification head we don't build
@@ -169,7 +161,6 @@ def _gpt2(get: _Fields) -> ModelConfig:
         attention_dropout=get.number("attn_pdrop", 0.1, 0, 1),
         embed_dropout=get.number("embd_pdrop", 0.1, 0, 1), residual_dropout=get.number("resid_pdrop", 0.1, 0, 1),
         sliding_layers=[False] * layers)
-
 
 def _llama(get: _Fields, family: str) -> ModelConfig:
     get.only("hidden_act", ("silu", None))
@@ -192,10 +183,8 @@ def _llama(get: _Fields, family: str) -> ModelConfig:
         o_bias=attention_bias, mlp_bias=get.switch("mlp_bias", False) and family == "llama", qk_norm=family == "qwen3",
         rope_theta=theta, rope_scaling=rope, sliding_window=window, sliding_layers=sliding_layers)
 
-
 def _rope(get: _Fields) -> tuple[float, dict]:
-    """The base of the rotary angles and their scaling: dialect 5 has both in rope_parameters, dialect 4 in two
-    fields."""
+    """The base of the rotary angles and their scaling: in rope_parameters (dialect 5), or in two fields (dialect 4)."""
     parts = get("rope_parameters", {}), get("rope_scaling", {})
     if not all(isinstance(part, dict) for part in parts):
         raise InputError(f"{get.path}: rope_parameters and rope_scaling must be JSON objects")
@@ -212,10 +201,8 @@ def _rope(get: _Fields) -> tuple[float, dict]:
             raise InputError(f"{get.path}: rotary embeddings want a positive number as {name}, found {value!r}")
     return theta, rope
 
-
 def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None, list[bool]]:
-    """The window in tokens, and for each layer whether it slides: Mistral's all do; Qwen's upper ones, when switched
-    on."""
+    """The window in tokens, and whether each layer slides: all of Mistral's; Qwen's upper ones, when switched on."""
     # a window that is absent has the family's default in transformers, one that is null is off
     present = "sliding_window" in get.values or family != "mistral"
     window, types = get("sliding_window", None if present else 4096), get("layer_types", None)
@@ -232,6 +219,5 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     if types is None:
         return window, [family == "mistral" or i >= first for i in range(layers)]
     if len(types) != layers or not set(map(str, types)) <= {"full_attention", "sliding_attention"}:
-        raise InputError(f"{get.path}: layer_types must name full_attention or sliding_attention for each of {layers} "
-                         "layers")
+        raise InputError(f"{get.path}: layer_types must be full_attention or sliding_attention for {layers} layers")
     return window, [family == "mistral" or kind == "sliding_attention" for kind in types]

@@ -12,18 +12,15 @@ ALPACA_WITH_INPUT = ("Below is an instruction that describes a task, paired with
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
           "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
 
-
 def make_prompt(instruction: str, input: str = "") -> str:
     """Put an instruction, and an input where there is one, into Alpaca's template."""
     return (ALPACA_WITH_INPUT if input else ALPACA).format(instruction=instruction, input=input)
-
 
 @dataclass
 class Row:
     """One line of a data file: a prompt and its answers. The first is trained on, all are references for scoring."""
     prompt: str
     outputs: list[str]
-
 
 def read_rows(path: Path) -> list[Row]:
     """Read JSON lines with `prompt` and `output` (a string, or a list of strings), or with `instruction`, `input` and
@@ -45,7 +42,6 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise InputError(f"{path}: no rows in this file")
     return rows
-
 
 def _read_row(place: str, line: str) -> Row:
     try:

@@ -12,7 +12,6 @@ DIGITS_GPT2_SPLIT = r"\p{N}|" + CONTRACTION + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
               r"|\s+(?!\S)|\s+")
 
-
 @dataclass
 class ByteLevelConfig:
     vocabulary: dict[str, int]              # token in GPT-2's printable alphabet → id
@@ -24,7 +23,6 @@ class ByteLevelConfig:
     eos_id: int                             # closes a response
     bos_id: int | None                      # opens every text, where the files ask for one
 
-
 def read_json(path: Path) -> dict | None:
     """None where there is no such file. Raises InputError where it is not JSON."""
     try:
@@ -34,12 +32,10 @@ def read_json(path: Path) -> dict | None:
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
 
-
 def token_text(settings: dict, name: str) -> str | None:
     """A control token of tokenizer_config.json, which writes it as text or as {"content": text, …}."""
     token = settings.get(name)
     return token["content"] if isinstance(token, dict) else token
-
 
 def read_byte_level(folder: Path, settings: dict) -> ByteLevelConfig:
     """settings: tokenizer_config.json. Raises InputError for what is missing or not implemented."""
@@ -57,14 +53,12 @@ def read_byte_level(folder: Path, settings: dict) -> ByteLevelConfig:
     eos_id = control.get(eos, vocabulary.get(eos)) if eos is not None else config.get("eos_token_id")
     eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
     if eos_id is None:
-        raise InputError(f"{folder}: no end-of-sequence token (eos_token in tokenizer_config.json, or eos_token_id in "
-                         "config.json)")
+        raise InputError(f"{folder}: no end-of-sequence token (tokenizer_config.json's eos_token or eos_token_id)")
     name_of = {i: token for token, i in vocabulary.items()} | {i: token for token, i in control.items()}
     if eos_id not in name_of:
         raise InputError(f"{folder}: the end-of-sequence token {eos_id} is not in the vocabulary")
     control.setdefault(name_of[eos_id], eos_id)
     return ByteLevelConfig(vocabulary, merges, split, nfc, control, eos_id, _bos_id(whole, settings, control))
-
 
 def _whole(path: Path, whole: dict):
     """vocabulary, merges, split and nfc of a tokenizer.json."""
@@ -82,7 +76,6 @@ def _whole(path: Path, whole: dict):
     merges = None if model.get("ignore_merges") else merges
     return model["vocab"], merges, _split_pattern(path, whole.get("pre_tokenizer")), nfc
 
-
 def _vocabulary_and_merges(folder: Path, kind: str | None):
     """The same of vocab.json and merges.txt, whose split goes by the tokenizer's class or the model's type."""
     vocabulary = read_json(folder / "vocab.json")
@@ -94,9 +87,7 @@ def _vocabulary_and_merges(folder: Path, kind: str | None):
         return vocabulary, merges, GPT2_SPLIT, False
     if kind in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "qwen2", "qwen3"):
         return vocabulary, merges, QWEN_SPLIT, True
-    raise InputError(f"{folder}: vocab.json does not say how text is split, and the tokenizer class {kind!r} is "
-                     "unknown; add tokenizer.json")
-
+        raise InputError(f"{folder}: how vocab.json's text is split is not known of {kind!r}; add tokenizer.json")
 
 def _bos_id(whole: dict | None, settings: dict, control: dict[str, int]) -> int | None:
     """Llama 3 asks for BOS in its post-processor, others in tokenizer_config.json."""
@@ -108,7 +99,6 @@ def _bos_id(whole: dict | None, settings: dict, control: dict[str, int]) -> int 
             return control[first["SpecialToken"]["id"]]
     bos = token_text(settings, "bos_token")
     return control[bos] if settings.get("add_bos_token") and bos else None
-
 
 def _split_pattern(path: Path, pre_tokenizer: dict | None) -> str:
     """One regular expression for a tokenizer.json's pre-tokenizer."""

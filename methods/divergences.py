@@ -8,9 +8,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl",
 SKEW = 0.1              # λ of the two skewed divergences (DistiLLM, arXiv 2402.03898)
 TAIL_MASS = 0.5         # adaptive_kl's tail: the least likely tokens with that much probability together (2404.02657)
 
-
-def divergence(name: str, student_logits: torch.Tensor, target_logits: torch.Tensor,
-               temperature: float) -> torch.Tensor:
+def divergence(name: str, student_logits: torch.Tensor, target_logits: torch.Tensor, temperature: float):
     """D at each position: (N, V), (N, V) → (N,), in nats, without a factor T². Raises KeyError for an unknown name."""
     p_log = F.log_softmax(target_logits.float() / temperature, -1)
     q_log = F.log_softmax(student_logits.float() / temperature, -1)
@@ -30,16 +28,13 @@ def divergence(name: str, student_logits: torch.Tensor, target_logits: torch.Ten
         return (1 - tail_share) * kl(p_log, q_log) + tail_share * kl(q_log, p_log)
     raise KeyError(name)
 
-
 def kl(a_log, b_log):
     """KL(a ‖ b) over the last dimension."""
     return (a_log.exp() * (a_log - b_log)).sum(-1)
 
-
 def mixture_log(weight, a_log, b_log):
     """log(weight · a + (1 − weight) · b)"""
     return torch.logaddexp(a_log + math.log(weight), b_log + math.log(1 - weight))
-
 
 @torch.no_grad()
 def adaptive_share(p_log, q_log):

@@ -5,8 +5,7 @@ the logits are there: nothing is computed twice, and nothing of the vocabulary's
 add up the gradients of several losses it must know what the total will multiply each of them by: `factors`, a table
 that train.py makes where it writes the total.
 
-Every loss is returned by name as a SUM over valid positions.
-"""
+Every loss is returned by name as a SUM over valid positions."""
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +15,6 @@ from methods.sides import Side
 CHUNK = 128         # positions whose logits exist at one time; 8 times as many on a GPU
 
 Parts = dict[str, torch.Tensor]
-
 
 class _KnownGradients(torch.autograd.Function):
     """Values (K,) of which Σ factor_k · value_k has these gradients with respect to these tensors."""
@@ -35,24 +33,19 @@ class _KnownGradients(torch.autograd.Function):
         if upstream.device.type == "cpu" and upstream.isfinite().all():         # a GPU would have to be waited for
             expected = scale * torch.tensor(ctx.factors, dtype=upstream.dtype)
             if not torch.allclose(upstream, expected, rtol=1e-3):
-                raise RuntimeError(f"the total weighs its parts as {upstream.tolist()}, in_chunks was told "
-                                   f"{ctx.factors}")
+                raise RuntimeError(f"the total weighs its parts by {upstream.tolist()}, in_chunks by {ctx.factors}")
         return None, None, None, *(gradient.mul_(scale) for gradient in gradients)
-
 
 def _chunk_size(hidden: torch.Tensor) -> int:
     return CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
 
-
 def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], factors: dict[str, float],
               *others: torch.Tensor) -> Parts:
     """The sums of function(*logits, *others), which is called for CHUNK positions at a time.
-
     hidden: (N, d) each. heads: (V, d), one for each of hidden or one for all; only the first can learn, and from the
     first of hidden alone. others: (N, ...), what belongs to the positions and needs no gradient. function returns
     values (n,) by name; the sums of those named in `factors` have a gradient, where the total is Σ factor · sum.
-    backward() can run through it once.
-    """
+    backward() can run through it once."""
     kind = hidden[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
     matrices = [head.detach().to(dtype) for head in heads]
@@ -87,14 +80,12 @@ def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], f
         sums |= dict(zip(names, stacked.unbind()))
     return sums
 
-
 def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
     """total (V, d) += gradientᵀ (V, n) · states (n, d), without a copy where the types are the same."""
     if total.dtype == states.dtype:
         torch.addmm(total, gradient.t(), states, out=total)
     else:
         total += gradient.t() @ states
-
 
 @torch.no_grad()
 def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -105,18 +96,15 @@ def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         results.append(-(log_p.exp() * log_p).sum(-1))
     return torch.cat(results)
 
-
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> Parts:
     """−log p(y), and whether the first guess is right, at each position: (n, V), (n,) → (n,) each."""
     return {"nll_loss": F.cross_entropy(logits, labels, reduction="none"), "accuracy": logits.argmax(-1) == labels}
-
 
 def sft(student: Side, factors: dict[str, float]) -> Parts:
     """CE(z_s, y_s) → nll_loss, accuracy (a count)."""
     def chunk(z_s, y):
         return cross_entropy(z_s.float(), y)
     return in_chunks(chunk, [student.packed], [student.head], factors, student.valid.labels)
-
 
 def kd(student: Side, teacher: Side, options, factors: dict[str, float]) -> Parts:
     """CE(z_s, y_s) and D(z_s, sg z_t) over one vocabulary → nll_loss, accuracy, kd_loss."""

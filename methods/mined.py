@@ -3,8 +3,7 @@
     KD = Σ over aligned pairs KL(map(p_t) ‖ p_s)    the teacher's likeliest tokens move to the student's nearest strings
 
 Notable here: edit distances are computed for thousands of pairs of strings at a time, bit-parallel (Myers 1999): a
-column of the dynamic program is one machine word.
-"""
+column of the dynamic program is one machine word."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,15 +15,11 @@ from methods.sides import Side
 TOP = 100           # teacher's tokens that are carried over, at every position
 LONGEST = 63        # bytes of a token that count: one machine word, one bit kept for the sign
 
-
 def mined_loss(student: Side, teacher: Side, partners, vocabulary_map, temperature: float,
                factors: dict[str, float]) -> Parts:
     """KL(map(p_t) ‖ p_s) summed over the aligned pairs → kd_loss, and their number, mined_pairs.
-
-    partners (B, S): for each student position on the grid its teacher position or −1. vocabulary_map (V_t,): the
-    student's token for each of the teacher's, or −1. p_t are the teacher's TOP likeliest tokens that have a
-    counterpart, rescaled to sum to 1.
-    """
+    partners (B, S): each student position's teacher position on the grid, or −1. vocabulary_map (V_t,): the student's
+    token for each of the teacher's, or −1. p_t: the teacher's TOP likeliest tokens of those, rescaled to sum to 1."""
     size = vocabulary_map.size(0)
 
     def chunk(z_s, z_t):
@@ -43,10 +38,8 @@ def mined_loss(student: Side, teacher: Side, partners, vocabulary_map, temperatu
     states = [student.hidden[rows, positions], teacher.hidden[rows, partners[rows, positions]]]
     return in_chunks(chunk, states, [student.head, teacher.head.detach()], factors)
 
-
 def edit_distances(a: list[bytes], b: list[bytes]) -> np.ndarray:
-    """Levenshtein distance of every a to every b, over bytes: (len(a), len(b)) int32. Strings are cut at LONGEST
-    bytes."""
+    """Levenshtein distance of every a to every b in bytes, of which LONGEST count: (len(a), len(b)) int32."""
     a, b = [s[:LONGEST] for s in a], [s[:LONGEST] for s in b]
     length_a, length_b = np.array([len(s) for s in a], np.int32), np.array([len(s) for s in b])
     symbols = np.zeros((len(b), max([1, *length_b])), np.int64)
@@ -70,19 +63,15 @@ def edit_distances(a: list[bytes], b: list[bytes]) -> np.ndarray:
         plus, minus = right_minus | ~(equal | minus | right_plus), right_plus & (equal | minus)
     return np.where(length_a == 0, length_b[:, None], score).T
 
-
 def token_strings(student, teacher) -> list[list[bytes]]:
     """Every token's bytes on the two sides, by id; EOS equals EOS."""
     both = [[tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] for tokenizer in (student, teacher)]
     both[1][teacher.eos_id] = both[0][student.eos_id]
     return both
 
-
 class MinED:
-    """The alignment of responses in two tokenizations by the strings of their tokens, a leading space removed.
-
-    strings: token_strings of the two; vocabulary_map (V_t,): map_vocabulary of these.
-    """
+    """The alignment of responses by their tokens' strings, a leading space removed. strings: token_strings of the two
+    tokenizers; vocabulary_map (V_t,): map_vocabulary of these."""
 
     def __init__(self, strings: list[list[bytes]], vocabulary_map: torch.Tensor):
         self.strings = [[s.removeprefix(b" ") for s in side] for side in strings]
@@ -90,13 +79,9 @@ class MinED:
         self.aligned: dict[int, list[int]] = {}                 # by row
 
     def tensors(self, examples) -> dict[str, torch.Tensor]:
-        """vocabulary_map, and partners (B, S): for the k-th valid student position the number of its partner among the
-        teacher's, −1 without one.
-
+        """vocabulary_map, and partners (B, S): for the k-th valid student position its partner's number, or −1.
         A path of least summed edit distance aligns the two responses; a pair on it counts where each is the other's
-        only partner and the teacher's token is, or maps to, the student's (elsewhere FuseLLM uses the label itself,
-        which cross-entropy already does).
-        """
+        only partner and the teacher's token is, or maps to, the student's (elsewhere FuseLLM uses the label itself)."""
         for example in examples:
             if example.row not in self.aligned:
                 responses = [s.ids[s.prompt_length:] for s in (example.student, example.teacher)]
@@ -118,43 +103,32 @@ class MinED:
                 partner[i] = j
         return partner
 
-
 def shortest_path(cost: np.ndarray) -> list[tuple[int, int]]:
-    """Dynamic time warping: the path of least cost from (0, 0) to the last cell of cost (S, T), whole numbers; → its
-    cells.
-
+    """Dynamic time warping: the cells of the path of least cost from (0, 0) to the last cell of cost (S, T), integers.
     A row follows from the one before by a running minimum: with C_j = Σ_k≤j c_ik and E_j the better of the cells above
-    and diagonal, D_ij = C_j + min_k≤j (E_k − C_k−1).
-    """
+    and diagonal, D_ij = C_j + min_k≤j (E_k − C_k−1)."""
     total = np.cumsum(cost.astype(np.int64), axis=1)
     table = np.full((cost.shape[0] + 1, cost.shape[1] + 1), 1 << 40)
     table[0, 0] = 0
     for i in range(len(cost)):
         enter = np.minimum(table[i, 1:], table[i, :-1])
         table[i + 1, 1:] = total[i] + np.minimum.accumulate(enter - (total[i] - cost[i]))
-    i, j = cost.shape[0], cost.shape[1]
-    path = []
+    (i, j), path = cost.shape, []
     while (i, j) != (0, 0):
         path.append((i - 1, j - 1))
         i, j = min((i - 1, j - 1), (i - 1, j), (i, j - 1), key=lambda cell: table[cell])
     return path[::-1]
 
-
 def map_vocabulary(student: list[bytes], teacher: list[bytes]) -> torch.Tensor:
-    """The student's token for each of the teacher's, (V_t,): the same bytes, else the same but for a leading space,
-    else the nearest by edit distance (of equals the one nearest in length, then the lowest id); −1 for ids without
-    bytes.
-
-    A minute or two for real vocabularies. Only strings within the best distance so far in length are compared, nearest
-    lengths first.
-    """
+    """The student's token for each of the teacher's, (V_t,): the same bytes, else the same but for a leading space, or
+    the nearest by edit distance (of equals the nearest in length, then the lowest id); −1 for ids without bytes. A
+    minute or two for real vocabularies: only strings within the best distance so far in length are compared."""
     exact, stripped = {}, {}
     for i, s in enumerate(student):
         exact.setdefault(s, i)
         stripped.setdefault(s.removeprefix(b" "), i)
     nearest = np.full(len(teacher), -1, np.int64)
-    # teacher's strings without an equal: length → string → ids
-    by_length: dict[int, dict[bytes, list[int]]] = {}
+    by_length: dict[int, dict[bytes, list[int]]] = {}       # teacher's strings without an equal → their ids
     for i, t in enumerate(teacher):
         if t:
             nearest[i] = exact.get(t, stripped.get(t.removeprefix(b" "), -1))
@@ -175,7 +149,6 @@ def map_vocabulary(student: list[bytes], teacher: list[bytes]) -> torch.Tensor:
                     nearest[strings[s]] = stripped[found]
                 bar.update(len(part))
     return torch.from_numpy(nearest)
-
 
 def _nearest(part: list[bytes], length: int, candidates: dict[int, list[bytes]]) -> list[bytes]:
     """For each of some strings of one length the nearest candidate, which are sorted by their lengths."""

@@ -1,25 +1,20 @@
 """DSKD-CMA-GA (arXiv 2603.22056) as its equations stand: the method in one function. Begin here.
 
-All logits, every position, no chunks, no packing. What train.py runs, from table.py on, gives the same loss and
-gradients from valid positions alone (a test holds the two together) in a fraction of the time and memory (python -m
-tools.bench).
+All logits, every position, no chunks, no packing. What train.py runs (from table.py on) gives the same loss and
+gradients from valid positions alone, in a fraction of the time and memory: a test and `python -m tools.bench` say so.
 
 x: input tokens, y: labels, E: embeddings, h: final hidden states, W: head, z = W h: logits; s: student, t: teacher;
-t2s: from the teacher to the student's space, s2t: the other way. σ: standard deviation over the valid positions.
-"""
+t2s: from the teacher to the student's space, s2t: the other way. σ: standard deviation over the valid positions."""
 import torch
 import torch.nn.functional as F
 
 from discriminator import reverse_gradient
 
-
 def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.1, T=2.0):
     """The total loss of one batch whose tokens are all of the step's.
-
     batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T); a label is the next token, or −100
     where that belongs to the prompt or is padding. student, teacher: .embed, .head and forward(ids) → h after the final
-    norm. projectors: methods.dual_space.Projectors; adversary: discriminator.Discriminator.
-    """
+    norm. projectors: methods.dual_space.Projectors; adversary: discriminator.Discriminator."""
     x_s, y_s, x_t, y_t = (batch[name] for name in ("student_ids", "student_labels", "teacher_ids", "teacher_labels"))
     valid_s, valid_t = y_s != -100, y_t != -100
     y_s, y_t = y_s.clamp(min=0), y_t.clamp(min=0)

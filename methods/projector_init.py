@@ -1,25 +1,21 @@
 """Projectors that start from the tokens which both vocabularies have (--projector_init shared), after DSKDv2's idea.
 
-A token with the same bytes on both sides has a row in both heads W and both embeddings E; S are these rows. By least
-squares
+Tokens S with the same bytes on both sides have rows in both heads W and both embeddings E. By least squares
 
     P_t2s:  W_s[S] P_t2s ≈ W_t[S]              so that W_s P_t2s h_t ≈ W_t h_t: what the teacher says stays what it says
     P_s2t:  W_t[S] P_s2t ≈ W_s[S]              the same for the student
     P_q:    E_s[S] P_qᵀ ≈ E_t[S] / σ           for both halves: a query looks like the key of the same two tokens
     P_e:    E_t[S] P_eᵀ ≈ E_s[S]               (DWA-KD)
 
-with the smallest solution where there are several, and biases of 0. So attention finds equal tokens from the first step
-on; from random weights it has to learn that.
+with the smallest solution where there are several, and biases of 0: attention finds equal tokens from the first step.
 """
 import torch
 
 from files.config import InputError
 from methods.dual_space import Projectors
 
-
 def shared_tokens(student_tokenizer, teacher_tokenizer) -> list[tuple[int, int]]:
-    """Tokens with the same bytes, as (student id, teacher id); of several the first. Raises InputError where there is
-    none."""
+    """Tokens with the same bytes, as (student id, teacher id); of several the first. InputError where there is none."""
     of_bytes: dict[bytes, int] = {}
     for i in range(teacher_tokenizer.vocab_size):
         of_bytes.setdefault(teacher_tokenizer.token_bytes(i), i)
@@ -29,15 +25,10 @@ def shared_tokens(student_tokenizer, teacher_tokenizer) -> list[tuple[int, int]]
         raise InputError("--projector_init shared: the two vocabularies have no token in common")
     return sorted(pairs.values())
 
-
 @torch.no_grad()
 def init_from_shared(projectors: Projectors, student, teacher, pairs: list[tuple[int, int]]) -> None:
-    """Set the projectors from pairs of shared_tokens. student, teacher: decoders with .embed, .head and .norm. Solved
-    on the CPU in float32.
-
-    P_t2s is given h_t / σ_h + E_t(y_t) / σ_y, so it is multiplied by σ_h, taken as the root mean square of the final
-    norm's weights.
-    """
+    """Set the projectors from pairs of shared_tokens, on the CPU. student, teacher: decoders. P_t2s is given
+    h_t / σ_h + E_t(y_t) / σ_y, so it is multiplied by σ_h, the root mean square of the final norm's weights."""
     ids = [torch.tensor(side) for side in zip(*pairs)]
 
     def rows(layer, i):

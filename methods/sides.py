@@ -3,13 +3,10 @@ from dataclasses import dataclass
 
 import torch
 
-
 class Valid:
     """Where the valid positions of one side are, as a packed list and as a (B, L) grid.
-
     labels: (B, T), −100 where not valid. `labels` (N,) are the others, packed; `mask` (B, L) is true on the grid's real
-    cells; a row's valid positions come first, in order, and L is the largest number of them in a row.
-    """
+    cells; a row's valid positions come first, in order, and L is the largest number of them in a row."""
 
     def __init__(self, labels: torch.Tensor):
         is_valid = labels != -100
@@ -39,7 +36,6 @@ class Valid:
         mean = grid.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True)
         return self.pack(grid / mean.clamp(min=1e-12))
 
-
 @dataclass
 class Side:
     """What the losses see of one model: its batch on the grid of valid positions, its embedding and its head."""
@@ -55,7 +51,6 @@ class Side:
     def packed(self) -> torch.Tensor:
         """h at the valid positions, (N, d)."""
         return self.valid.pack(self.hidden)
-
 
 def side_of(batch: dict[str, torch.Tensor], name: str, embed: torch.nn.Module) -> Side:
     """name: "student" or "teacher". Its head and hidden states, which attention does not need, are left out."""

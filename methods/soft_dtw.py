@@ -5,13 +5,11 @@
 
 Notable here: many pairs are computed at once and a whole anti-diagonal at a time, because no two cells of one need each
 other. The backward pass is written out: ∂SDTW/∂c_ij is the alignment matrix, the probability that a path drawn from the
-Gibbs distribution exp(−cost/γ) goes through (i, j); it takes one more sweep, back from the last cell.
-"""
+Gibbs distribution exp(−cost/γ) goes through (i, j); it takes one more sweep, back from the last cell."""
 import torch
 import torch.nn.functional as F
 
 FAR = 1e10          # stands for infinity where there is no predecessor; finite, so that nothing becomes 0 · inf
-
 
 def _skew(x: torch.Tensor) -> torch.Tensor:
     """(N, S, T) → (S + T − 1, N, S): cell (i, j) moves to [i + j, :, i], so that an anti-diagonal is one slice."""
@@ -19,19 +17,15 @@ def _skew(x: torch.Tensor) -> torch.Tensor:
     flat = F.pad(x, (0, s)).reshape(n, s * (t + s))[:, :s * (t + s - 1)]
     return flat.view(n, s, s + t - 1).permute(2, 0, 1).contiguous()
 
-
 def _unskew(x: torch.Tensor, t: int) -> torch.Tensor:
     """(S + T − 1, N, S) → (N, S, T), the way back."""
     _, n, s = x.shape
     flat = F.pad(x.permute(1, 2, 0).reshape(n, s * (s + t - 1)), (0, s))
     return flat.view(n, s, s + t)[:, :, :t]
 
-
 def _predecessors(table: torch.Tensor, d: int) -> torch.Tensor:
-    """(3, N, S): the cells above, to the left of and diagonal to those of anti-diagonal d, which lies at table[d +
-    2]."""
+    """(3, N, S): the cells above, left of and diagonal to those of anti-diagonal d, which lies at table[d + 2]."""
     return torch.stack([table[d + 1, :, :-1], table[d + 1, :, 1:], table[d, :, :-1]])
-
 
 class _SoftDTW(torch.autograd.Function):
     @staticmethod
@@ -61,32 +55,24 @@ class _SoftDTW(torch.autograd.Function):
             flow[d, :, :-1] += diagonal
         return _unskew(flow[2:, :, 1:], ctx.t), None, None, None
 
-
 def sdtw(cost: torch.Tensor, lengths_a: torch.Tensor, lengths_b: torch.Tensor, gamma: float) -> torch.Tensor:
     """SDTW of N pairs of sequences: cost (N, S, T), lengths (N,) from 1 on (the rest of cost is not looked at) → (N,).
-
     γ > 0, in the cost's unit: towards 0 it is the cost of the best path (hard DTW), larger values average over paths.
-    The gradient with respect to cost is the alignment matrix.
-    """
+    The gradient with respect to cost is the alignment matrix."""
     return _SoftDTW.apply(cost, lengths_a, lengths_b, gamma)
 
-
 # ------------------------------------------------------------------------------------------- the DTW terms of DWA-KD
-
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """1 − cos: (N, S, d), (N, T, d) → (N, S, T), in float32 at least."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (a, b))
         return 1 - a @ b.transpose(1, 2)
 
-
 def band_penalty(attention: torch.Tensor, lengths_s: torch.Tensor, lengths_t: torch.Tensor, width: float,
                  entropy: float, penalty: float, blend: float) -> torch.Tensor:
     """What the cross cost is raised by outside a soft band around the attention: (B, S, T), 0 or `penalty`.
-
     A row a_i of attention (B, S, T) has the entropy H_i (nats) and the centre
-    c_i = blend · Σ_j j·a_ij + (1 − blend) · i·len_t/len_s; outside is where |j − c_i| > width + entropy · H_i.
-    """
+    c_i = blend · Σ_j j·a_ij + (1 − blend) · i·len_t/len_s; outside is where |j − c_i| > width + entropy · H_i."""
     rows = attention.detach().float()
     i, j = (torch.arange(size, device=rows.device, dtype=torch.float32) for size in rows.shape[1:])
     straight = i * (lengths_t / lengths_s)[:, None]                                         # (B, S)
@@ -95,33 +81,26 @@ def band_penalty(attention: torch.Tensor, lengths_s: torch.Tensor, lengths_t: to
     reach = width + entropy * torch.special.entr(rows).sum(-1)
     return penalty * ((j - centre[..., None]).abs() > reach[..., None]).float()
 
-
 def gamma_at(options, step: int) -> float:
     """γ after `step` optimizer steps: linear, then constant."""
     progress = min(1.0, step / options.dtw_gamma_steps) if options.dtw_gamma_steps else 1.0
     return options.dtw_gamma_start + progress * (options.dtw_gamma_end - options.dtw_gamma_start)
 
-
 def dtw_losses(student, teacher, projectors, aligned, options, step: int) -> dict[str, torch.Tensor]:
     """DWA-KD's two terms, label embeddings and final hidden states, both in the student's space, summed over examples.
-
-    student, teacher: sides.Side; aligned: cma.Aligned; options: dtw_… of table.Options.
-    """
+    student, teacher: sides.Side; aligned: cma.Aligned; options: dtw_… of table.Options."""
     lengths = student.valid.mask.sum(1), teacher.valid.mask.sum(1)
-    outside = band_penalty(aligned.weights, *lengths, options.dtw_band, options.dtw_entropy, options.dtw_penalty,
+    outside = band_penalty(aligned.attention, *lengths, options.dtw_band, options.dtw_entropy, options.dtw_penalty,
                            options.dtw_blend)
     pairs = [(student.embed(student.y), projectors.dtw_embed(aligned.teacher_label_embed)),
              (student.hidden, projectors.t2s(teacher.hidden))]
     embed, hidden = dtw_divergences(pairs, *lengths, gamma_at(options, step), outside)
     return {"dtw_embed_loss": embed, "dtw_hidden_loss": hidden}
 
-
 def dtw_divergences(pairs: list[tuple[torch.Tensor, torch.Tensor]], lengths_s: torch.Tensor, lengths_t: torch.Tensor,
                     gamma: float, cross_penalty: torch.Tensor | float = 0.0) -> list[torch.Tensor]:
     """Σ over examples of SDTW(a, b) − ½ SDTW(a, a) − ½ SDTW(b, b) for each (a, b): (B, S, d) against (B, T, d).
-
-    cross_penalty (B, S, T) is added to the cost between a and b only. All 3 · len(pairs) · B tables run together.
-    """
+    cross_penalty (B, S, T) is added to the cost between a and b only. All 3 · len(pairs) · B tables run together."""
     costs, lengths_a, lengths_b = [], [], []
     size = max(max(a.size(1), b.size(1)) for a, b in pairs)
     for a, b in pairs:

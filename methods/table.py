@@ -5,8 +5,7 @@
 
 A new divergence is a name and a branch in divergences.py. A new method is a line of METHODS, its name in the groups
 below it where it belongs to one, its loss in a file of its own here, and two lines in `distill`; what α multiplies
-comes back as "kd_loss".
-"""
+comes back as "kd_loss"."""
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,6 @@ LOGITS_ONLY = ("kd", "uld", "mined")    # no projectors
 KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss")       # what the total multiplies by α
 ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport}
 
-
 @dataclass
 class Options:
     """What is minimized. train.py adds the rest of its command line to these."""
@@ -74,7 +72,6 @@ class Options:
     dtw_penalty: float = flag(1.0, "cost added outside the band (cosine distance)", at_least=0)
     dtw_blend: float = flag(0.7, "the band's centre: 1 the attention's, 0 the diagonal", at_least=0, at_most=1)
 
-
 def check_options(options: Options) -> None:
     """Raise InputError where an option means nothing to the method, or two of them exclude each other."""
     method, alignment = options.method, options.alignment
@@ -97,14 +94,12 @@ def check_options(options: Options) -> None:
         raise InputError(f"--adversary {options.adversary}: --alignment chunk_mean has no queries to be matched with "
                          "keys")
 
-
 def make_modules(options: Options, student_size: int, teacher_size: int):
     """What learns beside the student in the dual-space methods: the projectors, and the adversary or None. Sizes: d_s,
     d_t. options: Options or a run's settings."""
     query = options.alignment in ("attention", "chunk_attention")
     projectors = Projectors(student_size, teacher_size, query, dtw_embed=options.dtw_weight > 0)
     return projectors, None if options.adversary == "none" else ADVERSARIES[options.adversary](2 * teacher_size)
-
 
 def distill(options: Options, batch, student, teacher, projectors, adversary, step: int,
             factors: dict[str, float]) -> Parts:
@@ -113,8 +108,7 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
 
     student and teacher have .embed, .head and forward(ids) → hidden; where the batch holds teacher_hidden (B, T, d_t),
     on the grid of valid positions, the teacher's forward is not called. step: optimizer steps done so far. factors:
-    what the total multiplies nll_loss and the parts of kd_loss by, see methods/heads.py.
-    """
+    what the total multiplies nll_loss and the parts of kd_loss by, see methods/heads.py."""
     learner = side_of(batch, "student", student.embed)
     learner.hidden, learner.head = learner.valid.grid(student(batch["student_ids"])), student.head.weight
     if options.method in WITHOUT_KD:
@@ -143,7 +137,6 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     if options.dtw_weight:
         parts |= soft_dtw.dtw_losses(learner, guide, projectors, aligned, options, step)
     return parts
-
 
 def terms(parts: Parts, n: dict[str, int]):
     """CE, KD, GA and DTW of the total, from the parts and the step's numbers of valid tokens; 0 where a method has no

@@ -1,12 +1,10 @@
 """Universal logit distillation (ULD, arXiv 2402.12030): two vocabularies meet by rank.
 
-    KD = Σ over k, Σ over ranks |p_s − p_t|       p: the k-th response position's softmax, sorted; temperature 1
-"""
+    KD = Σ over k, Σ over ranks |p_s − p_t|       p: the k-th response position's softmax, sorted; temperature 1"""
 import torch.nn.functional as F
 
 from methods.heads import Parts, in_chunks
 from methods.sides import Side
-
 
 def uld_loss(student: Side, teacher: Side, factors: dict[str, float]) -> Parts:
     """Summed over the positions k that both responses have; the shorter vocabulary is padded with zeros → kd_loss."""

@@ -2,5 +2,4 @@
 reports.
 
 May import files/, the concepts (model.py, tokenize_align.py, cma.py, discriminator.py, toy.py) and methods/; the
-scripts on top and tools/ import it.
-"""
+scripts on top and tools/ import it."""

@@ -4,8 +4,7 @@ SeqKD (sequence-level distillation, Kim & Rush, arXiv 1606.07947): the teacher a
 student learns its answers by cross-entropy. They are greedy (the paper's beam search with one beam); one that reached
 the length limit is kept as it is. They are written beside the data, in a file of rows that names the teacher; a second
 file names the settings, and a change of any of them makes another pair of files. Writing them can be interrupted and
-goes on from there.
-"""
+goes on from there."""
 import contextlib
 import hashlib
 import json
@@ -23,13 +22,11 @@ from running import parallel
 from running.run_folder import Interrupted
 from tokenize_align import Tokenizer, encode_prompt, left_pad
 
-
 def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
                    batch_size: int, temperature: float, seed: int = 0, desc: str = "answering",
                    done=()) -> Iterator[list[tuple[int, str, bool]]]:
-    """Generate answers, a batch of prompts of like length at a time → lists of (number of the row, answer, whether it
-    ended before the limit). Limits in tokens; temperature 0 is greedy. done: numbers of rows that need no answer any
-    more."""
+    """Generate answers, prompts of like length together → lists of (the row's number, answer, whether it ended before
+    the limit). Limits in tokens; temperature 0 is greedy. done: rows that need no answer."""
     device = decoder.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
@@ -48,16 +45,12 @@ def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_
             yield [(i, tokenizer.decode(tokens).strip(), len(tokens) < new.size(1)) for i, tokens in zip(part, answers)]
             bar.update(len(part))
 
-
 def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
                 batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering",
                 at_once=contextlib.nullcontext) -> list[str]:
     """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers.
-
-    Every process of torchrun answers a part of the rows and gets all answers; a sharded model needs its processes in
-    step, so there each answers everything. at_once: a context in which Interrupted may be raised; it is raised in every
-    process.
-    """
+    Every process of torchrun answers some rows and gets all answers; a sharded model needs its processes in step, so
+    there each answers all. at_once: a context in which Interrupted may be raised, and then is in every process."""
     sharded = parallel.is_sharded(decoder)
     first, every = (0, 1) if sharded else (parallel.rank(), parallel.world())
     others = set(range(len(rows))) - set(range(first, len(rows), every))
@@ -65,8 +58,7 @@ def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_len
     try:
         with contextlib.nullcontext() if sharded else at_once():
             for batch in answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size,
-                                        temperature,
-                                        seed + 1_000_003 * first, desc, others):
+                                        temperature, seed + 1_000_003 * first, desc, others):
                 answers |= {i: text for i, text, _ in batch}
     except Interrupted:
         answers = None
@@ -76,23 +68,16 @@ def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_len
     answers = {i: text for part in parts for i, text in part.items()}
     return [answers[i] for i in range(len(rows))]
 
-
 def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
     """Say how many prompts of a set exceed the limit, in tokens, where any does."""
     if cut := sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows):
         print(f"{name}: {cut} of {len(rows)} prompts cut to {limit} tokens")
 
-
 # ------------------------------------------------------------------------------------------------------------- SeqKD
-
 def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, tokenizer: Tokenizer, max_length: int,
                  max_prompt_length: int, batch_size: int) -> list[Row]:
-    """The rows, which stand in data_file, with the teacher's answer in place of theirs; without those it has no answer
-    to.
-
-    name: the teacher's, for the file. max_length: prompt and answer in the teacher's tokens. Raises InputError where
-    the teacher answers nothing at all.
-    """
+    """The rows of data_file with the teacher's answers in place of theirs, without those it has no answer to. name: the
+    teacher's, for the file; limits in its tokens. Raises InputError where the teacher answers nothing at all."""
     settings = {"teacher_sha256": hub.fingerprint(teacher.source), "data_sha256": hub.fingerprint(data_file),
                 "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
@@ -115,14 +100,12 @@ def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, 
           f"{counts['unended_answers']} cut at {max_length} tokens)")
     return read_rows(path)
 
-
-def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int,
-                tuple[str, bool]]:
+def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, tuple]:
     """Every row's answer, and whether it ended; those that stand in `partial`, a line each, are not asked for again."""
     answers = {}
     if partial.exists():
-        # the last line may have been cut
-        lines = [line for line in partial.read_text(encoding="utf-8").splitlines(True) if line.endswith("]\n")]
+        lines = partial.read_text(encoding="utf-8").splitlines(True)
+        lines = [line for line in lines if line.endswith("]\n")]            # the last one may have been cut
         try:
             answers = {i: (text, ended) for i, text, ended in map(json.loads, lines)}
         except (ValueError, TypeError) as error:
@@ -131,8 +114,7 @@ def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_
             file.writelines(lines)
     with open(partial, "a", encoding="utf-8") as file:
         for batch in answer_batches(teacher, tokenizer, rows, max_length, max_prompt_length, batch_size,
-                                    temperature=0.0,
-                                    desc="the teacher answers the training prompts", done=answers):
+                                    temperature=0.0, desc="the teacher answers the training prompts", done=answers):
             file.writelines(json.dumps(line) + "\n" for line in batch)
             file.flush()
             answers |= {i: (text, ended) for i, text, ended in batch}

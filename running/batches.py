@@ -1,5 +1,4 @@
-"""A run's steps and their tensors: which rows a step has, dealt out to the processes, prepared while the one before
-runs."""
+"""A run's steps and their tensors: which rows a step has, dealt out to processes, prepared during the step before."""
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ import torch
 from running import parallel
 from running.setup import Run
 from tokenize_align import Example, collate, make_batches
-
 
 def steps_of(config, run: Run, first: int) -> Iterator[tuple[int, list[Example], list[tuple[dict, float]]]]:
     """(number, examples, forward passes) of every step from `first` on. A step's rows are batch_size · grad_accum of
@@ -26,7 +24,6 @@ def steps_of(config, run: Run, first: int) -> Iterator[tuple[int, list[Example],
         for step, examples, passes in prepared:
             yield step, examples, passes.result()
 
-
 def schedule(config, run: Run, first: int) -> Iterator[tuple[int, list[Example]]]:
     """Every step's number and rows; each epoch has an order of its own."""
     for step in range(first, run.total_steps):
@@ -36,7 +33,6 @@ def schedule(config, run: Run, first: int) -> Iterator[tuple[int, list[Example]]
             batches = make_batches(run.examples, config.batch_size * config.grad_accum, seed)
         yield step, batches[number]
 
-
 def prepare(config, run: Run, examples: list[Example]) -> list[tuple[dict[str, torch.Tensor], float]]:
     """This process's forward passes of a step: its tensors, and its weight, which is 0 where there is nothing left for
     this process; it then goes through the motions so that the others need not wait."""
@@ -44,7 +40,6 @@ def prepare(config, run: Run, examples: list[Example]) -> list[tuple[dict[str, t
     several = parallel.world()
     mine = range(parallel.rank(), math.ceil(len(parts) / several) * several, several)
     return [(tensors(config, run, parts[k % len(parts)]), float(k < len(parts))) for k in mine]
-
 
 def tensors(config, run: Run, examples: list[Example]) -> dict[str, torch.Tensor]:
     """One forward pass's batch, with what its method needs beside ids and labels."""
@@ -54,7 +49,6 @@ def tensors(config, run: Run, examples: list[Example]) -> dict[str, torch.Tensor
     if run.states:
         batch["teacher_hidden"] = run.states.grid(examples, run.teacher.embed.weight.dtype)
     return {name: x.pin_memory() for name, x in batch.items()} if run.device == "cuda" else batch
-
 
 def valid_tokens(examples: list[Example]) -> dict[str, int]:
     """n of each side: the step's valid tokens, of all processes."""

@@ -2,8 +2,7 @@
 and MinED's map of one vocabulary into another.
 
 The files are named by a hash of all that they depend on, so that a change of text, tokenizer, teacher or limits finds
-no cache in place of a wrong one; a file that was cut or is not ours is made anew.
-"""
+no cache in place of a wrong one; a file that was cut or is not ours is made anew."""
 import fcntl
 import hashlib
 import json
@@ -25,17 +24,13 @@ from tokenize_align import Example, Sequence, Tokenizer, collate, encode_rows
 
 BUFFER = 1 << 28        # bytes of hidden states between two flushes to disk
 
-
 def _key(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-
 # -------------------------------------------------------------------------------------------------------- token ids
-
 def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int,
                 max_prompt_length: int):
-    """encode_rows, the same results: from a file in `folder` where the same rows were encoded with the same tokenizers
-    before."""
+    """encode_rows; from a file in `folder` where the same rows were encoded with the same tokenizers before."""
     made_of = [hub.fingerprint(tokenizer.folder, weights=False) for tokenizer in (student, teacher)]
     made_by = [hub.fingerprint(Path(module.__file__)) for module in (tokenize_align, tokenizer_config)]
     path = folder / f"tokens-{_key(rows, made_of, made_by, max_length, max_prompt_length)}.npz"
@@ -67,17 +62,14 @@ def cached_rows(folder: Path, rows: list[Row], student: Tokenizer, teacher: Toke
         print(f"the token ids could not be kept for the next run ({error})")
     return examples, *counts
 
-
 def _unpack(ids, lengths, prompts, spans, chunks) -> list[Sequence]:
     ids = np.split(ids, np.cumsum(lengths)[:-1])
     spans, chunks = (np.split(x, np.cumsum(lengths - prompts)[:-1]) for x in (spans, chunks))
     return [Sequence(i.tolist(), p, list(zip(*s.T.tolist())), c.tolist())
             for i, p, s, c in zip(ids, prompts.tolist(), spans, chunks)]
 
-
 def kept_vocabulary_map(folder: Path, strings: list[list[bytes]]) -> torch.Tensor:
-    """mined.map_vocabulary of the student's and the teacher's token_strings, from a file in `folder` where it is
-    there."""
+    """mined.map_vocabulary of token_strings, from a file in `folder` where it is there."""
     path = folder / f"vocabulary-map-{hashlib.sha256(repr(strings).encode()).hexdigest()[:16]}.safetensors"
     try:
         return load_file(path)["vocabulary_map"]
@@ -88,25 +80,21 @@ def kept_vocabulary_map(folder: Path, strings: list[list[bytes]]) -> torch.Tenso
         save_file({"vocabulary_map": vocabulary_map}, temporary)
     return vocabulary_map
 
-
 # ----------------------------------------------------------------------------------------- the teacher's hidden states
-
 class TeacherStates:
     """The teacher's final hidden states at every valid position of the training rows, in one memory-mapped file.
-
     With them the teacher's layers are needed no more, only its embedding and its head. The file lies beside the data:
     (valid positions of all rows) × d_t numbers of `dtype` (torch.bfloat16 or torch.float32); a second file, .json,
-    holds the settings and how many rows are written, so that an interrupted writing goes on.
-    """
+    holds the settings and how many rows are written, so that an interrupted writing goes on."""
 
     def __init__(self, data_file: Path, name: str, folder: Path, examples: list[Example], size: int, dtype: torch.dtype,
                  computed_in: torch.dtype):
         """name and folder: the teacher's. size: d_t. computed_in: the type in which the teacher runs."""
         self.examples, self.size, self.dtype = examples, size, dtype
+        made_of = repr([(e.teacher.ids, e.teacher.prompt_length) for e in examples])
         self.settings = {"teacher": name, "teacher_sha256": hub.fingerprint(folder), "dtype": str(dtype),
                          "computed_in": str(computed_in), "size": size,
-                         "rows_sha256": hashlib.sha256(repr([(e.teacher.ids, e.teacher.prompt_length)
-                                                             for e in examples]).encode()).hexdigest()}
+                         "rows_sha256": hashlib.sha256(made_of.encode()).hexdigest()}
         label = hub.label(Path(name).name)
         self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{_key(self.settings)}.bin")
         ends = np.cumsum([e.teacher.valid for e in examples])
@@ -134,8 +122,8 @@ class TeacherStates:
         return self.shape[0] * self.size * self.dtype.itemsize
 
     def _map(self, mode: str) -> np.memmap:
-        return np.memmap(self.path, dtype=np.uint16 if self.dtype == torch.bfloat16 else np.float32, mode=mode,
-                         shape=self.shape)
+        kind = np.uint16 if self.dtype == torch.bfloat16 else np.float32
+        return np.memmap(self.path, dtype=kind, mode=mode, shape=self.shape)
 
     def fill(self, forward: Callable[[torch.Tensor], torch.Tensor], batch_size: int, pad: int, device: str) -> None:
         """Run the teacher over the rows that are not written yet. forward: ids (B, T) → hidden (B, T, d_t)."""
@@ -154,8 +142,7 @@ class TeacherStates:
             with open(self.path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._bytes())         # a full disk is noticed here
         states, unflushed = self._map("r+"), 0
-        # the same at every start; the largest batch first
-        order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))
+        order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))        # the same at every start
         with tqdm(total=len(order), initial=self.written, desc="the teacher's hidden states, once", unit="row",
                   dynamic_ncols=True) as bar:
             while not self.complete:

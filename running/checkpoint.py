@@ -16,7 +16,6 @@ from running import lora
 from running import parallel
 from files.config import InputError
 
-
 def save_checkpoint(folder: Path, student, projectors, adversary, optimizer, state: dict) -> None:
     """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
 
@@ -24,8 +23,7 @@ def save_checkpoint(folder: Path, student, projectors, adversary, optimizer, sta
     (step, scores, data), with LoRA adapter/ and, where an optimizer is given, resume.safetensors: all that a run needs
     to go on. A checkpoint with an optimizer that was there before stays as FOLDER.previous. Every process calls this,
     the first one writes. Raises InputError where the disk does not take it or a weight is not finite; what was there
-    before is untouched then.
-    """
+    before is untouched then."""
     if not parallel.all_finite(p for module in (student, projectors, adversary)
                                if module is not None for p in module.parameters()):
         raise InputError(f"{folder}: not saved at step {state['step']}, because weights are not finite; the checkpoint "
@@ -56,8 +54,8 @@ def save_checkpoint(folder: Path, student, projectors, adversary, optimizer, sta
             hub.flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error}); the checkpoint before it is whole: make room, then "
-                         "go on with --resume") from error
+        raise InputError(f"{folder}: cannot be written ({error}); make room, then --resume goes on from the one before"
+                         ) from error
     if previous.exists():
         shutil.rmtree(previous)
     if folder.exists():
@@ -66,7 +64,6 @@ def save_checkpoint(folder: Path, student, projectors, adversary, optimizer, sta
     hub.flush(folder.parent)
     if optimizer is None and previous.exists():
         shutil.rmtree(previous)
-
 
 def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
     """AdamW's moments by parameter number, and the state of every process's random number generators."""
@@ -78,25 +75,21 @@ def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
         tensors |= {f"{name}.{rank}": value for name, value in of_rank.items()}
     return tensors
 
-
 def check(folder: Path) -> None:
     """Raise InputError where a file of a checkpoint to go on from is missing or not what was written."""
     try:
         checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-        wrong = [name for name in ("config.json", "model.safetensors", "resume.safetensors", "training.json")
-                 if name not in checksums]
-        wrong += [name for name, checksum in checksums.items() if not (folder / name).is_file()
-                  or hub.sha256(folder / name) != checksum]
+        needed = {"config.json", "model.safetensors", "resume.safetensors", "training.json"}
+        wrong = [*needed - checksums.keys(), *(name for name, checksum in checksums.items() if not
+                                               (folder / name).is_file() or hub.sha256(folder / name) != checksum)]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{folder}: this checkpoint is damaged (checksums.json: {error})") from error
     if wrong:
         raise InputError(f"{folder}: this checkpoint is damaged ({', '.join(wrong)})")
 
-
 def last_checkpoint(out_dir: Path) -> Path | None:
-    """The checkpoint to go on with, or None where the run had none yet. Where the last one is damaged, or was lost
-    between the two renames of save_checkpoint, the one before is put in its place. Raises InputError where none is
-    whole."""
+    """The checkpoint to go on with, or None where there is none yet. Where the last one is damaged, or was lost between
+    the renames of save_checkpoint, the one before takes its place. Raises InputError where none is whole."""
     last, previous = out_dir / "last", out_dir / "last.previous"
     try:
         if last.exists():
@@ -114,7 +107,6 @@ def last_checkpoint(out_dir: Path) -> Path | None:
     previous.rename(last)
     return last
 
-
 def load_checkpoint(folder: Path, projectors, adversary, optimizer) -> dict:
     """Put back what save_checkpoint wrote, but for the student, which load() reads like any model → training.json's
     content. Raises InputError where a file is damaged."""
@@ -126,7 +118,6 @@ def load_checkpoint(folder: Path, projectors, adversary, optimizer) -> dict:
     except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise InputError(f"{folder}: this checkpoint is damaged ({error!r:.200})") from error
 
-
 def load_modules(folder: Path, projectors, adversary) -> None:
     """Put back the modules that a checkpoint has beside the student; None: not this one."""
     for name, module in (("projectors", projectors), ("discriminator", adversary)):
@@ -135,7 +126,6 @@ def load_modules(folder: Path, projectors, adversary) -> None:
                 module.load_state_dict(load_file(folder / f"{name}.safetensors"))
             except (SafetensorError, RuntimeError, OSError) as error:
                 raise InputError(f"{folder}/{name}.safetensors: missing or damaged ({error})") from error
-
 
 def _load_optimizer(folder: Path, optimizer) -> None:
     tensors = load_file(folder / "resume.safetensors")
@@ -150,6 +140,6 @@ def _load_optimizer(folder: Path, optimizer) -> None:
     state = optimizer.state_dict()
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state["state"].setdefault(int(number),
-                                  {})[name] = parallel.like(value, parameters[int(number)]) if value.dim() else value
+        value = parallel.like(value, parameters[int(number)]) if value.dim() else value
+        state["state"].setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(state)

@@ -1,5 +1,4 @@
-"""What is checked before anything is loaded or written: the flags against each other, and the models against the
-flags."""
+"""What is checked before anything is loaded or written: the flags, and whether models and machine go with them."""
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,6 @@ from files.config import InputError, parse
 from methods.table import METHODS, ONE_VOCABULARY, WITHOUT_KD, check_options
 from running import parallel
 from running.run_folder import newest_run, saved_config
-
 
 def read_settings(cls, description: str, argv: list[str] | None = None):
     """train.py's command line → cls, its Config: the flags, with the toy's defaults for the toy and, on --resume, the
@@ -37,45 +35,36 @@ def read_settings(cls, description: str, argv: list[str] | None = None):
     check_flags(config)
     return config
 
-
 def check_flags(config) -> None:
     """Raise InputError where two flags of train.py exclude each other, or one means nothing beside the others."""
     method, sharded = config.method, config.shard_student or config.shard_teacher
     if method in WITHOUT_KD and (config.cache_teacher or config.shard_teacher):
-        raise InputError(f"--cache_teacher, --shard_teacher: --method {method} does not run the teacher while it "
-                         "trains")
+        raise InputError(f"--cache_teacher, --shard_teacher: --method {method} does not train with the teacher")
     if config.alignment == "none" and config.probe_interval:
         raise InputError(f"--probe_interval: --method {method} has no attention to look at")
     if config.lora_rank and config.student_init == "random":
-        raise InputError("--lora_rank: keeps the student's weights as they are, so they cannot be random "
-                         "(--student_init random)")
+        raise InputError("--lora_rank: keeps the student's weights, so they cannot be random (--student_init random)")
     for field in ("lora_alpha", "lora_dropout"):
         if not config.lora_rank and getattr(config, field) != getattr(type(config), field):
             raise InputError(f"--{field}: without --lora_rank it has no use")
     if config.compile and (sharded or config.gradient_checkpointing):
         raise InputError("--compile: not together with --shard_student, --shard_teacher or --gradient_checkpointing")
     if config.cache_teacher and config.shard_teacher:
-        raise InputError("--cache_teacher trains without the teacher's layers, of which --shard_teacher keeps a part: "
-                         "pass one of them")
+        raise InputError("--cache_teacher: trains without the layers that --shard_teacher deals out: pass one of them")
     if method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
-
 
 def check_machine(config, device: str) -> None:
     """Raise InputError where the flags do not fit the processes, or the machine has no compiler for --compile."""
     several, rows = parallel.world(), config.batch_size * config.grad_accum
     if config.grad_accum % several:
-        raise InputError(f"--grad_accum {config.grad_accum}: must be a multiple of the {several} processes, among "
-                         f"which a step's forward passes are dealt out; a step of {rows} rows is --batch_size "
-                         f"{max(1, rows // several)} --grad_accum {several}")
+        raise InputError(f"--grad_accum {config.grad_accum}: must be a multiple of the {several} processes; for these "
+                         f"{rows} rows a step --batch_size {max(1, rows // several)} --grad_accum {several}")
     if (config.shard_student or config.shard_teacher) and several == 1:
-        raise InputError("--shard_student, --shard_teacher: parts for several processes; start with torchrun "
-                         "--nproc_per_node=N train.py …")
+        raise InputError("--shard_student, --shard_teacher: start with torchrun --nproc_per_node=N train.py …")
     variable, compiler = ("CXX", "g++") if device == "cpu" else ("CC", "gcc")
     if config.compile and not shutil.which(os.environ.get(variable, compiler)):
-        raise InputError(f"--compile: torch.compile needs a compiler ({compiler}, or the one that {variable} names), "
-                         "and there is none")
-
+        raise InputError(f"--compile: torch.compile needs a compiler ({compiler}, or ${variable}), and there is none")
 
 def check_pair(config, student, teacher, tokenizers: dict) -> None:
     """Raise InputError where tokenizers, vocabularies, limits and method do not go together. teacher: or None."""
@@ -85,12 +74,10 @@ def check_pair(config, student, teacher, tokenizers: dict) -> None:
         name = f"--{side} {getattr(config, side)}"
         hub.check_vocabulary(name, model.config.vocab_size, tokenizers[side].vocab_size)
         if config.max_length > model.config.max_positions:
-            raise InputError(f"--max_length {config.max_length}: {name} has only {model.config.max_positions} "
-                             "positions")
+            raise InputError(f"--max_length {config.max_length}: {name} has {model.config.max_positions} positions")
     if config.method in ONE_VOCABULARY and not same_vocabulary(tokenizers["student"], tokenizers["teacher"]):
         raise InputError(f"--method {config.method} needs one vocabulary, but {config.teacher} and {config.student} "
                          "have different ones; every other method works with any two")
-
 
 def same_vocabulary(a, b) -> bool:
     """Whether two tokenizers have the same tokens under the same ids."""

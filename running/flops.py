@@ -10,8 +10,7 @@ that is computed again to save memory, full attention as in the PaLM paper (arXi
     attention A           Q Kᵀ and the two mixtures: 4 · Σ rows S·T · 2d_t, then 6 · Σ S·T · (d_s + d_t)
     discriminator         6 · (N_t + N_s) · weights, but 4 · N_t for the first layer, whose keys need no gradient
     projectors            s2t: 6 · N_s · d_s · d_t; their inputs need no gradient: t2s: 4 · N_t · d_t · d_s,
-                          query: 4 · N_s · 2d_s · 2d_t
-"""
+                          query: 4 · N_s · 2d_s · 2d_t"""
 import time
 
 import torch
@@ -23,7 +22,6 @@ from tokenize_align import Example
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
         "A10": 125e12, "4090": 165e12}
 
-
 def decoder_flops(decoder, sequences: list) -> int:
     """Forward operations of a Decoder's layers over some tokenize_align.Sequence, each but its last token."""
     config = decoder.config
@@ -32,15 +30,14 @@ def decoder_flops(decoder, sequences: list) -> int:
     width = config.num_heads * config.head_dim
     return 2 * weights * sum(lengths) + 4 * config.num_layers * width * sum(length ** 2 for length in lengths)
 
-
 def step_flops(options, student, teacher, examples: list[Example], cached: bool = False) -> int:
     """Operations of one optimizer step over these examples, forward and backward. cached: the teacher's layers don't
     run. Conditional transport, soft-DTW and ULD's sorting are left out: a few hundredths."""
     n_s, n_t = (sum(getattr(e, side).valid for e in examples) for side in ("student", "teacher"))
     d_s, v_s = student.config.hidden_size, student.config.vocab_size
     of_weights = int(student.embed.weight.requires_grad)        # 0 with LoRA, whose own products are small
-    total = (2 + of_weights) * decoder_flops(student,
-                                             [e.student for e in examples]) + (4 + 2 * of_weights) * n_s * d_s * v_s
+    layers = decoder_flops(student, [e.student for e in examples])
+    total = (2 + of_weights) * layers + (4 + 2 * of_weights) * n_s * d_s * v_s
     if options.method in WITHOUT_KD:
         return total
     d_t, v_t = teacher.config.hidden_size, teacher.config.vocab_size
@@ -54,10 +51,8 @@ def step_flops(options, student, teacher, examples: list[Example], cached: bool 
         if options.adversary == "gan":
             first, rest = (2 * d_t) ** 2, 2 * d_t * 768 + 768
             total += 4 * n_t * first + 6 * n_t * rest + 6 * n_s * (first + rest)
-        total += query * (4 * n_s * 4 * d_s * d_t + 4 * crossings * 2 * d_t) + (6 if query
-                                                                                else 4) * crossings * (d_s + d_t)
+        total += query * (16 * n_s * d_s * d_t + 8 * crossings * d_t) + (4 + 2 * query) * crossings * (d_s + d_t)
     return total
-
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
     """Operations a second that the device can do: from the data sheet, or measured with a large product of matrices."""

@@ -3,8 +3,7 @@
     y = W x + (α / r) · B A dropout(x)          A: (r, in), drawn anew; B: (out, r), zero at first
 
 on every linear layer of attention and MLP. Only A and B have gradients and optimizer state. A checkpoint holds the
-merged weights W + (α / r) B A, as any other, and A and B themselves in adapter/, as the peft library lays them out.
-"""
+merged weights W + (α / r) B A, as any other, and A and B themselves in adapter/, as the peft library lays them out."""
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from files.config import InputError
-
 
 class LoRA(nn.Module):
     """A frozen linear layer and the two matrices beside it: (..., in) → (..., out)."""
@@ -32,7 +30,6 @@ class LoRA(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) + self.scale * F.linear(F.linear(self.dropout(x), self.a), self.b)
 
-
 def add_lora(decoder, rank: int, alpha: float, dropout: float) -> None:
     """Freeze a Decoder and put matrices of the given rank beside every linear layer of its blocks."""
     decoder.requires_grad_(False)
@@ -42,14 +39,11 @@ def add_lora(decoder, rank: int, alpha: float, dropout: float) -> None:
                 if isinstance(child, nn.Linear):
                     setattr(part, name, LoRA(child, rank, alpha, dropout))
 
-
 def has_lora(decoder) -> bool:
     return any(isinstance(part, LoRA) for part in decoder.modules())
 
-
 def merged(decoder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the model without LoRA that computes the same, by its names. state: the decoder's state_dict,
-    whole."""
+    """The weights, by name, of the model without LoRA that computes the same. state: the state_dict, whole."""
     state = dict(state)
     for place, part in decoder.named_modules():
         if isinstance(part, LoRA):
@@ -58,7 +52,6 @@ def merged(decoder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if f"{place}.linear.bias" in state:
                 state[f"{place}.bias"] = state.pop(f"{place}.linear.bias")
     return state
-
 
 def _peft_names(decoder) -> dict[str, str]:
     """Our names of A and B → peft's."""
@@ -69,10 +62,8 @@ def _peft_names(decoder) -> dict[str, str]:
             names |= {f"{place}.a": f"{theirs}lora_A.weight", f"{place}.b": f"{theirs}lora_B.weight"}
     return names
 
-
 def save_adapter(folder: Path, decoder, state: dict[str, torch.Tensor], base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors. state: the decoder's, whole; base: the model they belong
-    to."""
+    """Write adapter_config.json and adapter_model.safetensors. state: the decoder's, whole; base: the frozen model."""
     folder.mkdir()
     one = next(part for part in decoder.modules() if isinstance(part, LoRA))
     targets = sorted({place.rsplit(".", 1)[1] for place, part in decoder.named_modules() if isinstance(part, LoRA)})
@@ -83,7 +74,6 @@ def save_adapter(folder: Path, decoder, state: dict[str, torch.Tensor], base: st
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({theirs: state[ours].detach().cpu().contiguous() for ours, theirs in _peft_names(decoder).items()},
               folder / "adapter_model.safetensors")
-
 
 def load_adapter(folder: Path, decoder) -> None:
     """Put A and B back. Raises InputError where they are damaged or of another shape."""

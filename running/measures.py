@@ -1,7 +1,6 @@
 """Statistics: what probe.py measures of attention, keys and queries, and the bootstrap intervals of all tables.
 
-Intervals are over samples (rows), not over tokens, which are not independent of each other.
-"""
+Intervals are over samples (rows), not over tokens, which are not independent of each other."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,16 +21,13 @@ MEASURES = {
 }
 SHARES = {name for name in MEASURES if name.startswith(("mass", "hit", "monotone"))}
 
-
 def measure(weights: torch.Tensor, same_chunk: torch.Tensor, repeats: torch.Tensor, middles: torch.Tensor,
             other_middles: torch.Tensor) -> dict[str, torch.Tensor]:
     """One sample, one direction → for each of MEASURES its values, one a token (or a step), whose mean is the number.
-
     weights (N, M): how much each of N tokens takes of each of M on the other side; same_chunk (N, M) bool; repeats (N,)
     bool: the token occurs more than once among the N; middles (N,) and other_middles (M,): of the tokens' spans, in
     bytes. Weights that are equally strong share a hit. A token whose chunk has nothing on the other side (its text was
-    cut there) has no right place and is left out of everything.
-    """
+    cut there) has no right place and is left out of everything."""
     kept = same_chunk.any(1)
     weights, same_chunk, repeats, middles = (x[kept] for x in (weights.double(), same_chunk, repeats, middles))
     strongest = weights == weights.amax(1, keepdim=True)
@@ -43,33 +39,25 @@ def measure(weights: torch.Tensor, same_chunk: torch.Tensor, repeats: torch.Tens
             "entropy_bits": torch.special.entr(weights).sum(1) / np.log(2), "byte_distance": (centre - middles).abs(),
             "monotone_steps": (centre.diff() > -1e-3).double()}
 
-
 def resample(values: list[torch.Tensor]) -> tuple[float | None, np.ndarray]:
-    """Every sample's values → their mean over all tokens, and that mean in RESAMPLES draws of as many samples with
-    replacement.
-
-    The draws depend on the number of samples only, so that two checkpoints' differences are paired. None where there is
-    no value at all; draws without one are NaN.
-    """
+    """Every sample's values → their mean over all tokens (None where there is no value), and that mean in RESAMPLES
+    draws of samples with replacement (NaN where there is none). The draws depend on the number of samples only, so that
+    two checkpoints' differences are paired."""
     sums, counts = np.array([float(v.sum()) for v in values]), np.array([len(v) for v in values])
     draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     with np.errstate(invalid="ignore"):
         means = sums[draws].sum(1) / counts[draws].sum(1)
     return (float(sums.sum() / counts.sum()) if counts.sum() else None), means
 
-
 def interval(draws: np.ndarray) -> list[float]:
     """The 2.5 and 97.5 percentiles of the draws that have a value."""
     return np.nanpercentile(draws, [2.5, 97.5]).tolist()
 
-
 def tell_apart(keys: torch.Tensor, queries: torch.Tensor, key_fold: torch.Tensor,
                query_fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Is a logistic probe right about each held-out key and query? (N, d), (M, d) → (N,), (M,) of 0 and 1.
-
     key_fold (N,), query_fold (M,): 0 or 1. The probe is trained on each fold in turn, with an L2 penalty and both
-    classes weighing the same, and asked about the other. No random numbers.
-    """
+    classes weighing the same, and asked about the other. No random numbers."""
     right_keys, right_queries = torch.zeros(len(keys)), torch.zeros(len(queries))
     for fold in (0, 1):
         x_keys, x_queries = keys[key_fold == fold].float(), queries[query_fold == fold].float()
@@ -96,16 +84,12 @@ def tell_apart(keys: torch.Tensor, queries: torch.Tensor, key_fold: torch.Tensor
         right_queries[query_fold != fold] = (score(queries[query_fold != fold]) < 0).float()
     return right_keys, right_queries
 
-
 def evenly(vectors: torch.Tensor) -> torch.Tensor:
     """At most MOST_POINTS of them."""
     return vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), MOST_POINTS)).long()]
 
-
 def distances(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
-    """How far queries (M, d) are from keys (N, d), in the keys' standard deviation: the root mean square distance of a
-    key from the keys' mean.
-
+    """How far queries (M, d) are from keys (N, d), in the root mean square distance of a key from the keys' mean.
     mean_distance: ‖mean K − mean Q‖. energy_distance (Székely & Rizzo): 2 E‖K − Q‖ − E‖K − K'‖ − E‖Q − Q'‖ over
     different tokens, which is 0 on average for equal distributions; of at most MOST_POINTS evenly chosen tokens a side.
     """
@@ -115,7 +99,6 @@ def distances(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
     within = sum(torch.pdist(x).mean() for x in (some_keys, some_queries))
     return {"mean_distance": float((keys.mean(0) - queries.mean(0)).norm() / deviation),
             "energy_distance": float((2 * torch.cdist(some_keys, some_queries).mean() - within) / deviation)}
-
 
 def paired_bootstrap(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]], resamples: int = RESAMPLES,
                      seed: int = 0) -> tuple[float, float, float]:

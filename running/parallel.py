@@ -6,10 +6,10 @@ The forward passes of an optimizer step (--grad_accum) are dealt out to the proc
 are sums over tokens divided by the step's number of tokens, are added. So the step is the one that a single process
 would take, but for dropout, whose random numbers are each process's own.
 With --shard_student and --shard_teacher each process keeps only a part of every layer (FSDP2) and fetches the rest when
-it is needed. Without torchrun there is one process, and everything here does nothing.
-"""
+it is needed. Without torchrun there is one process, and everything here does nothing."""
 import contextlib
 import datetime
+import functools
 import os
 import sys
 
@@ -17,25 +17,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 from files.config import InputError
 
 BUCKET = 1 << 25            # gradients, in numbers, that travel together
 
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def world() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0
-
 
 @contextlib.contextmanager
 def started():
@@ -46,8 +43,7 @@ def started():
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, so at most as many "
-                             "processes")
+            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, use no more")
         torch.cuda.set_device(local)
     # the first process may write the teacher's states for hours while the others wait; of a dead one torchrun tells
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -56,11 +52,11 @@ def started():
     try:
         if rank():
             sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         yield
     finally:
         sys.stdout = printed
         dist.destroy_process_group()
-
 
 @contextlib.contextmanager
 def first_goes_first():
@@ -71,12 +67,10 @@ def first_goes_first():
     if is_first():
         barrier()
 
-
 def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
         dist.barrier()
-
 
 def gather(thing) -> list:
     """Every process's thing, in order."""
@@ -85,21 +79,17 @@ def gather(thing) -> list:
         dist.all_gather_object(things, thing)
     return things
 
-
 def add(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over processes, in place."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
-
 def add_up(sums: dict[str, torch.Tensor], norms: list[torch.Tensor]) -> tuple[dict[str, float], list[float]]:
-    """Sums over this process's tokens, added over processes, and norms, which all have, as numbers: one wait for the
-    GPU."""
+    """Sums over this process's tokens, added over processes, and norms, as numbers: one wait for the GPU."""
     totals = add(torch.stack([value.float() for value in sums.values()]))
     numbers = torch.cat([totals, torch.stack(norms).float()]).tolist()
     return dict(zip(sums, numbers)), numbers[len(sums):]
-
 
 def equal_weights(*modules) -> None:
     """Give every process the first one's weights, before anything is sharded."""
@@ -107,7 +97,6 @@ def equal_weights(*modules) -> None:
         for module in filter(None, modules):
             for parameter in module.parameters():
                 dist.broadcast(parameter.detach(), 0)
-
 
 def add_gradients(parameters) -> None:
     """Sum the gradients over processes, many small ones in one message. Those of sharded layers were added by FSDP."""
@@ -124,9 +113,7 @@ def add_gradients(parameters) -> None:
                 g.copy_(part.view_as(g))
             bucket, size = [], 0
 
-
 # ----------------------------------------------------------------------------------------------------------- sharding
-
 def shard(decoder, device: str) -> None:
     """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings,
     the last norm and the head, which the losses use at many places, stay whole."""
@@ -137,10 +124,8 @@ def shard(decoder, device: str) -> None:
         layer.set_force_sum_reduction_for_comms(True)
     decoder.to(device)
 
-
 def is_sharded(module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
-
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
     """A sharded tensor as a whole one in the CPU's memory, for the first process; every process must ask for it, one
@@ -150,18 +135,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor | None:
     full = tensor.full_tensor()
     return full.cpu() if is_first() else None
 
-
 def all_finite(parameters) -> bool:
     """Whether all numbers of some parameters, whole or sharded, are finite, in every process."""
     bad = sum((~torch.isfinite(p.to_local() if isinstance(p, DTensor) else p)).any().float() for p in parameters)
     return add(torch.as_tensor(bad).detach().clone()).item() == 0
 
-
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor, sharded as the parameter is."""
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
                              parameter.placements) if isinstance(parameter, DTensor) else tensor
-
 
 def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_, also where some of the parameters are sharded → the norm before."""

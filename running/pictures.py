@@ -1,9 +1,7 @@
 """Pictures of attention, of keys and queries, and of a run's curves: what probe.py and train.py leave as PNG files.
 
 Notable here: a token is shown with its spaces (␣) and line breaks (↵); the bytes of a character that a tokenizer split
-are grouped, <e4 bd>; a character that the font lacks is escaped, \\u4f60. The font ships with matplotlib, so that the
-pictures are the same everywhere.
-"""
+are grouped, <e4 bd>; a character that the font lacks is escaped, \\u4f60."""
 import re
 import unicodedata
 from pathlib import Path
@@ -12,7 +10,6 @@ import matplotlib
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
@@ -22,6 +19,10 @@ FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
 DRAWABLE = set(FT2Font(str(FONT)).get_charmap())
 VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 LONGEST_LABEL, MOST_TOKENS = 18, 120
+# the font that ships with matplotlib; a $ in a text is a $
+matplotlib.rcParams.update({"font.family": "DejaVu Sans Mono", "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8,
+                            "figure.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7,
+                            "text.parse_math": False})
 CELL = 0.17                                 # inches a token, so that 8 pt labels do not touch
 CHARACTER, LINE = 0.07, 0.16                # inches, of 8 pt
 
@@ -41,29 +42,31 @@ CURVES = {
     "student's learning rate": ("lr",),
 }
 
-
 def token_label(token: bytes) -> str:
     """A token's bytes as a readable label of at most LONGEST_LABEL characters."""
-    # a byte of a split character becomes U+DC80 … U+DCFF
-    text = token.decode("utf-8", errors="surrogateescape")
+    text = token.decode("utf-8", errors="surrogateescape")              # bytes of a split character: U+DC80 … U+DCFF
     pieces = []
     for part in re.findall(r"[\udc80-\udcff]+|[^\udc80-\udcff]", text):
         if "\udc80" <= part[0] <= "\udcff":
             pieces.append("<" + " ".join(f"{ord(c) - 0xdc00:02x}" for c in part) + ">")
         elif part in VISIBLE:
             pieces.append(VISIBLE[part])
-        # control, combining, other spaces
-        elif ord(part) in DRAWABLE and unicodedata.category(part)[0] not in "CMZ":
+        elif ord(part) in DRAWABLE and unicodedata.category(part)[0] not in "CMZ":      # control, combining, spaces
             pieces.append(part)
         else:
             pieces.append(part.encode("unicode_escape").decode())
     label = "".join(pieces)
     return label if len(label) <= LONGEST_LABEL else label[:LONGEST_LABEL - 1] + "…"
 
-
-def _font(size: float) -> FontProperties:
-    return FontProperties(fname=FONT, size=size)
-
+def _grid(count: int, across: int, cell: tuple[float, float]):
+    """A figure, and axes for so many panels of a size in inches."""
+    across = min(across, count)
+    down = -(-count // across)
+    figure = Figure(figsize=(cell[0] * across, cell[1] * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
 
 def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
     """Write the picture whole or not at all."""
@@ -71,9 +74,7 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
         figure.savefig(temporary, dpi=dpi, format="png")
     return path
 
-
 # --------------------------------------------------------------------------------------------------------- attention
-
 def _attention(axes, weights: torch.Tensor, blocks: list[tuple[range, range]], width: float, strongest: float):
     """weights (S, T) as shades, of which `strongest` is the darkest, and every chunk's outline."""
     # by the square root of the weight: a twentieth of the strongest is still seen
@@ -81,26 +82,20 @@ def _attention(axes, weights: torch.Tensor, blocks: list[tuple[range, range]], w
                         norm=PowerNorm(0.5, 0, strongest))
     for rows, columns in blocks:
         axes.add_patch(Rectangle((columns.start - 0.5, rows.start - 0.5), len(columns), len(rows), fill=False,
-                                 edgecolor="tab:orange",
-                                 linewidth=width, clip_on=False))
+                                 edgecolor="tab:orange", linewidth=width, clip_on=False))
     return image
 
-
 def _labels(axes, student_labels: list[str], teacher_labels: list[str]) -> None:
-    options = dict(fontproperties=_font(8), parse_math=False)
-    axes.set_yticks(range(len(student_labels)), student_labels, **options)
-    axes.set_xticks(range(len(teacher_labels)), teacher_labels, rotation=90, **options)
+    axes.set_yticks(range(len(student_labels)), student_labels)
+    axes.set_xticks(range(len(teacher_labels)), teacher_labels, rotation=90)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, pad=2)
-
 
 def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: list[str],
             panels: dict[str, torch.Tensor], blocks: list[tuple[range, range]]) -> Path:
     """Attention with readable tokens: a row for every student token, a column for every teacher token, chunks outlined.
-
     panels: heading → weights (S, T), drawn side by side. blocks: (student tokens, teacher tokens) of every chunk. What
-    is beyond MOST_TOKENS on a side is left out, and the title says so.
-    """
+    is beyond MOST_TOKENS on a side is left out, and the title says so."""
     whole = len(student_labels), len(teacher_labels)
     student_labels, teacher_labels = student_labels[:MOST_TOKENS], teacher_labels[:MOST_TOKENS]
     rows, columns = len(student_labels), len(teacher_labels)
@@ -119,8 +114,7 @@ def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: l
 
     def place(x, y, w, h):
         return x / width, y / figure.get_figheight(), w / width, h / figure.get_figheight()
-    figure.text(0.5, 1 - 0.1 / figure.get_figheight(), title, ha="center", va="top", fontproperties=_font(9),
-                parse_math=False)
+    figure.text(0.5, 1 - 0.1 / figure.get_figheight(), title, ha="center", va="top")
     strongest = max(float(weights[:rows, :columns].max()) for weights in panels.values())
     x = 0.1
     for heading, weights in panels.items():
@@ -128,30 +122,21 @@ def heatmap(path: Path, title: str, student_labels: list[str], teacher_labels: l
         axes = figure.add_axes(place(x - 0.2 - (slot + columns * cell) / 2, bottom, columns * cell, height))
         image = _attention(axes, weights[:rows, :columns], [(a, b) for a, b in blocks if a and b], 1.0, strongest)
         _labels(axes, student_labels, teacher_labels)
-        axes.set_xlabel(heading, fontproperties=_font(9))
+        axes.set_xlabel(heading)
     bar = figure.add_axes(place(x + 0.1, bottom + max(0.0, height - 3) / 2, 0.15, min(height, 3.0)))
-    figure.colorbar(image, cax=bar, ticks=[share * strongest for share in (0, 0.05, 0.2, 0.5, 1)],
-                    format="%.2f").ax.tick_params(labelsize=8)
+    figure.colorbar(image, cax=bar, ticks=[share * strongest for share in (0, 0.05, 0.2, 0.5, 1)], format="%.2f")
     return save(figure, path, dpi=110)
-
 
 def contact_sheet(path: Path, samples: list[tuple[str, torch.Tensor, list[tuple[range, range]]]]) -> Path:
     """Many samples' attention, small: (title, weights (S, T), blocks) each."""
-    across = min(5, len(samples))
-    down = -(-len(samples) // across)
-    figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flat
+    figure, panels = _grid(len(samples), 5, (2.6, 2.8))
     for (title, weights, blocks), axes in zip(samples, panels):
         _attention(axes, weights, blocks, 0.8 if max(weights.shape) <= 40 else 0.3, float(weights.max()))
-        axes.set_title(title, fontproperties=_font(8), parse_math=False)
-        axes.set_xticks([]), axes.set_yticks([])
-    for axes in panels:                     # what is left of the grid
-        axes.set_axis_off()
+        axes.set_title(title)
+        axes.set(xticks=[], yticks=[])
     return save(figure, path, dpi=130)
 
-
 # --------------------------------------------------------------------------------------------------- keys and queries
-
 def principal_components(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Keys (N, d) and queries (M, d) in the first two principal components of their union → (N, 2), (M, 2), and the
     share of the union's variance that each of the two components has."""
@@ -162,25 +147,21 @@ def principal_components(keys: torch.Tensor, queries: torch.Tensor) -> tuple[tor
     points = vectors * values.sqrt()
     return points[:len(keys)], points[len(keys):], (values / union.square().sum()).tolist()
 
-
 def _scatter(axes, title: str, keys: torch.Tensor, queries: torch.Tensor) -> None:
     at_keys, at_queries, shares = principal_components(keys, queries)
     for points, name, colour, marker in ((at_keys, "keys (teacher)", "tab:blue", "o"),
                                          (at_queries, "queries (student)", "tab:red", "x")):
         axes.scatter(*points.numpy().T, s=14, c=colour, marker=marker, alpha=0.5, linewidths=0.8, label=name)
-    axes.set_title(title, fontproperties=_font(9), parse_math=False)
-    for axis, share in zip((axes.xaxis, axes.yaxis), shares):
-        axis.set_label_text(f"{'first' if axis is axes.xaxis else 'second'} principal component ({100 * share:.0f} % "
-                            "of the variance)", fontproperties=_font(8))
-    axes.legend(prop=_font(8))
-
+    axes.set_title(title)
+    for axis, which, share in zip((axes.xaxis, axes.yaxis), ("first", "second"), shares):
+        axis.set_label_text(f"{which} principal component ({100 * share:.0f} % of the variance)")
+    axes.legend()
 
 def scatter(path: Path, title: str, keys: torch.Tensor, queries: torch.Tensor) -> Path:
     """Keys (N, d) and queries (M, d) in their union's first two principal components."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     _scatter(figure.subplots(), title, keys, queries)
     return save(figure, path)
-
 
 def comparison(path: Path, columns: list[dict]) -> Path:
     """Checkpoints side by side, each with: title, keys, queries (absent for an alignment without them), and one
@@ -195,20 +176,16 @@ def comparison(path: Path, columns: list[dict]) -> Path:
         if "queries" in column:
             _scatter(above, column["title"], column["keys"], column["queries"])
         else:
-            above.set_title(f"{column['title']}\nno queries: chunks in place of attention", fontproperties=_font(9),
-                            parse_math=False)
+            above.set_title(f"{column['title']}\nno queries: chunks in place of attention")
             above.set_axis_off()
         cut = slice(0, MOST_TOKENS)
-        _attention(below, column["weights"][cut, cut],
-                   [(a, b) for a, b in column["blocks"] if a.stop <= MOST_TOKENS and b.stop <= MOST_TOKENS], 1.0,
-                   strongest)
+        blocks = [(rows, tokens) for rows, tokens in column["blocks"] if max(rows.stop, tokens.stop) <= MOST_TOKENS]
+        _attention(below, column["weights"][cut, cut], blocks, 1.0, strongest)
         _labels(below, column["student_labels"][cut], column["teacher_labels"][cut])
-        below.set_xlabel(column["heading"], fontproperties=_font(9))
+        below.set_xlabel(column["heading"])
     return save(figure, path, dpi=110)
 
-
 # ------------------------------------------------------------------------------------------------------------- curves
-
 def curves(path: Path, title: str, records: list[dict]) -> Path:
     """The lines of metrics.jsonl over steps, a panel for every group of CURVES that a run has. What comes at every step
     is drawn faintly and, over it, as a running mean over a fiftieth of the run."""
@@ -216,11 +193,8 @@ def curves(path: Path, title: str, records: list[dict]) -> Path:
               for names in CURVES.values() for name in names}
     panels = {heading: [name for name in names if series[name][0]] for heading, names in CURVES.items()}
     panels = {heading: names for heading, names in panels.items() if names}
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(4.6 * across, 3.0 * down), layout="constrained")
-    figure.suptitle(title, fontproperties=_font(9), parse_math=False)
-    grid = figure.subplots(down, across, squeeze=False).flat
+    figure, grid = _grid(len(panels), 3, (4.6, 3.0))
+    figure.suptitle(title)
     for (heading, names), axes in zip(panels.items(), grid):
         for name in names:
             steps, values = series[name]
@@ -232,20 +206,13 @@ def curves(path: Path, title: str, records: list[dict]) -> Path:
                 axes.plot(steps[window // 2:][:len(smooth)], smooth, color=line.get_color(), linewidth=1.2, label=name)
             else:
                 axes.plot(steps, values, linewidth=1.2, label=name, marker="" if often else ".")
-        axes.set_title(heading, fontproperties=_font(9))
-        axes.set_xlabel("step", fontproperties=_font(8))
-        axes.tick_params(labelsize=8)
-        axes.legend(prop=_font(7))
-    for axes in grid:
-        axes.set_axis_off()
+        axes.set(title=heading, xlabel="step")
+        axes.legend()
     return save(figure, path)
 
-
 # -------------------------------------------------------------------------------------------------------------- table
-
 def bars(path: Path, table: list[dict]) -> Path:
-    """compare.py's table: a group of bars for every column, a bar for every row, its deviation over training seeds on
-    top."""
+    """compare.py's table: bars for every column, one for each row, its deviation over training seeds on top."""
     headings = list(table[0]["columns"])
     figure = Figure(figsize=(max(6.0, 1.0 + 0.22 * len(headings) * (len(table) + 2)), 4.5), layout="constrained")
     axes = figure.subplots()
@@ -255,8 +222,7 @@ def bars(path: Path, table: list[dict]) -> Path:
         places = [j + (i - (len(table) - 1) / 2) * width for j in range(len(headings))]
         axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}",
                  hatch=(None, "//", "..")[i // 10 % 3], error_kw=dict(linewidth=0.8))
-    axes.set_xticks(range(len(headings)), headings, fontproperties=_font(8), parse_math=False)
-    axes.set_ylabel("ROUGE-L × 100", fontproperties=_font(8))
-    axes.tick_params(labelsize=8)
-    axes.legend(prop=_font(7), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.set_xticks(range(len(headings)), headings)
+    axes.set_ylabel("ROUGE-L × 100")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(figure, path)

@@ -1,5 +1,4 @@
-"""What a run says: its first line, a step's record, the table and the commands that go on; how it leaves on a
-signal."""
+"""What a run says: its first line, a step's record, the table, the commands that go on, and how it leaves."""
 import json
 import math
 import shlex
@@ -13,7 +12,6 @@ from running.flops import step_flops
 
 OF_TEACHER = ("s2t_acc", "adversary_key_loss", "adversary_key_acc")         # means over the teacher's tokens
 
-
 def recommend_sft(config, teacher) -> None:
     """Say so where the teacher has not learned the data."""
     if not hub.same_data(config.data, hub.trained_on(teacher.source)):
@@ -22,7 +20,6 @@ def recommend_sft(config, teacher) -> None:
               "3 --out_dir out/teacher\n"
               "      and then --teacher out/teacher")
 
-
 def announce(config, run) -> None:
     """The run in one line."""
     parameters = sum(p.numel() for p in run.student.parameters())
@@ -30,14 +27,12 @@ def announce(config, run) -> None:
     print(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, {parameters / 1e6:.1f}M parameters, "
           f"{len(run.examples)} rows, {run.total_steps} steps on {run.device}, into {run.out_dir}{start}")
 
-
 def bad_step(config, record: dict, loss: float, norms: list[float]) -> str:
     """What is said of a step that is not taken. norms: of the gradient of the learners and, if any, the adversary."""
     norm = " and ".join(map(str, norms))
     whose = ", of the teacher’s answers" if config.method == "seqkd" else ""
     return (f"step {record['step']}: the loss is {loss} and the norm of its gradient {norm}; the step is not "
             f"taken. Its rows, from 0{whose}: {', '.join(map(str, record['skipped_rows']))}")
-
 
 def step_record(config, run, totals: dict[str, float], grad_norm: float, lr: float, examples, n: dict[str, int],
                 seconds: float, peak: float) -> dict:
@@ -50,13 +45,11 @@ def step_record(config, run, totals: dict[str, float], grad_norm: float, lr: flo
     return {name: value for name, value in values.items() if math.isfinite(value)} | {
         "lr": lr, "tokens_per_second": tokens / seconds, "tflops": rate / 1e12, "mfu": rate / peak, "seconds": seconds}
 
-
 def show(bar, record: dict) -> None:
     """A step more on the progress bar."""
     bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", tok_s=f"{record['tokens_per_second']:.0f}",
                     mfu=f"{100 * record['mfu']:.0f}%", refresh=False)
     bar.update()
-
 
 def leave(config, number: int, step: int, total_steps: int) -> None:
     """Exit as a program does that a signal ended, and say how to go on."""
@@ -69,10 +62,8 @@ def leave(config, number: int, step: int, total_steps: int) -> None:
               f"  {torchrun}train.py --out_dir {shlex.quote(config.out_dir)} --resume", flush=True)
     sys.exit(128 + (number or signal.SIGTERM))
 
-
 def print_results(config, run, results: dict[str, dict[str, float]]) -> None:
-    """Write results.json and print it, then the commands that go on. results: "teacher" and "student" → split →
-    ROUGE-L."""
+    """Write results.json and print it, then the commands that go on. results: side → split → ROUGE-L."""
     with hub.atomic_write(run.out_dir / "results.json") as file:
         json.dump(results, file, indent=2)
     columns = {split: f"{split} ({len(rows)} of {len(run.rows[split])} rows)" for split, rows in run.scored.items()}

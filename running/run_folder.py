@@ -4,9 +4,7 @@
     out_dir/metrics.jsonl    a line for every step      out_dir/last/            to go on from (checkpoint.py)
     out_dir/results.json     the table at the end       out_dir/last.previous/   the one before, should that be damaged
 
-Notable here: nothing is deleted that is not a run's; two processes never write into one folder; SIGTERM and Ctrl-C save
-first.
-"""
+Notable here: nothing is deleted that is not a run's; two processes never write into one folder; signals save first."""
 import contextlib
 import dataclasses
 import fcntl
@@ -23,16 +21,13 @@ from files.config import InputError
 # What may change between a run and its continuation.
 FREE = ("resume", "overwrite", "out_dir", "device", "num_threads", "shard_student", "shard_teacher")
 
-
 def run_name(config) -> Path:
     """out/TEACHER-STUDENT-METHOD"""
     names = [Path(name).name for name in (config.teacher, config.student) if name and name != "toy"]
     return Path("out") / "-".join([*(names or ["toy"]), config.method])
 
-
 def numbered(name: Path, number: int) -> Path:
     return name if number == 1 else name.with_name(f"{name.name}-{number}")
-
 
 def newest_run(config) -> Path:
     """The last of out/NAME, out/NAME-2, …"""
@@ -41,10 +36,8 @@ def newest_run(config) -> Path:
         number += 1
     return numbered(name, number)
 
-
 def saved_config(cls, out_dir: Path, given: dict) -> dict:
-    """The settings, fields of cls, of the run in out_dir. Raises InputError where there is none or a given flag says
-    otherwise."""
+    """The settings, fields of cls, of a run. Raises InputError where there is none or a given flag says otherwise."""
     path = out_dir / "config.json"
     if not path.exists():
         raise InputError(f"--resume: no run in {out_dir} (no config.json); leave --resume out to start one")
@@ -56,14 +49,12 @@ def saved_config(cls, out_dir: Path, given: dict) -> dict:
     if "method" not in saved:
         raise InputError(f"--resume: {out_dir} is not the folder of a run (its config.json is not train.py's)")
     if other_fields:
-        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (fields that differ: "
+        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py (they differ in: "
                          f"{', '.join(sorted(other_fields))})")
     for name, value in given.items():
         if name not in FREE and value != saved[name]:
-            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; leave the flag "
-                             "out, or start a new run in another --out_dir")
+            raise InputError(f"--resume: the run in {out_dir} has --{name} {saved[name]}, not {value}; leave it out")
     return {**saved, "out_dir": str(out_dir)}
-
 
 def check_out_dir(config, inputs: list[Path]) -> Path:
     """Choose or check the run's folder and touch nothing yet. Raises InputError where it holds another run, cannot be
@@ -85,18 +76,15 @@ def check_out_dir(config, inputs: list[Path]) -> Path:
         if not any((out_dir / name).exists() for name in ("config.json", "metrics.jsonl")):
             raise InputError(f"--out_dir {out_dir}: holds files that are not a run's; pass another folder")
         if not config.overwrite:
-            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on with it, --overwrite to delete "
-                             "it, or another folder")
+            raise InputError(f"--out_dir {out_dir}: holds a run; pass --resume to go on, --overwrite or another folder")
         for path in inputs:
             if path.resolve().is_relative_to(out_dir.resolve()):
                 raise InputError(f"--overwrite would delete {path}, which this run reads; pass another --out_dir")
     return out_dir
 
-
 def holds(out_dir: Path) -> list[Path]:
     """What a folder holds but for files whose writing was interrupted."""
     return [path for path in out_dir.iterdir() if not path.name.endswith(".tmp")]
-
 
 @contextlib.contextmanager
 def locked(out_dir: Path):
@@ -106,14 +94,12 @@ def locked(out_dir: Path):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out_dir {out_dir}: another run is writing there; pass another folder, or wait for its "
-                             "end") from error
+            raise InputError(f"--out_dir {out_dir}: another run is writing there; wait, or pass another") from error
         except OSError as error:            # a network file system without locks
             print(f"note: {out_dir} cannot be locked ({error.strerror}); start no other run in it")
         yield
     finally:
         os.close(descriptor)
-
 
 def start_run(config, out_dir: Path) -> None:
     """Empty the run's folder, which is locked, and write config.json. Of a link the folder behind it is emptied.
@@ -129,21 +115,16 @@ def start_run(config, out_dir: Path) -> None:
         json.dump(dataclasses.asdict(config), file, indent=2)
     (out_dir / "metrics.jsonl").touch()
 
-
 # ------------------------------------------------------------------------------------------------------ metrics.jsonl
-
 def append_line(path: Path, record: dict) -> None:
-    """Write a line of JSON; of several processes the first one does. Raises InputError where the disk does not take
-    it."""
+    """Write a line of JSON, in the first process. Raises InputError where the disk does not take it."""
     if not parallel.is_first():
         return
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is whole: make room, then "
-                         "go on with --resume") from error
-
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, go on with --resume") from error
 
 def keep_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps that will be done again. Raises InputError where one of those before is missing."""
@@ -155,22 +136,18 @@ def keep_metrics(path: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError):       # the end of a file whose writing was interrupted
             break
     if len(lines) < step:
-        raise InputError(f"{path}: the line of step {len(lines) + 1} is missing or damaged, but the checkpoint is of "
-                         f"step {step}; the file was changed after training")
+        raise InputError(f"{path}: the line of step {len(lines) + 1} is missing or damaged; the checkpoint's step is "
+                         f"{step}")
     with hub.atomic_write(path) as file:
         file.writelines(lines)
 
-
 # ------------------------------------------------------------------------------------------------------------ signals
-
 class Interrupted(Exception):
     """A signal came while the run may be interrupted at once."""
 
-
 class Stop:
     """SIGTERM and SIGINT, until close(): `signal` is its number, and the run saves and leaves after its step; inside
-    at_once() Interrupted is raised. A second Ctrl-C does not wait; of torchrun's processes each may get a signal more
-    than once."""
+    at_once() Interrupted is raised. A second Ctrl-C does not wait; torchrun's processes may get a signal twice."""
 
     def __init__(self):
         self.signal, self._at_once = 0, False

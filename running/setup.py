@@ -1,5 +1,4 @@
-"""From settings to a run that is ready to take its first step: data, models, caches, the folder, an earlier
-checkpoint."""
+"""From settings to a run that is ready for its first step: data, models, caches, the folder, an earlier checkpoint."""
 import contextlib
 import math
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from running.checkpoint import last_checkpoint, load_checkpoint
 from running.checks import check_machine, check_pair, same_vocabulary
 from running.run_folder import Stop, check_out_dir, keep_metrics, locked, start_run
 from tokenize_align import Example, Tokenizer, load_tokenizer
-
 
 @dataclass
 class Run:
@@ -56,7 +54,6 @@ class Run:
         """What fills up rows, student's and teacher's: EOS, which nothing looks at."""
         return self.tokenizers["student"].eos_id, self.tokenizers.get("teacher", self.tokenizers["student"]).eos_id
 
-
 def set_up(config, stack: contextlib.ExitStack) -> Run:
     """Everything before the optimizer. stack keeps the folder's lock. config: train.Config; a new run's out_dir is
     filled in. Nothing is written into out_dir before everything else has been found good."""
@@ -90,7 +87,6 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
     run.total_steps = config.max_steps or config.epochs * run.steps_per_epoch
     return run
 
-
 def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
     """Data and model folders, downloaded or made where they are not there yet, and where the run will write."""
     with parallel.first_goes_first():
@@ -106,7 +102,6 @@ def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
         toy.prepare(toys, ["--device", config.device, "--num_threads", str(config.num_threads)])
     scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
     return Run(device, dtype, out_dir, files, rows, scored, folders)
-
 
 def load_models(config, run: Run) -> None:
     """The student, the teacher and what learns beside the student. The seed decides all that is drawn."""
@@ -137,15 +132,14 @@ def load_models(config, run: Run) -> None:
     if run.adversary is not None:
         run.adversary.requires_grad_(config.ga_lr > 0)
 
-
 def load_examples(config, run: Run) -> None:
     """The training rows in both tokenizations, and what is computed once for all of them."""
     student, teacher = run.tokenizers["student"], run.tokenizers.get("teacher")
     if config.method == "seqkd":
         with run.autocast(), parallel.first_goes_first():
-            run.rows["train"] = teacher_rows(run.rows["train"], run.files["train"], config.teacher, run.teacher,
-                                             teacher,
-                                             config.max_length, config.max_prompt_length, config.batch_size)
+            run.rows["train"] = teacher_rows(
+                run.rows["train"], run.files["train"], config.teacher, run.teacher, teacher, config.max_length,
+                config.max_prompt_length, config.batch_size)
     rows = run.rows["train"]
     one_tokenizer = config.method in WITHOUT_KD or same_vocabulary(student, teacher)
     with parallel.first_goes_first():
@@ -169,10 +163,8 @@ def load_examples(config, run: Run) -> None:
                 whole = load(run.teacher.source, dtype=run.dtype, device=run.device)
                 run.states.fill(whole, config.batch_size, run.pads[1], run.device)
 
-
 def go_on(config, run: Run, optimizer) -> dict | None:
-    """Put back what the last checkpoint holds, if there is one; say what the run will do. → the record of a step that
-    was taken but not finished."""
+    """Put back what the last checkpoint holds, if there is one → the record of a step taken but not finished."""
     state = {"step": 0, "best_dev_rouge_l": -1.0, "bad_steps": 0}
     if run.last:
         state = load_checkpoint(run.last, run.projectors, run.adversary, optimizer)
@@ -183,7 +175,6 @@ def go_on(config, run: Run, optimizer) -> dict | None:
         keep_metrics(run.out_dir / "metrics.jsonl", state["step"] - (unfinished is not None))
     tell_cut_prompts(f"{config.data}, dev", run.scored["dev"], run.tokenizers["student"], config.max_prompt_length)
     return unfinished
-
 
 def load_best(config, run: Run) -> Decoder:
     """The best checkpoint, in parts where the student is."""

@@ -7,8 +7,7 @@
 `step` is one optimizer step of the default method against a plain one built on transformers: rows padded to 512 tokens,
 logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked.
 Times are medians of alternating repeats; peak memory is that of a process of its own. transformers and rouge-score come
-with requirements-test.txt.
-"""
+with requirements-test.txt."""
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import toy
@@ -36,12 +36,12 @@ from methods import heads, plain
 from methods.dual_space import Projectors
 from methods.table import KD_PARTS, METHODS, Options, distill, terms
 from model import load
+from running import pictures
 from running.batches import valid_tokens
 from running.cache import TeacherStates, cached_rows
 from running.flops import peak_flops, step_flops
 from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches
 
-ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth")
 # What is taken away from our step, one at a time.
 PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
@@ -49,7 +49,11 @@ PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"
          "without fused AdamW": {"fused": False}, "rows padded to --max_length": {"pad": True},
          "heads at every position": {"everywhere": True},
          "padded, everywhere, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
-
+SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=49152,
+               hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+               num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000,
+               tie_word_embeddings=True, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
+GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, eos_token_id=0)
 
 @dataclass
 class Config:
@@ -62,77 +66,59 @@ class Config:
     repeats: int = flag(3, "timed repeats of everything, after one that is not counted", at_least=1)
     out_dir: str = flag("out/bench", "where bench.json and growth.png go")
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 autocast on CUDA",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
 # ------------------------------------------------------------------------------------------------ what is measured on
-
-SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=49152,
-               hidden_size=576, intermediate_size=1536,
-               num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-               rms_norm_eps=1e-5,
-               rope_theta=100000, tie_word_embeddings=True, initializer_range=0.02, torch_dtype="float32",
-               bos_token_id=0, eos_token_id=0)
-GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, bos_token_id=0,
-                               eos_token_id=0)
-
-
 def prepare(config: Config, folder: Path) -> None:
-    """Write both models and the examples of a few batches, made as train.py makes them, into `folder`, for the
-    workers."""
+    """Write both models, and examples of a few batches made as train.py makes them, into `folder`, for the workers."""
     for side, shape in (("teacher", SMOLLM2), ("student", GPT2_124M)):
         name = getattr(config, side)
-        if not name:
-            (folder / side).mkdir()
-            (folder / side / "config.json").write_text(json.dumps(shape))
         torch.manual_seed(0)
-        load(name or folder / side, init="pretrained" if name and side == "teacher" else "random").save(folder / side)
-    stretch = 32 * config.batch_size            # rows among which train.py, too, looks for those of like length
+        init = "pretrained" if name and side == "teacher" else "random"
+        load(name or with_shape(folder / side, shape), init).save(folder / side)
+    stretch, half = 32 * config.batch_size, config.max_length // 2      # rows that train.py sorts by length together
     if config.data:
         rows = read_rows(hub.data_file(config.data, "train"))[:stretch]
-        examples = encode_rows(rows, *(load_tokenizer(getattr(config, side)) for side in ("student", "teacher")),
-                               config.max_length, config.max_length // 2)[0]
-        pairs = [(e.student, e.teacher) for e in examples]
+        tokenizers = [load_tokenizer(getattr(config, side)) for side in ("student", "teacher")]
+        examples = encode_rows(rows, *tokenizers, config.max_length, half)[0]
     else:
-        generator = random.Random(0)
+        rng, examples = random.Random(0), []
+        for row in range(stretch):          # the lengths of Dolly's prompts and responses are about log-normal
+            prompt, response = (min(int(rng.lognormvariate(*of)) + 2, half) for of in ((4.5, 0.6), (4.2, 1.0)))
+            ids = [rng.randrange(40000) for _ in range(prompt + response)]
+            examples.append(Example(row, Sequence(ids, prompt, [], []), Sequence(ids, prompt, [], [])))
+    batches = make_batches(examples, config.batch_size, seed=1)
+    batches.sort(key=lambda batch: sum(len(e.student.ids) for e in batch))
+    first = (len(batches) - config.repeats - 1) // 2                    # those of middling length
+    chosen = [asdict(example) for batch in batches[first:first + config.repeats + 1] for example in batch]
+    (folder / "examples.json").write_text(json.dumps(chosen))
 
-        def sequence(prompt, response):
-            prompt, response = min(prompt, config.max_length // 2), min(response, config.max_length // 2)
-            return Sequence([generator.randrange(40000) for _ in range(prompt + response)], prompt, [], [])
-        # the lengths of Dolly's prompts and responses are about log-normal
-        lengths = [(int(generator.lognormvariate(4.5, 0.6)) + 2, int(generator.lognormvariate(4.2, 1.0)) + 2)
-                   for _ in range(stretch)]
-        pairs = [(sequence(*pair), sequence(*pair)) for pair in lengths]
-    batches = make_batches([Example(i, *pair) for i, pair in enumerate(pairs)], config.batch_size, seed=1)
-    middle = sorted(batches, key=lambda batch: sum(len(e.student.ids)
-                                                   for e in batch))[(len(batches) - config.repeats - 1) // 2:]
-    # batches of middling length
-    pairs = [(e.student, e.teacher) for batch in middle[:config.repeats + 1] for e in batch]
-    (folder / "examples.json").write_text(json.dumps([[asdict(s) for s in pair] for pair in pairs]))
-
+def with_shape(folder: Path, shape: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
 
 def read_examples(folder: Path) -> list[Example]:
-    return [Example(i, *(Sequence(**s) for s in pair))
-            for i, pair in enumerate(json.loads((folder / "examples.json").read_text()))]
-
+    return [Example(e["row"], Sequence(**e["student"]), Sequence(**e["teacher"]))
+            for e in json.loads((folder / "examples.json").read_text())]
 
 def teacher_states(folder: Path, teacher, examples: list[Example]) -> TeacherStates:
     return TeacherStates(folder / "train", "teacher", folder / "teacher", examples, teacher.config.hidden_size,
                          torch.bfloat16, torch.float32)
 
-
 # -------------------------------------------------------------------------------------------------- steps, as processes
-
 def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples, cached=False, fused=True,
              compile=False, pad=False, everywhere=False, chunk=0):
-    """→ a function of a list of examples that makes an optimizer step and returns its loss."""
+    """→ a function of examples that makes an optimizer step → its loss, and one that counts its operations."""
     options = Options(**METHODS["dskd_cma_ga"])
     heads.CHUNK = chunk or heads.CHUNK
-    # no dropout, so that the losses can be compared
-    student = load(folder / "student", device=device).eval()
-    teacher = load(folder / "teacher", dtype=weights_type(device, dtype), device=device, layers=not cached)
-    teacher.requires_grad_(False)
+    student = load(folder / "student", device=device).eval()            # no dropout, so that losses can be compared
+    teacher = load(folder / "teacher", dtype=dtype if device == "cuda" else torch.float32, device=device,
+                   layers=not cached).requires_grad_(False)
     states = teacher_states(folder, teacher, examples) if cached else None
     projectors, adversary, optimizer = modules_and_optimizer(student, teacher, device, fused)
     if compile:
@@ -145,16 +131,13 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
         batch = padded(collate(part, 0, 0), max_length if pad else 0, device)
         if cached:
             batch["teacher_hidden"] = states.grid(part, teacher.embed.weight.dtype).to(device)
-        n = valid_tokens(part)
         with hub.autocast(device, dtype):
-            loss = loss_of(options, batch, student, teacher, projectors, adversary, n)
+            loss = loss_of(options, batch, student, teacher, projectors, adversary, valid_tokens(part))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
-    step.flops = lambda part: step_flops(options, student, teacher, part, cached)
-    return step
-
+    return step, lambda part: step_flops(options, student, teacher, part, cached)
 
 def loss_of(options, batch, student, teacher, projectors, adversary, n) -> torch.Tensor:
     """The total, as train.py writes it."""
@@ -163,46 +146,39 @@ def loss_of(options, batch, student, teacher, projectors, adversary, n) -> torch
     CE, KD, GA, _ = terms(distill(options, batch, student, teacher, projectors, adversary, 0, factors), n)
     return (1 - α) * CE + α * KD + λ_GA * GA
 
-
 def modules_and_optimizer(student, teacher, device: str, fused: bool | None = None):
     """The same projectors and adversary for both steps, and AdamW."""
     torch.manual_seed(0)
     sizes = [decoder.embed.weight.size(1) for decoder in (student, teacher)]
-    projectors, adversary = Projectors(*sizes, query=True).to(device), Discriminator(2 * sizes[1],
-                                                                                     dropout=0.0).to(device)
-    parameters = [p for module in (student, projectors, adversary) for p in module.parameters()]
-    return projectors, adversary, torch.optim.AdamW(parameters, lr=1e-5, fused=fused)
-
-
-def weights_type(device: str, dtype: torch.dtype) -> torch.dtype:
-    """Of the teacher's weights."""
-    return dtype if device == "cuda" else torch.float32
-
+    modules = Projectors(*sizes, query=True).to(device), Discriminator(2 * sizes[1], dropout=0.0).to(device)
+    parameters = [p for module in (student, *modules) for p in module.parameters()]
+    return *modules, torch.optim.AdamW(parameters, lr=1e-5, fused=fused)
 
 def padded(batch: dict[str, torch.Tensor], max_length: int, device: str) -> dict[str, torch.Tensor]:
     """The batch, each row as long as max_length allows (0: as it is), on the device."""
     return {name: F.pad(x, (0, max(0, max_length - 1 - x.size(1))), value=-100 if "labels" in name else 0).to(device)
             for name, x in batch.items()}
 
-
 class Reference(torch.nn.Module):
     """A model of transformers in the form that methods/plain.py wants."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        from transformers import AutoModelForCausalLM
+    def __init__(self, folder: Path, dtype: torch.dtype):
         super().__init__()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = from_transformers(folder, dtype)
         self.base, self.embed, self.head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
 
     def forward(self, ids):
         return self.base(ids, use_cache=False).last_hidden_state
 
+def from_transformers(folder: Path, dtype: torch.dtype):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples):
     """The same step as plain code on transformers: padded rows, all logits."""
-    student = Reference(folder / "student").to(device).eval()
-    teacher = Reference(folder / "teacher", weights_type(device, dtype)).to(device).eval().requires_grad_(False)
-    projectors, adversary, optimizer = modules_and_optimizer(student, teacher, device)
+    student = Reference(folder / "student", torch.float32).to(device)
+    teacher = Reference(folder / "teacher", dtype if device == "cuda" else torch.float32).to(device)
+    projectors, adversary, optimizer = modules_and_optimizer(student, teacher.requires_grad_(False), device)
 
     def step(part):
         batch = padded(collate(part, 0, 0), max_length, device)
@@ -212,29 +188,22 @@ def reference_step(folder: Path, device: str, dtype: torch.dtype, max_length: in
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
-    step.flops = lambda part: 0
-    return step
+    return step, lambda part: 0
 
-
-def work(job: dict) -> None:
-    """A worker: for each line on standard input make the next step and print its seconds, loss and the peak memory so
-    far."""
-    folder, device = Path(job["folder"]), job["device"]
-    dtype = getattr(torch, job["settings"].pop("dtype", job["dtype"]))
-    examples = read_examples(folder)
-    make = reference_step if job["settings"].pop("reference", False) else our_step
-    step = make(folder, device, dtype, job["max_length"], examples, **job["settings"])
+def work(folder: str, device: str, dtype: str, max_length: int, batch_size: int, peak: float, reference=False,
+         **settings) -> None:
+    """A worker: for each line on standard input make the next step; print its seconds, loss and peak memory so far."""
+    examples, make = read_examples(Path(folder)), reference_step if reference else our_step
+    step, operations = make(Path(folder), device, getattr(torch, dtype), max_length, examples, **settings)
     print("ready", flush=True)
     for line in sys.stdin:
-        first = int(line) * job["batch_size"]
-        part = examples[first:first + job["batch_size"]]
+        part = examples[int(line) * batch_size:(int(line) + 1) * batch_size]
         started = time.perf_counter()
         loss = step(part)
         seconds = time.perf_counter() - started
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
         print(json.dumps({"seconds": seconds, "loss": loss, "memory": memory,
-                          "mfu": step.flops(part) / seconds / job["peak"]}), flush=True)
-
+                          "mfu": operations(part) / seconds / peak}), flush=True)
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
@@ -243,213 +212,164 @@ def peak_memory() -> int:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-
 def alternate(config: Config, folder: Path, jobs: dict[str, dict], desc: str) -> dict[str, dict]:
     """Start a process for each job and let them step in turn → median seconds, peak memory in GB, and losses by job.
     The first step of each is not counted."""
-    processes = {}
-    device, dtype = hub.pick_device(config.device, config.dtype)
-    # while nothing else runs
-    peaks = [peak_flops(device, getattr(torch, settings.get("dtype", str(dtype).removeprefix("torch."))))
-             for settings in jobs.values()]
+    jobs = {name: dict(folder=str(folder), device=config.device, max_length=config.max_length,
+                       batch_size=config.batch_size) | {"dtype": config.dtype} | job for name, job in jobs.items()}
+    for job in jobs.values():           # the peak is measured while nothing else runs
+        job["peak"] = peak_flops(config.device, getattr(torch, job["dtype"]))
+    processes, steps = {}, {name: [] for name in jobs}
     try:
-        for (name, settings), peak in zip(jobs.items(), peaks):
-            job = {"peak": peak, "folder": str(folder), "device": device, "dtype": str(dtype).removeprefix("torch."),
-                   "max_length": config.max_length,
-                   "batch_size": config.batch_size, "settings": settings}
+        for name, job in jobs.items():
             processes[name] = subprocess.Popen([sys.executable, "-m", "tools.bench", "--worker", json.dumps(job)],
-                                               stdin=subprocess.PIPE,
-                                               stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        steps = {name: [] for name in jobs}
+                                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                               cwd=Path(__file__).resolve().parents[1])
         for name, process in processes.items():
             _answer(name, process)
-        with tqdm(total=len(jobs) * (config.repeats + 1), desc=desc, unit="step", leave=False,
-                  dynamic_ncols=True) as bar:
-            for repeat in range(config.repeats + 1):
-                for name, process in processes.items():
-                    process.stdin.write(f"{repeat}\n")
-                    process.stdin.flush()
-                    steps[name].append(json.loads(_answer(name, process)))
-                    bar.update()
+        for repeat in tqdm(range(config.repeats + 1), desc=desc, unit="round", leave=False):
+            for name, process in processes.items():
+                process.stdin.write(f"{repeat}\n")
+                process.stdin.flush()
+                steps[name].append(json.loads(_answer(name, process)))
     finally:
         for process in processes.values():
             process.kill()
     return {name: {"seconds": statistics.median(s["seconds"] for s in done[1:]),
-                   "memory": max(s["memory"] for s in done) / 1e9,
-                   "losses": [s["loss"] for s in done], "mfu": statistics.median(s["mfu"] for s in done[1:])}
-            for name, done in steps.items()}
-
+                   "memory": max(s["memory"] for s in done) / 1e9, "losses": [s["loss"] for s in done],
+                   "mfu": statistics.median(s["mfu"] for s in done[1:])} for name, done in steps.items()}
 
 def _answer(name: str, process) -> str:
-    line = process.stdout.readline()
-    if not line:
-        raise InputError(f"bench: the process for \"{name}\" ended (see above)")
-    return line
-
+    if line := process.stdout.readline():
+        return line
+    raise InputError(f"bench: the process for \"{name}\" ended (see above)")
 
 def bench_step(config: Config, folder: Path) -> list[dict]:
-    result = alternate(config, folder, {"transformers": {"reference": True}, "ours": {}}, "step")
-    for ours, theirs in zip(*(result[name]["losses"] for name in ("ours", "transformers"))):
-        if hub.pick_device(config.device, config.dtype)[1] == torch.float32 and abs(ours - theirs) > 1e-4 * abs(theirs):
-            raise InputError(f"bench: the two steps do not compute the same: losses {ours} and {theirs}")
-    ours, theirs = result["ours"], result["transformers"]
-    return [_row("step", {"ours": ours["seconds"], "other": theirs["seconds"]})
-            | {"memory": [ours["memory"], theirs["memory"]], "mfu": ours["mfu"]}]
-
+    ours, theirs = alternate(config, folder, {"ours": {}, "transformers": {"reference": True}}, "step").values()
+    for a, b in zip(ours["losses"], theirs["losses"]):
+        if config.dtype == "float32" and abs(a - b) > 1e-4 * abs(b):
+            raise InputError(f"bench: the two steps do not compute the same: losses {a} and {b}")
+    memory = [ours["memory"], theirs["memory"]]
+    return [_row("step", ours["seconds"], theirs["seconds"], memory=memory, mfu=ours["mfu"])]
 
 def bench_parts(config: Config, folder: Path) -> list[dict]:
-    examples = read_examples(folder)
-    device, _ = hub.pick_device(config.device, config.dtype)
-    teacher = load(folder / "teacher", device=device)
-    teacher_states(folder, teacher, examples).fill(teacher, config.batch_size, 0, device)
+    teacher, rows = load(folder / "teacher", device=config.device), []
+    teacher_states(folder, teacher, read_examples(folder)).fill(teacher, config.batch_size, 0, config.device)
     del teacher
-    rows = []
     for name, settings in PARTS.items():          # two at a time: not all of them fit into memory together
-        pair = alternate(config, folder, {"ours": {}, name: settings}, name)
-        ours, other = pair["ours"], pair[name]
-        rows.append(_row(f"step, {name}", {"ours": ours["seconds"], "other": other["seconds"]})
-                    | {"ours": None, "memory": [ours["memory"], other["memory"]]})
+        ours, other = alternate(config, folder, {"ours": {}, name: settings}, name).values()
+        rows.append(_row(f"step, {name}", ours["seconds"], other["seconds"], memory=[ours["memory"], other["memory"]]))
     return rows
 
-
 # ----------------------------------------------------------------------------------------------- within one process
-
-def in_turn(repeats: int, **functions) -> dict[str, float]:
+def in_turn(repeats: int, *functions) -> list[float]:
     """Median seconds of each function, called in turn; the first round is not counted."""
-    seconds = {name: [] for name in functions}
+    seconds = [[] for _ in functions]
     for _ in range(repeats + 1):
-        for name, function in functions.items():
+        for values, function in zip(seconds, functions):
             started = time.perf_counter()
             function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            values.append(time.perf_counter() - started)
+    return [statistics.median(values[1:]) for values in seconds]
 
-
-def _row(what: str, times: dict[str, float]) -> dict:
-    return {"what": what, "ours": times["ours"], "other": times["other"], "ratio": times["other"] / times["ours"],
-            "unit": "s"}
-
+def _row(what: str, ours: float, other: float, **more) -> dict:
+    return {"what": what, "ours": ours, "other": other, "ratio": other / ours, "unit": "s", **more}
 
 def bench_decoder(config: Config, folder: Path) -> list[dict]:
-    from transformers import AutoModelForCausalLM
     rows = []
-    device, _ = hub.pick_device(config.device, config.dtype)
     for side in ("student", "teacher"):
-        ours, theirs = load(folder / side,
-                            device=device), AutoModelForCausalLM.from_pretrained(folder / side).to(device).eval()
-        ids = torch.randint(0, 40000, (config.batch_size, 256), device=device)
+        ours = load(folder / side, device=config.device)
+        theirs = Reference(folder / side, torch.float32).to(config.device)
+        ids = torch.randint(0, 40000, (config.batch_size, 256), device=config.device)
 
-        def run(forward, model):
-            forward(ids).square().mean().backward()
+        def forward_and_backward(model):
+            with hub.autocast(config.device, config.computed_in):
+                loss = model(ids).float().square().mean()
+            loss.backward()
             model.zero_grad()
-        base = theirs.base_model
-        rows.append(_row(f"{side}, forward and backward, {config.batch_size} × 256 tokens", in_turn(
-            config.repeats, ours=lambda: run(ours, ours),
-            other=lambda: run(lambda x: base(x, use_cache=False).last_hidden_state, theirs))))
+        rows.append(_row(f"{side}, forward and backward, {config.batch_size} × 256 tokens", *in_turn(
+            config.repeats, lambda: forward_and_backward(ours), lambda: forward_and_backward(theirs))))
     return rows
 
-
 def bench_generation(config: Config, folder: Path) -> list[dict]:
-    from transformers import AutoModelForCausalLM
-    device, _ = hub.pick_device(config.device, config.dtype)
-    ours, theirs = load(folder / "teacher",
-                        device=device), AutoModelForCausalLM.from_pretrained(folder / "teacher").to(device).eval()
-    generator = random.Random(0)
-    ids, mask = (x.to(device) for x in left_pad([[generator.randrange(5, 40000)
-                                                  for _ in range(generator.randrange(20, 120))] for _ in range(16)], 0))
-    new = 64
-    result = []
-    times = in_turn(config.repeats, ours=lambda: result.append(ours.generate(ids, mask, new, temperature=0)),
-                    other=lambda: result.append(theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=new,
-                                                                min_new_tokens=new, do_sample=False,
-                                                                pad_token_id=0)[:, ids.size(1):]))
-    if (result[0] != result[1]).float().mean() > 0.02:          # a tie may fall either way
-        raise InputError("bench: the two generations differ")
-    return [_row(f"generation, 16 prompts, {new} new tokens, greedy", times)]
+    ours = load(folder / "teacher", dtype=config.computed_in, device=config.device)
+    theirs, rng, new, results = from_transformers(folder / "teacher", config.computed_in), random.Random(0), 64, []
+    theirs.to(config.device)
+    prompts = [[rng.randrange(5, 40000) for _ in range(rng.randrange(20, 120))] for _ in range(16)]
+    ids, mask = (x.to(config.device) for x in left_pad(prompts, 0))
 
+    def reference():
+        text = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                               pad_token_id=0)
+        results.append(text[:, ids.size(1):])
+    times = in_turn(config.repeats, lambda: results.append(ours.generate(ids, mask, new, temperature=0)), reference)
+    if config.dtype == "float32" and (results[0] != results[1]).float().mean() > 0.02:      # a tie may fall either way
+        raise InputError("bench: the two generations differ")
+    return [_row(f"generation, 16 prompts, {new} new tokens, greedy", *times)]
 
 def bench_rouge(config: Config, folder: Path) -> list[dict]:
     from rouge_score.rouge_scorer import RougeScorer
-    generator = random.Random(0)
+    rng, results, scorer = random.Random(0), [], RougeScorer(["rougeL"], use_stemmer=True)
     if config.data:
         texts = [row.outputs[0] for row in read_rows(hub.data_file(config.data, "train"))][:1000]
     else:
         words = [line for line in Path(__file__).read_text().split() if line.isalpha()]
-        texts = [" ".join(generator.choices(words, k=int(generator.lognormvariate(3.9, 0.9)) + 1)) for _ in range(1000)]
+        texts = [" ".join(rng.choices(words, k=int(rng.lognormvariate(3.9, 0.9)) + 1)) for _ in range(1000)]
     texts = (texts * 1000)[:1000]
-    pairs = [(" ".join(generator.sample(text.split(), 2 * len(text.split()) // 3)), text) for text in texts]
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    result = []
-    times = in_turn(config.repeats, ours=lambda: result.append(rouge_l(*zip(*pairs))),
-                    other=lambda: result.append([scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs]))
-    if max(abs(a - b) for a, b in zip(*result[:2])) > 1e-9:
+    pairs = [(" ".join(rng.sample(text.split(), 2 * len(text.split()) // 3)), text) for text in texts]
+    times = in_turn(config.repeats, lambda: results.append(rouge_l(*zip(*pairs))),
+                    lambda: results.append([scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs]))
+    if max(abs(a - b) for a, b in zip(*results[:2])) > 1e-9:
         raise InputError("bench: the two ROUGE-L differ")
-    return [_row("ROUGE-L of 1,000 pairs", times)]
-
+    return [_row("ROUGE-L of 1,000 pairs", *times)]
 
 def bench_tokens(config: Config, folder: Path) -> list[dict]:
     if not config.data:
         print("tokens: needs real tokenizers and text (--teacher, --student and --data); left out")
         return []
     rows = (read_rows(hub.data_file(config.data, "train")) * 20)[:11435]
-    tokenizers = [load_tokenizer(getattr(config, side)) for side in ("student", "teacher")]
-    times = in_turn(1, ours=lambda: cached_rows(folder / "tokens", rows, *tokenizers, 512, 256),
-                    other=lambda: encode_rows(rows, *tokenizers, 512, 256))
-    return [_row("11,435 rows in two tokenizers, from the cache against anew", times)]
-
+    inputs = rows, *(load_tokenizer(getattr(config, side)) for side in ("student", "teacher")), 512, 256
+    return [_row("11,435 rows in two tokenizers, from the cache against anew", *in_turn(
+        1, lambda: cached_rows(folder / "tokens", *inputs), lambda: encode_rows(*inputs)))]
 
 def bench_growth(config: Config, folder: Path) -> list[dict]:
-    """Seconds of a dskd_cma step as one size grows, the others fixed; a log-log picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    device, _ = hub.pick_device(config.device, config.dtype)
-    options = Options(method="dskd_cma", alignment="attention")
-    base = {"batch": 4, "length": 128, "vocabulary": 8000}
-    series = {"batch": (1, 2, 4, 8, 16), "length": (32, 64, 128, 256, 512),
-              "vocabulary": (2000, 4000, 8000, 16000, 32000)}
-    results = {}
-    for what, values in series.items():
-        for value in tqdm(values, desc=f"growth of {what}", leave=False):
-            size = base | {what: value}
-            models = []
-            for shape in (GPT2_124M | dict(n_embd=128, n_layer=2, n_head=4),
-                          SMOLLM2 | dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2,
-                                         num_attention_heads=6)):
-                (folder / "growth").mkdir(exist_ok=True)
-                (folder / "growth" / "config.json").write_text(json.dumps(shape | dict(vocab_size=size["vocabulary"])))
-                models.append(load(folder / "growth", init="random", device=device).train())
-            models[1].requires_grad_(False)
-            projectors = Projectors(128, 192, query=True).to(device)
-            ids = torch.randint(0, size["vocabulary"], (size["batch"], size["length"]), device=device)
-            batch = {f"{side}_{kind}": ids for side in ("student", "teacher") for kind in ("ids", "labels")}
-            n = {"student": ids.numel(), "teacher": ids.numel()}
-
-            def step():
-                loss_of(options, batch, *models, projectors, None, n).backward()
-            results.setdefault(what, []).append((value, in_turn(config.repeats, step=step)["step"]))
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for what, points in results.items():
-        axes.loglog([value / base[what] for value, _ in points], [seconds for _, seconds in points], "o-",
-                    label=f"{what} (1 = {base[what]})")
-    axes.loglog([0.25, 4], [results["batch"][2][1] * x for x in (0.25, 4)], ":", color="grey", label="linear")
+    """Seconds of a dskd_cma step of small models as one size grows, the others fixed; a log-log picture."""
+    base, factors, rows = {"batch": 4, "length": 128, "vocabulary": 8000}, (0.25, 0.5, 1, 2, 4), []
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for what, middle in base.items():
+        sizes = [base | {what: int(middle * factor)} for factor in factors]
+        seconds = [in_turn(config.repeats, small_step(config, folder / "growth", **size))[0]
+                   for size in tqdm(sizes, desc=f"growth of {what}", leave=False)]
+        rows.append(_row(f"growth, {what} × 16", seconds[0], seconds[-1]))
+        axes.loglog(factors, seconds, "o-", label=f"{what} (1 = {middle})")
+        if what == "batch":
+            axes.loglog([0.25, 4], [seconds[2] * x for x in (0.25, 4)], ":", color="grey", label="linear")
     axes.minorticks_off()
-    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    axes.set_xticks(factors, ["1/4", "1/2", "1", "2", "4"])
     axes.set(xlabel="size, in units of the middle one", ylabel="seconds a step", title="Cost of a dskd_cma step")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(Path(config.out_dir) / "growth.png", dpi=150)
-    print(f"wrote {Path(config.out_dir) / 'growth.png'}")
-    return [{"what": f"growth, {what} × {points[-1][0] // points[0][0]}", "ours": points[0][1], "other": points[-1][1],
-             "ratio": points[-1][1] / points[0][1], "unit": "s"}
-            for what, points in results.items()]
+    print(f"wrote {pictures.save(figure, Path(config.out_dir) / 'growth.png', dpi=150)}")
+    return rows
 
+def small_step(config: Config, folder: Path, batch: int, length: int, vocabulary: int):
+    """Forward and backward of dskd_cma, as a function."""
+    shapes = (GPT2_124M | dict(n_embd=128, n_layer=2, n_head=4),
+              SMOLLM2 | dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6))
+    student, teacher = (load(with_shape(folder, shape | dict(vocab_size=vocabulary)), "random", device=config.device)
+                        for shape in shapes)
+    projectors = Projectors(128, 192, query=True).to(config.device)
+    ids = torch.randint(0, vocabulary, (batch, length), device=config.device)
+    tensors = {f"{side}_{kind}": ids for side in ("student", "teacher") for kind in ("ids", "labels")}
+    options, n = Options(method="dskd_cma", alignment="attention"), {"student": ids.numel(), "teacher": ids.numel()}
+    models = student.train(), teacher.requires_grad_(False)
+    return lambda: loss_of(options, tensors, *models, projectors, None, n).backward()
 
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
-        return work(json.loads(sys.argv[2]))
+        return work(**json.loads(sys.argv[2]))
     config = parse(Config, __doc__)
     if unknown := set(config.only) - set(SECTIONS):
         raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
@@ -457,8 +377,10 @@ def main() -> None:
         raise InputError("--data: needs --teacher and --student, whose tokenizers cut it")
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    device, dtype = hub.pick_device(config.device, config.dtype)
-    print(f"{device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    config.device, dtype = hub.pick_device(config.device, config.dtype)
+    config.dtype = str(dtype).removeprefix("torch.")
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(f"{config.device}, {dtype}, {machine['threads']} threads, torch {machine['torch']}", flush=True)
     table = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(config, Path(folder))
@@ -469,17 +391,14 @@ def main() -> None:
                 raise InputError(f"bench: {section} is measured against {error.name}: pip install -r "
                                  "requirements-test.txt") from error
             for row in rows:
-                memory = "{:.1f} | {:.1f} GB".format(*row["memory"]) if "memory" in row else ""
-                mfu = f"   MFU {100 * row['mfu']:.0f} %" if row.get("mfu") else ""
-                ours = f"{row['ours']:9.3f} s" if row["ours"] is not None else " " * 11
-                print(f"{row['what']:<64}{ours} {row['other']:9.3f} s   × {row['ratio']:5.2f}   {memory}{mfu}",
-                      flush=True)
+                more = "   {:.1f} | {:.1f} GB".format(*row["memory"]) if "memory" in row else ""
+                more += f"   MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
+                times = f"{row['ours']:9.3f} s {row['other']:9.3f} s   × {row['ratio']:5.2f}"
+                print(f"{row['what']:<64}{times}{more}", flush=True)
             table += rows
     with hub.atomic_write(Path(config.out_dir) / "bench.json") as file:
-        json.dump({"config": asdict(config), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                   "table": table}, file, indent=2)
+        json.dump({"config": asdict(config), **machine, "table": table}, file, indent=2)
     print(f"wrote {Path(config.out_dir) / 'bench.json'}")
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -11,8 +11,7 @@ deviation over training seeds.
 Notable here: a finished cell is a line of results.jsonl and never runs again, a half one goes on where it stopped, so
 that the same command can be given again after a kill, and with more seeds or rows. A cell is known by train.py's
 settings, however they were spelled, and the data and models by their contents. The difference to --baseline has a
-paired bootstrap interval: training seeds are drawn, and within each set its rows, for both methods alike.
-"""
+paired bootstrap interval: training seeds are drawn, and within each set its rows, for both methods alike."""
 import contextlib
 import dataclasses
 import hashlib
@@ -45,31 +44,23 @@ PAPER_TEACHER = "out/paper-teacher"
 PRESETS = {
     # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
     "paper": dict(
-        first=["--method", "sft", "--student", "qwen", "--data", "dolly", "--lr", "2e-5", "--epochs", "3", "--out_dir",
-               PAPER_TEACHER],
-        flags=["--teacher", PAPER_TEACHER, "--student", "gpt2"], data="dolly",
-        baseline="dskd_cma --divergence forward_kl",
-        methods=["sft", "seqkd", "uld", "mined",
-                 *(f"{method} --divergence {name}" for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd")
-                   for name in DIVERGENCES)]),
-    # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), the adversary, and whether
-    # it is trained
+        first=f"--method sft --student qwen --data dolly --lr 2e-5 --epochs 3 --out_dir {PAPER_TEACHER}",
+        flags=f"--teacher {PAPER_TEACHER} --student gpt2", data="dolly", baseline="dskd_cma --divergence forward_kl",
+        methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in
+                                                   ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
+    # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), adversary, its training
     "ablation": dict(
-        first=[], flags=["--epochs", "24", "--probe_interval", "0", "--cache_teacher"], data="toy", baseline="dskd_cma",
-        methods=["sft", "dskd_cma", *(f"{method} --ga_weight {weight} --ga_lr {lr}"
-                                      for method in ("dskd_cma_ga", "dskd_cma_ct")
-                                      for weight in ("0.0057", "0.01", "0.1", "0.3", "1") for lr in ("1e-3", "0"))])}
-
+        first="", flags="--epochs 24 --probe_interval 0 --cache_teacher", data="toy", baseline="dskd_cma",
+        methods=["sft", "dskd_cma", *(f"dskd_cma_{adversary} --ga_weight {weight} --ga_lr {lr}"
+                                      for adversary in ("ga", "ct") for weight in ("0.0057", "0.01", "0.1", "0.3", "1")
+                                      for lr in ("1e-3", "0"))])}
 
 @dataclass
 class Config:
-    methods: list[str] = flag(["sft", "dskd_cma", "dskd_cma_ga"],
-                              "the table's rows: methods of train.py, in quotes with flags of their own")
+    methods: list[str] = flag(["sft", "dskd_cma", "dskd_cma_ga"], "the rows: methods, in quotes with their own flags")
     seeds: list[int] = flag([1, 2, 3, 4, 5], "training seeds", at_least=0, at_most=2**40)
-    scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds with which every trained student is scored",
-                                    at_least=0, at_most=2**40)
-    sets: list[str] = flag([], "the table's columns: data sets to score on (default: the toy's four, the papers' five, "
-                           "or --data)")
+    scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds of the scoring", at_least=0, at_most=2**40)
+    sets: list[str] = flag([], "the columns: sets to score on (default: the toy's four, the papers' five, or --data)")
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     baseline: str = flag("", "the row to which the others' difference is given (default: dskd_cma, where it is one)")
     data: str = flag("toy", "training data, as in train.py")
@@ -78,7 +69,6 @@ class Config:
     dry_run: bool = flag(False, "print every command and its estimated cost, and run nothing")
     peak: float = flag(989.0, "for --dry_run: the machine's peak (TFLOP/s; an H100 in bfloat16: 989)", at_least=1e-3)
     mfu: float = flag(0.4, "for --dry_run: the share of the peak that is reached", at_least=1e-3, at_most=1)
-
 
 @dataclass
 class Cell:
@@ -90,12 +80,10 @@ class Cell:
     settings: train.Config
 
     def key(self, without: tuple[str, ...] = ()) -> str:
-        """What a finished cell is known by: the settings that its scores depend on. without "seed": those of its whole
-        row."""
-        kept = {name: value
-                for name, value in dataclasses.asdict(self.settings).items() if name not in (*FREE, *without)}
+        """What a finished cell is known by: settings that its scores depend on. without "seed": those of its row."""
+        settings = dataclasses.asdict(self.settings)
+        kept = {name: value for name, value in settings.items() if name not in (*FREE, *without)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
 
 def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
     """Our flags, and the rest, which is for train.py."""
@@ -106,7 +94,6 @@ def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
             target = ours if part[2:].split("=")[0] in names else others
         target.append(part)
     return parse(Config, __doc__, ours), others
-
 
 def as_flags(argv: list[str]) -> dict[str, list[str]]:
     """--name value …, or --name=value → {name: [value, …]}."""
@@ -121,16 +108,12 @@ def as_flags(argv: list[str]) -> dict[str, list[str]]:
         if name in flags:
             raise InputError(f"--{name} is given twice")
         if name in ("method", "seed", "data", "out_dir", "resume", "overwrite"):
-            raise InputError(f"--{name}: is not for a row or for all of them; compare.py sets it (--methods, --seeds, "
-                             "--data, --out_dir)")
+            raise InputError(f"--{name}: compare.py sets it (--methods, --seeds, --data, --out_dir)")
         flags[name] = [value] if equals else []
     return flags
 
-
-def make_cells(config: Config, shared: dict[str, list[str]], out_dir: Path,
-               preset: dict[str, list[str]] = {}) -> list[Cell]:
-    """Every cell, its flags checked by train.py before anything runs. shared: flags for all rows; preset: what these
-    may change."""
+def make_cells(config: Config, shared: dict, out_dir: Path, preset: dict = {}) -> list[Cell]:
+    """Every cell, its flags checked by train.py. shared: as_flags of all rows; preset: flags that these may change."""
     cells, of_folder, of_key = [], {}, {}
     for row in dict.fromkeys(config.methods):
         try:
@@ -141,25 +124,21 @@ def make_cells(config: Config, shared: dict[str, list[str]], out_dir: Path,
         for name in own.keys() & shared.keys():
             raise InputError(f"--{name}: is given for the row {row!r} and for all rows")
         flags = {"method": [method], **preset, **shared, **own, "data": [config.data]}
-        # which these refuse
-        for name in {"sft": ("teacher", "cache_teacher"), "seqkd": ("cache_teacher",)}.get(method, ()):
+        for name in {"sft": ("teacher", "cache_teacher"), "seqkd": ("cache_teacher",)}.get(method, ()):  # they refuse
             if name not in own:
                 flags.pop(name, None)
         for seed in dict.fromkeys(config.seeds):
             folder = out_dir / "cells" / f"{hub.label(row)}-seed{seed}"
             argv = [word for name, values in {**flags, "seed": [str(seed)]}.items() for word in (f"--{name}", *values)]
-            cell = Cell(row, seed, argv, folder,
-                        read_settings(train.Config, train.__doc__, [*argv, "--out_dir", str(folder)]))
-            if of_folder.setdefault(folder, row) != row:
-                raise InputError(f"--methods: the rows {of_folder[folder]!r} and {row!r} would be written into one "
-                                 f"folder, {folder}; tell them apart by more than punctuation")
-            if of_key.setdefault(cell.key(("seed",)), row) != row:
-                raise InputError(f"--methods: the rows {of_key[cell.key(('seed',))]!r} and {row!r} have the same "
-                                 "settings")
-            check_begun(folder, cell.settings)
-            cells.append(cell)
+            settings = read_settings(train.Config, train.__doc__, [*argv, "--out_dir", str(folder)])
+            cells.append(Cell(row, seed, argv, folder, settings))
+            if (other := of_folder.setdefault(folder, row)) != row:
+                raise InputError(f"--methods: the rows {other!r} and {row!r} would be written into one folder, "
+                                 f"{folder}; tell them apart by more than punctuation")
+            if (other := of_key.setdefault(cells[-1].key(("seed",)), row)) != row:
+                raise InputError(f"--methods: the rows {other!r} and {row!r} have the same settings")
+            check_begun(folder, settings)
     return cells
-
 
 def check_begun(folder: Path, wanted) -> None:
     """Raise InputError where the folder holds a run with other settings than this cell's."""
@@ -170,17 +149,13 @@ def check_begun(folder: Path, wanted) -> None:
         if name not in FREE and saved[name] != value:
             raise InputError(f"{folder}: holds a run with --{name} {saved[name]}, not {value}; pass another --out_dir")
 
-
 def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
-    """Keep the hash of every data file and model folder. Raises InputError where one has changed since another cell was
-    made."""
-    files = {f"{name}, {split}": hub.data_file(name, split)
-             for name, splits in [(cells[0].settings.data, ("train", "dev")), *((name, ("test",)) for name in sets)]
-             for split in splits}
-    models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher) if name
-              and name != "toy"}
-    found = {name: hub.fingerprint(file)
-             for name, file in files.items()} | {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
+    """Keep the hash of every data file and model folder. Raises InputError where one has changed since another cell."""
+    data = cells[0].settings.data
+    found = {f"{name}, {split}": hub.fingerprint(hub.data_file(name, split))
+             for name, split in [(data, "train"), (data, "dev"), *((name, "test") for name in sets)]}
+    models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher)} - {"", "toy"}
+    found |= {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
     try:
         known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
@@ -192,9 +167,7 @@ def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
         with hub.atomic_write(path) as file:
             json.dump(known | found, file, indent=2)
 
-
 # -------------------------------------------------------------------------------------------------------------- cells
-
 def run_cell(cell: Cell, config: Config, sets: list[str]) -> dict:
     """Train, or go on training, and score → the cell's line of results.jsonl."""
     settings = dataclasses.replace(cell.settings, resume=(cell.folder / "config.json").exists())
@@ -202,25 +175,23 @@ def run_cell(cell: Cell, config: Config, sets: list[str]) -> dict:
         with contextlib.ExitStack() as stack:
             train.train(settings, stack)
     parallel.barrier()
+    same = {name: getattr(settings, name) for name in ("max_length", "max_prompt_length", "device", "dtype")}
     eval_rouge.evaluate(eval_rouge.Config(model=str(cell.folder), data=sets, seeds=config.scoring_seeds, num=config.num,
-                                          max_length=settings.max_length,
-                                          max_prompt_length=settings.max_prompt_length, device=settings.device,
-                                          dtype=settings.dtype))
+                                          **same))
     if not parallel.is_first():
         return {}
-    scored = json.loads((cell.folder / "best" / "rouge.json").read_text(encoding="utf-8"))["sets"]
-    training = json.loads((cell.folder / "best" / "training.json").read_text(encoding="utf-8"))
+    best = cell.folder / "best"
+    scored, training = (json.loads((best / file).read_text()) for file in ("rouge.json", "training.json"))
     record = {"key": cell.key(), "row_key": cell.key(("seed",)), "row": cell.row, "seed": cell.seed,
               "flags": cell.flags, "scoring_seeds": config.scoring_seeds, "num": config.num,
               "dev_rouge_l": training["best_dev_rouge_l"], "sets": {}}
     for name in sets:
-        files = [cell.folder / "best" / f"answers-{hub.label(name)}-seed{seed}.jsonl" for seed in config.scoring_seeds]
-        rows = [[json.loads(line)["rouge_l"] for line in file.read_text(encoding="utf-8").split("\n") if line]
-                for file in files]
-        record["sets"][name] = {"rouge_l": scored[name]["rouge_l"], "exact_match": scored[name]["exact_match"],
+        files = [best / f"answers-{hub.label(name)}-seed{seed}.jsonl" for seed in config.scoring_seeds]
+        rows = [[json.loads(line)["rouge_l"] for line in open(file, encoding="utf-8")] for file in files]
+        record["sets"][name] = {"rouge_l": scored["sets"][name]["rouge_l"],
+                                "exact_match": scored["sets"][name]["exact_match"],
                                 "rows": [round(statistics.mean(r), 3) for r in zip(*rows)]}
     return record
-
 
 def is_cell(record: dict) -> bool:
     """Whether a line of results.jsonl has all that the table needs."""
@@ -228,7 +199,6 @@ def is_cell(record: dict) -> bool:
     return names <= record.keys() and isinstance(record["dev_rouge_l"], float) and all(
         isinstance(scores["rouge_l"], float) and np.array(scores["rows"], float).ndim == 1
         for scores in record["sets"].values())
-
 
 def read_results(path: Path) -> list[dict]:
     """The finished cells; a line whose writing was interrupted is dropped from the file."""
@@ -247,104 +217,85 @@ def read_results(path: Path) -> list[dict]:
             file.writelines(line + "\n" for line in whole)
     return records
 
-
 # -------------------------------------------------------------------------------------------------------------- table
-
 def summarize(records: list[dict], rows: list[str], sets: list[str], trained_on: str, baseline: str) -> list[dict]:
     """The table's rows: for each the mean and the standard deviation over training seeds of every column, and the
     difference to the baseline, over the seeds that both have."""
-    columns = {name: [name] for name in sets}
     others = [name for name in sets if not hub.same_data(name, trained_on)]
-    columns |= {"all": sets} | ({"OOD": others} if others and len(others) < len(sets) else {})
+    columns = {name: [name] for name in sets} | {"all": sets}
+    columns |= {"OOD": others} if others and len(others) < len(sets) else {}
     of = {row: {r["seed"]: r for r in records if r["row"] == row} for row in rows}
     table = []
-    for row in rows:
-        cells = of[row]
+    for row, cells in of.items():
         if not cells:
             continue
-        line = {"row": row, "seeds": sorted(cells), "columns": {},
-                "dev": spread([c["dev_rouge_l"] for c in cells.values()])}
-        for heading, members in columns.items():
-            line["columns"][heading] = spread([statistics.mean(c["sets"][name]["rouge_l"] for name in members)
-                                               for c in cells.values()])
+        means = {heading: [statistics.mean(c["sets"][name]["rouge_l"] for name in members) for c in cells.values()]
+                 for heading, members in columns.items()}
+        table.append({"row": row, "seeds": sorted(cells), "dev": spread([c["dev_rouge_l"] for c in cells.values()]),
+                      "columns": {heading: spread(values) for heading, values in means.items()}})
         both = sorted(cells.keys() & of.get(baseline, {}).keys())
         if row != baseline and both:
             scores = [[[np.array(of[which][seed]["sets"][name]["rows"]) for name in sets] for seed in both]
                       for which in (row, baseline)]
-            line["difference"] = paired_bootstrap(*scores)
-        table.append(line)
+            table[-1]["difference"] = paired_bootstrap(*scores)
     return table
-
 
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation, which is nan for a single value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
-
 def markdown(table: list[dict], config: Config) -> str:
     """The table, best of a column in bold."""
     headings = list(table[0]["columns"])
-    best = {h: max(line["columns"][h][0] for line in table)
-            for h in headings} | {"dev": max(line["dev"][0] for line in table)}
+    scores = [{"dev": line["dev"], **line["columns"]} for line in table]
+    best = {heading: max(of_line[heading][0] for of_line in scores) for heading in scores[0]}
 
-    def show(line, heading):
-        mean, deviation = line["dev"] if heading == "dev" else line["columns"][heading]
+    def show(heading, mean, deviation):
         text = f"{mean:.2f} ± {deviation:.2f}" if math.isfinite(deviation) else f"{mean:.2f}"
         return f"**{text}**" if mean == best[heading] else text
-    lines = ["| method | seeds | dev, greedy | " + " | ".join(headings) + f" | all − {config.baseline} |",
+    lines = [f"| method | seeds | dev, greedy | {' | '.join(headings)} | all − {config.baseline} |",
              "|---" * (len(headings) + 4) + "|"]
-    for line in table:
+    for line, of_line in zip(table, scores):
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*line["difference"]) if "difference" in line else ""
-        lines.append(f"| `{line['row']}` | {len(line['seeds'])} | {show(line, 'dev')} | "
-                     + " | ".join(show(line, h) for h in headings) + f" | {difference} |")
+        cells = [f"`{line['row']}`", str(len(line["seeds"])), *(show(h, *pair) for h, pair in of_line.items())]
+        lines.append(f"| {' | '.join(cells)} | {difference} |")
     seeds = sorted({seed for line in table for seed in line["seeds"]})
     return "\n".join(lines) + ("\n\nROUGE-L × 100, mean ± standard deviation over training seeds "
                                f"({', '.join(map(str, seeds))}); sampled with scoring seeds "
                                f"{', '.join(map(str, config.scoring_seeds))}. Brackets: paired bootstrap, 95 %.\n")
 
-
-# ----------------------------------------------------------------------------------------------------- what it would
-# cost
+# ------------------------------------------------------------------------------------------------ what it would cost
 
 def dry_run(cells: list[Cell], first: list[str], config: Config) -> None:
     """Print every command with its tokens, operations and hours. Only config.json, tokenizers and data are read."""
     print(f"# hours at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}; training only")
-    commands = [("", first)] if first else []
-    total = 0.0
-    for row, argv in [*commands, *((cell.row, [*cell.flags, "--out_dir", str(cell.folder)]) for cell in cells)]:
-        tokens, operations = cost(read_settings(train.Config, train.__doc__, argv), "qwen" if row and first else None)
+    total, commands = 0.0, [first] if first else []
+    for argv in commands + [[*cell.flags, "--out_dir", str(cell.folder)] for cell in cells]:
+        teacher = "qwen" if first and argv != first else None
+        tokens, operations = cost(read_settings(train.Config, train.__doc__, argv), teacher)
         hours = operations / (config.peak * 1e12 * config.mfu) / 3600
         total += hours
         print(f"python train.py {shlex.join(argv)}\n"
               f"    # {tokens / 1e6:.1f}M student tokens, {operations:.2e} FLOPs, {hours:.2f} h")
     print(f"# together {total:.1f} h")
 
-
 def cost(options, teacher_shape: str | None) -> tuple[int, int]:
     """Student tokens and operations of a whole run. teacher_shape: a name for a teacher that is only to be trained."""
-    toys = {side: str(toy.folder(side) if toy.folder(side).exists() else toy.folder(f"{side}-start"))
-            for side in ("student", "teacher")}
-    names = {"student": toys["student"] if options.student == "toy" else options.student,
-             "teacher": toys["teacher"] if options.teacher == "toy" else (teacher_shape or options.teacher)
-             if options.teacher else ""}
-    models = {side: shape_of(name) if name else None for side, name in names.items()}
-    tokenizers = {side: load_tokenizer(name) if name else None for side, name in names.items()}
-    examples = encode_rows(read_rows(hub.data_file(options.data, "train")), tokenizers["student"],
-                           tokenizers["teacher"] or tokenizers["student"],
+    names = [options.student] + ([teacher_shape or options.teacher] if options.teacher else [])
+    folders = [toy.folder(side if toy.folder(side).exists() else f"{side}-start") if name == "toy" else name
+               for side, name in zip(("student", "teacher"), names)]
+    models, tokenizers = [shape_of(folder) for folder in folders], [load_tokenizer(folder) for folder in folders]
+    examples = encode_rows(read_rows(hub.data_file(options.data, "train")), tokenizers[0], tokenizers[-1],
                            options.max_length, options.max_prompt_length)[0]
     steps = math.ceil(len(examples) / (options.batch_size * options.grad_accum))
     passes = options.max_steps / steps if options.max_steps else options.epochs
-    tokens = sum(len(e.student.ids) for e in examples)
-    return round(passes * tokens), round(passes * flops.step_flops(options, models["student"], models["teacher"],
-                                                                   examples, cached=options.cache_teacher))
-
+    operations = flops.step_flops(options, *[*models, None][:2], examples, cached=options.cache_teacher)
+    return round(passes * sum(len(e.student.ids) for e in examples)), round(passes * operations)
 
 # --------------------------------------------------------------------------------------------------------------- main
-
 def main() -> None:
     with parallel.started():
         run_table(*read_command_line(sys.argv[1:]))
-
 
 def run_table(config: Config, argv: list[str]) -> None:
     """Run the cells that are missing, then write the table and print it. argv: flags of train.py for all rows."""
@@ -355,10 +306,9 @@ def run_table(config: Config, argv: list[str]) -> None:
             if getattr(config, name) != getattr(Config(), name):
                 raise InputError(f"--preset {config.preset} --{name}: a preset has its own")
             setattr(config, name, preset[name])
-        first, more = preset["first"], as_flags(preset["flags"])
+        first, more = preset["first"].split(), as_flags(preset["flags"].split())
     if config.baseline and config.baseline not in config.methods:
-        raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, "
-                         f"{', '.join(map(repr, config.methods))}")
+        raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, {str(config.methods)[1:-1]}")
     config.baseline = config.baseline or DEFAULT_BASELINE
     out_dir = Path(config.out_dir or f"out/compare-{config.preset or hub.label(config.data)}")
     cells = make_cells(config, shared, out_dir, more)
@@ -381,7 +331,6 @@ def run_table(config: Config, argv: list[str]) -> None:
             check_inputs(out_dir / "inputs.json", cells, sets)
         fill(config, cells, out_dir, sets)
 
-
 def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> None:
     """Run what results.jsonl does not have, and write the table of these cells' rows with all their training seeds."""
     results = out_dir / "results.jsonl"
@@ -396,9 +345,10 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
                 continue
             print(f"cell {number} of {len(cells)}: {cell.row}, training seed {cell.seed} → {cell.folder}", flush=True)
             (out_dir / "cells").mkdir(exist_ok=True)
-            with open(cell.folder.with_name(cell.folder.name + ".log"),
-                      "a") if parallel.is_first() else contextlib.nullcontext(sys.stdout) as log, \
-                    contextlib.redirect_stdout(log):
+            with contextlib.ExitStack() as stack:
+                if parallel.is_first():
+                    log = stack.enter_context(open(cell.folder.with_name(cell.folder.name + ".log"), "a"))
+                    stack.enter_context(contextlib.redirect_stdout(log))
                 record = run_cell(cell, config, sets)
             if parallel.is_first():
                 append_line(results, record)
@@ -416,7 +366,6 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
                 file.write(text)
             pictures.bars(out_dir / "table.png", table)
             print(f"\n{text}\nwrote table.md, table.png and results.jsonl into {out_dir}")
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -5,8 +5,7 @@
 
 Weights that are trained are float32 and cost 16 bytes a parameter: 4 for the weight, 4 for its gradient, 8 for AdamW's
 two moments. The teacher's are bfloat16 on a GPU, 2 bytes. What a step computes comes on top of it and grows with
---batch_size and --max_length; --gradient_checkpointing makes it smaller.
-"""
+--batch_size and --max_length; --gradient_checkpointing makes it smaller."""
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +17,11 @@ from methods.dual_space import Projectors
 from model import shape_of
 from running.lora import add_lora
 
-
-
 def state_bytes(student, teacher, others: list, teacher_bytes: int, processes: int = 1, shard_student: bool = False,
                 shard_teacher: bool = False, cache_teacher: bool = False) -> dict[str, int]:
     """Bytes in the first of `processes`: of the student, of the teacher (or None), and of the other modules that learn.
-
     teacher_bytes: of a number in the teacher's weights. Of a sharded model's layers a process has a share of every
-    matrix's rows, rounded up. cache_teacher: only the embedding and the head.
-    """
+    matrix's rows, rounded up. cache_teacher: only the embedding and the head."""
     def count(module, sharded=False, trained=False, layers=True):
         total = 0
         for name, p in module.named_parameters():
@@ -44,7 +39,6 @@ def state_bytes(student, teacher, others: list, teacher_bytes: int, processes: i
         result["teacher's weights"] = teacher_bytes * count(teacher, shard_teacher, layers=not cache_teacher)
     return result
 
-
 @dataclass
 class Config:
     student: str = flag("gpt2", "name, hub id or folder (only its config.json is read)")
@@ -55,7 +49,6 @@ class Config:
     cache_teacher: bool = flag(False, "as in train.py")
     lora_rank: int = flag(0, "as in train.py (0: all weights are trained)", at_least=0)
     dtype: str = flag("bfloat16", "of the teacher's weights", choices=("bfloat16", "float32"))
-
 
 def main() -> None:
     config = parse(Config, __doc__)
@@ -73,7 +66,6 @@ def main() -> None:
                         config.shard_student, config.shard_teacher, config.cache_teacher)
     for name, size in [*parts.items(), ("in each process", sum(parts.values()))]:
         print(f"{name:<28}{size / 1e9:8.2f} GB")
-
 
 if __name__ == "__main__":
     hub.run(main)

@@ -9,6 +9,7 @@ references; mean ± standard deviation over seeds; "OOD" is the mean over every 
 Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of
 the dynamic program in one whole number, and every stem only once."""
 import functools
+import itertools
 import json
 import re
 import statistics
@@ -202,6 +203,9 @@ def evaluate(config: Config) -> None:
         raise InputError(f"--data {' '.join(sets)}: their answers' files would have one name {labels}; rename a set")
     default = decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")
     out_dir = Path(config.out_dir or default)
+    hub.claim(out_dir, "rouge.json", {"seeds", "sets"}, [])
+    for name, seed in itertools.product(sets, [None] if config.greedy else config.seeds):
+        answers_file(out_dir, name, seed)
     out_dir.mkdir(parents=True, exist_ok=True)
 
     results = {name: score_set(config, decoder, tokenizer, name, rows, out_dir) for name, rows in sets.items()}
@@ -220,19 +224,26 @@ def evaluate(config: Config) -> None:
         print(f"{'OOD mean':<24}{'':>6}   {summary['ood_mean']:5.2f}")
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
 
+def answers_file(out_dir: Path, name: str, seed: int | None) -> Path:
+    """Where the answers to a set go. Raises InputError where something else is there."""
+    path = out_dir / f"answers-{hub.label(name)}-{'greedy' if seed is None else f'seed{seed}'}.jsonl"
+    if path.exists() and not re.match(r'\{"prompt": .*"rouge_l": [\d.]+\}$', open(path, encoding="utf-8").readline()):
+        raise InputError(f"{path}: is there already and holds no answers; pass another --out_dir")
+    return path
+
 def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], out_dir: Path) -> dict:
     """One set, answered with every seed → its part of rouge.json. The answers are written into out_dir."""
     tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, config.max_length - 1))
     references, scores, matches = [row.outputs for row in rows], [], []
     for seed in [None] if config.greedy else config.seeds:
-        kind, temperature = ("greedy", 0.0) if seed is None else (f"seed{seed}", config.temperature)
+        temperature, desc = (0.0, "greedy") if seed is None else (config.temperature, f"seed {seed}")
         answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, config.batch_size,
-                              temperature, seed or 0, f"{name}, {kind}")
+                              temperature, seed or 0, f"{name}, {desc}")
         each = rouge_l(answers, references)
         scores.append(100 * statistics.mean(each))
         matches.append(100 * statistics.mean(exact_match(answers, references)))
         if parallel.is_first():
-            with hub.atomic_write(out_dir / f"answers-{hub.label(name)}-{kind}.jsonl") as file:
+            with hub.atomic_write(answers_file(out_dir, name, seed)) as file:
                 for row, text, score in zip(rows, answers, each):
                     line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=round(100 * score, 2))
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")

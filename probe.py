@@ -316,12 +316,13 @@ def draw(run: Checkpoint, response: Response, path: Path) -> Path:
     title = f"{run.name}, row {response.row}\nstudent tokens down, teacher tokens across, chunks outlined"
     return pictures.heatmap(path, title, *labels, panels, response.blocks)
 
+def heatmap_name(row: int) -> str:
+    return f"heatmap-{row:05d}.png"
+
 def draw_all(run: Checkpoint, responses: list[Response], result: dict, out_dir: Path) -> None:
     """A heatmap a response, the contact sheet, the scatter of keys and queries."""
-    for old in out_dir.glob("heatmap-*.png"):
-        old.unlink()
     for response in tqdm(responses, desc="heatmaps", unit="row", leave=False, dynamic_ncols=True):
-        draw(run, response, out_dir / f"heatmap-{response.row:05d}.png")
+        draw(run, response, out_dir / heatmap_name(response.row))
     masses = [100 * float(values["mass"].mean()) for values in attention_values(responses)[DIRECTIONS[0]]]
     sheet = [(f"row {s.row}, {mass:.0f} % inside", s.attention, s.blocks) for s, mass in zip(responses, masses)]
     pictures.contact_sheet(out_dir / "contact_sheet.png", sheet)
@@ -406,11 +407,16 @@ def main() -> None:
 
     default = folder_of_run(names[0]) / ("probe" if len(names) == 1 else f"probe-with-{hub.label(names[1])}")
     out_dir = Path(config.out_dir or default)
+    others = ["attention.safetensors", "contact_sheet.png", "keys_queries.png", "comparison.png"]
+    others += [heatmap_name(response.row) for response in every[0]]
+    before = hub.claim(out_dir, "probe.json", {"checkpoints", "resamples"}, others)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, r in zip(("A: ", "B: ") if config.other else ("",), results):
         print(f"{name}{r['checkpoint']} ({r['method']}), {len(common)} rows of {file}, {r['student_tokens']} student "
               f"and {r['teacher_tokens']} teacher tokens")
     print_numbers(results, draws)
+    for row in before["checkpoints"][0]["rows"] if before else []:
+        (out_dir / heatmap_name(row)).unlink(missing_ok=True)
     with hub.atomic_write(out_dir / "probe.json") as log:
         content = {"data": str(file), "resamples": RESAMPLES, "checkpoints": list(results)}
         json.dump(content, log, indent=2, ensure_ascii=False)

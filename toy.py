@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,8 @@ STUDENT = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=
 # train.py's defaults where the student is the toy: a run takes about two minutes on two cores.
 TRAINING = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100,
                 eval_interval=225, probe_interval=45)
+# What the toy and train.py's caches leave in the toy's folders under data/: all that is deleted to make them anew.
+OWN = r"(train|dev|test)\.jsonl|train-(states|by)-.+-[0-9a-f]+\.\w+|(student|teacher)(-start|-run)?"
 PRETRAINING = {"teacher": ["--epochs", "5", "--lr", "1e-3", "--warmup_steps", "50"],
                "student": ["--epochs", "1", "--lr", "3e-3", "--warmup_steps", "20"]}
 
@@ -243,8 +246,8 @@ def write_data_for(names: list[str]) -> None:
     if not set(names) & {*SETS, "toy-world"} or mark.exists() and mark.read_text() == made_by:
         return
     rows = make_rows()
-    for name, _ in rows:
-        shutil.rmtree(hub.DATA_DIR / name, ignore_errors=True)
+    for path in [path for name, _ in rows for path in (hub.DATA_DIR / name).glob("*") if re.fullmatch(OWN, path.name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for (name, split), content in rows.items():
         (hub.DATA_DIR / name).mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in content)

@@ -91,9 +91,10 @@ def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return min(peak, 1e-7) + 0.5 * (1 + math.cos(math.pi * progress)) * max(0.0, peak - 1e-7)
 
-def train(config: Config, stack: contextlib.ExitStack) -> None:
-    """One run, from the settings to the table. stack: what is to be let go of at the end."""
+def train(config: Config, stack: contextlib.ExitStack) -> tuple[Config, Run]:
+    """One run, up to its last step. stack: what is to be let go of at the end."""
     run = set_up(config, stack)
+    stack.enter_context(report.memory_told(config, run))
     student, teacher, projectors, adversary = run.student, run.teacher, run.projectors, run.adversary
     groups = parameter_groups(config, student, projectors, adversary)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=not config.shard_student)
@@ -146,7 +147,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> None:
         started = time.perf_counter()
     bar.close()
     parallel.barrier()          # the first process may still be writing the last checkpoint
-    conclude(config, run)
+    return config, run
 
 def finish_step(config: Config, run: Run, optimizer, record: dict) -> None:
     """After a step: score and look where that is due, write its line, save, and leave where a signal asks for it."""
@@ -184,24 +185,28 @@ def score(config: Config, run: Run, side: str, decoder, split: str, desc: str) -
         return greedy_rouge_l(decoder, run.tokenizers[side], run.scored[split], config, desc, run.stop.at_once)
 
 def conclude(config: Config, run: Run) -> None:
-    """Score the teacher and the best checkpoint, then leave the table and the pictures."""
-    decoders = {"student": load_best(config, run)}
-    if run.teacher is not None and not config.cache_teacher:
-        decoders = {"teacher": run.teacher, **decoders}
+    """Score the teacher and the best checkpoint, one after the other, then leave the table and the pictures."""
+    results, run.shapes = {}, {}
     try:
-        results = {side: {split: score(config, run, side, decoder, split, f"scoring the {side} on {split}")
-                          for split in run.scored} for side, decoder in decoders.items()}
+        if run.teacher is not None and not config.cache_teacher:
+            results["teacher"] = {split: score(config, run, "teacher", run.teacher, split, f"teacher, {split}")
+                                  for split in run.scored}
+        run.teacher = None                                      # memory for the best student
+        best = load_best(config, run)
+        results["student"] = {split: score(config, run, "student", best, split, f"student, {split}")
+                              for split in run.scored}
     except Interrupted:
         report.leave(config, run.stop.signal, run.total_steps, run.total_steps)
     run.stop.close()
     if parallel.is_first():
         report.print_results(config, run, results)
         probe.leave_pictures(config, run)
+        report.write_results(run, results)
 
 def main() -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.started())
-        train(read_settings(Config, __doc__), stack)
+        conclude(*train(read_settings(Config, __doc__), stack))
 
 if __name__ == "__main__":
     hub.run(main)

@@ -6,12 +6,15 @@
 
 Downloads are checked before use and never left half-written."""
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import traceback
 import urllib.request
 from pathlib import Path
 
@@ -58,7 +61,9 @@ DATASETS = {
 PAPER_SETS = tuple(dict.fromkeys(name for name, _ in DATASETS))
 
 def run(main) -> None:
-    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2, Ctrl-C code 130."""
+    """Run a script's main(). What the user can mend becomes one line on stderr and exit code 2, Ctrl-C code 130. One of
+    several processes leaves at once, without the interpreter's shutdown: it would wait for peers that never come, and
+    gloo's threads, which may still be letting go of their last tensors, would abort a run that is finished."""
     code = 0
     try:
         main()
@@ -74,18 +79,41 @@ def run(main) -> None:
         code = 130
     except SystemExit as error:
         code = error.code or 0
-    if "LOCAL_RANK" in os.environ:      # gloo's threads may still be letting go of their last tensors; taking
-        sys.stdout.flush()                      # the interpreter down under them would abort a run that is finished.
+    except Exception as error:
+        if is_out_of_memory(error):
+            print("error: out of memory: " + " ".join(str(error).split())[:200], file=sys.stderr)
+            code = 2
+        elif "LOCAL_RANK" not in os.environ:
+            raise
+        else:
+            traceback.print_exc()
+            code = 1
+    if "LOCAL_RANK" in os.environ:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the machine's memory was too small: torch and numpy each say it in their own way."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
+        or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Give a name beside `path` to write to. What stands there when the block ends well is flushed to disk and renamed
-    to `path`, so that the file appears whole or not at all; when the block raises, nothing is left behind."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")         # two processes may write the same file
+    to `path`, so that the file appears whole or not at all; when the block raises, nothing is left behind. What a
+    process of this machine that was killed here has left behind goes, too."""
+    host = os.uname().nodename
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{host}.*.tmp"):
+        try:
+            os.kill(int(left.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):               # somebody else's process, or not our name
+            continue
+    temporary = path.with_name(f"{path.name}.{host}.{os.getpid()}.tmp")     # two processes may write the same file
     try:
         yield temporary
         flush(temporary)
@@ -106,6 +134,30 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+def lock(descriptor: int, path: Path, wait: bool) -> bool:
+    """Take the lock of an open file or folder; the system lets go of it when this process ends, however it ends. False
+    where another process has it and wait is False; a network file system without locks is told of, and passed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"note: {path} cannot be locked ({error.strerror}); start nothing else that writes there")
+    return True
+
+def claim(folder: Path, mark: str, keys: set[str], others: list[str]) -> dict | None:
+    """Make sure that what a command will write into a folder is its own: `mark`, a JSON file with these keys, is there
+    from before (→ its content), or neither it nor any of the others is (→ None). Else raises InputError."""
+    there = [name for name in (mark, *others) if (folder / name).exists()]
+    try:
+        content = json.loads((folder / mark).read_text(encoding="utf-8")) if mark in there else None
+        if isinstance(content, dict) and keys <= content.keys():
+            return content
+    except (ValueError, OSError, RecursionError):
+        pass                                # not ours: told of below
+    if there:
+        raise InputError(f"{folder / there[0]}: is there already and not this command's; pass another --out_dir")
 
 def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
     """The folder of a model in the hub's layout, downloaded when it is a name.
@@ -229,6 +281,9 @@ def pick_device(device: str, dtype: str):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device on this machine (--device cpu works)")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if dtype == "auto" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print(f"note: {torch.cuda.get_device_name()} has no bfloat16 of its own; computing in float32")
+        dtype = "float32"
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     return device, getattr(torch, dtype)
 

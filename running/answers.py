@@ -82,40 +82,55 @@ def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, 
                 "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = data_file.with_name(f"{data_file.stem}-by-{hub.label(Path(name).name)}-{key}.jsonl")
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        answers = _answer_all(partial, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
-        kept = [{"prompt": rows[i].prompt, "output": answers[i][0]} for i in range(len(rows)) if answers[i][0]]
+    found = None
+    if parallel.is_first() and path.exists():
+        found = read_rows(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    kept, counts = parallel.gather(found)[0] or (None, None)            # the first process's disk decides
+    if kept is None:
+        answers = _answer_all(path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
+        kept = [Row(rows[i].prompt, [answers[i][0]]) for i in range(len(rows)) if answers[i][0]]
         if not kept:
             raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
         counts = {"rows": len(rows), "empty_answers": len(rows) - len(kept),
                   "unended_answers": sum(not ended for _, ended in answers.values())}
-        with hub.atomic_write(path.with_suffix(".json")) as file:
-            json.dump({"teacher": name, **settings, **counts}, file, indent=2)
-        with hub.atomic_write(path) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        partial.unlink(missing_ok=True)
-    counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if parallel.is_first():
+            with hub.atomic_write(path.with_suffix(".json")) as file:
+                json.dump({"teacher": name, **settings, **counts}, file, indent=2)
+            with hub.atomic_write(path) as file:
+                file.writelines(json.dumps({"prompt": row.prompt, "output": row.outputs[0]}, ensure_ascii=False) + "\n"
+                                for row in kept)
+        parallel.barrier()
+        for partial in _partials(path):
+            partial.unlink(missing_ok=True)
     print(f"the teacher's answers: {path} ({len(rows)} prompts, {counts['empty_answers']} empty answers left out, "
           f"{counts['unended_answers']} cut at {max_length} tokens)")
-    return read_rows(path)
+    return kept
 
-def _answer_all(partial: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, tuple]:
-    """Every row's answer, and whether it ended; those that stand in `partial`, a line each, are not asked for again."""
-    answers = {}
-    if partial.exists():
+def _partials(path: Path) -> list[Path]:
+    """Where processes, of this start or one before, keep their answers until all are there."""
+    return sorted(path.parent.glob(f"{path.stem}.partial*"))
+
+def _answer_all(path: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, tuple]:
+    """Every row's answer, and whether it ended. The processes share the rows and exchange the answers; those that stand
+    in a partial file, a line each, are not asked for again."""
+    own, answers = path.with_suffix(f".partial{parallel.rank() or ''}"), {}
+    for partial in _partials(path):
         lines = partial.read_text(encoding="utf-8").splitlines(True)
         lines = [line for line in lines if line.endswith("]\n")]            # the last one may have been cut
         try:
-            answers = {i: (text, ended) for i, text, ended in map(json.loads, lines)}
+            answers |= {i: (text, ended) for i, text, ended in map(json.loads, lines)}
         except (ValueError, TypeError) as error:
             raise InputError(f"{partial}: damaged ({error}); delete it to ask the teacher anew") from error
-        with hub.atomic_write(partial) as file:
-            file.writelines(lines)
-    with open(partial, "a", encoding="utf-8") as file:
+        if partial == own:
+            with hub.atomic_write(own) as file:
+                file.writelines(lines)
+    known = {i for part in parallel.gather(set(answers)) for i in part}
+    todo = [i for i in range(len(rows)) if i not in known]
+    done = set(range(len(rows))) - set(todo[parallel.rank()::parallel.world()])
+    with open(own, "a", encoding="utf-8") as file:
         for batch in answer_batches(teacher, tokenizer, rows, max_length, max_prompt_length, batch_size,
-                                    temperature=0.0, desc="the teacher answers the training prompts", done=answers):
+                                    temperature=0.0, desc="the teacher answers the training prompts", done=done):
             file.writelines(json.dumps(line) + "\n" for line in batch)
             file.flush()
             answers |= {i: (text, ended) for i, text, ended in batch}
-    return answers
+    return {i: answer for part in parallel.gather(answers) for i, answer in part.items()}

@@ -19,10 +19,16 @@ def steps_of(config, run: Run, first: int) -> Iterator[tuple[int, list[Example],
         for step, examples in schedule(config, run, first):
             prepared.append((step, examples, pool.submit(prepare, config, run, examples)))
             if len(prepared) == 2:
-                step, examples, passes = prepared.popleft()
-                yield step, examples, passes.result()
-        for step, examples, passes in prepared:
-            yield step, examples, passes.result()
+                yield ready(run, *prepared.popleft())
+        for waiting in prepared:
+            yield ready(run, *waiting)
+
+def ready(run: Run, step: int, examples: list[Example], passes):
+    """A prepared step; its largest forward pass is noted, should the memory not suffice for it."""
+    passes = passes.result()
+    batch = max((batch for batch, _ in passes), key=lambda batch: batch["student_ids"].numel())
+    run.shapes = {name: tuple(x.shape) for name, x in batch.items() if name.endswith("_ids")}
+    return step, examples, passes
 
 def schedule(config, run: Run, first: int) -> Iterator[tuple[int, list[Example]]]:
     """Every step's number and rows; each epoch has an order of its own."""

@@ -3,7 +3,7 @@ and MinED's map of one vocabulary into another.
 
 The files are named by a hash of all that they depend on, so that a change of text, tokenizer, teacher or limits finds
 no cache in place of a wrong one; a file that was cut or is not ours is made anew."""
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +20,7 @@ import tokenize_align
 from files import hub, tokenizer_config
 from files.rows import Row
 from methods.mined import map_vocabulary
+from running import parallel
 from tokenize_align import Example, Sequence, Tokenizer, collate, encode_rows
 
 BUFFER = 1 << 28        # bytes of hidden states between two flushes to disk
@@ -84,13 +85,14 @@ def kept_vocabulary_map(folder: Path, strings: list[list[bytes]]) -> torch.Tenso
 class TeacherStates:
     """The teacher's final hidden states at every valid position of the training rows, in one memory-mapped file.
     With them the teacher's layers are needed no more, only its embedding and its head. The file lies beside the data:
-    (valid positions of all rows) × d_t numbers of `dtype` (torch.bfloat16 or torch.float32); a second file, .json,
-    holds the settings and how many rows are written, so that an interrupted writing goes on."""
+    (valid positions of all rows) × d_t numbers of `dtype` (torch.bfloat16 or torch.float32). Beside it, .json holds the
+    settings and .done a byte for every row, 1 when its states are on the disk, so that several processes can write, and
+    an interrupted writing goes on, with as many processes as there are then."""
 
     def __init__(self, data_file: Path, name: str, folder: Path, examples: list[Example], size: int, dtype: torch.dtype,
                  computed_in: torch.dtype):
         """name and folder: the teacher's. size: d_t. computed_in: the type in which the teacher runs."""
-        self.examples, self.size, self.dtype = examples, size, dtype
+        self.size, self.dtype = size, dtype
         made_of = repr([(e.teacher.ids, e.teacher.prompt_length) for e in examples])
         self.settings = {"teacher": name, "teacher_sha256": hub.fingerprint(folder), "dtype": str(dtype),
                          "computed_in": str(computed_in), "size": size,
@@ -100,73 +102,85 @@ class TeacherStates:
         ends = np.cumsum([e.teacher.valid for e in examples])
         self.place = {e.row: (int(end) - e.teacher.valid, int(end)) for e, end in zip(examples, ends)}
         self.shape = int(ends[-1]), size
-        self.written = self._rows_written()
+        self.rows = sorted(examples, key=lambda e: -len(e.teacher.ids))         # the same at every start
+        self.complete = self._begun() and bool(self._map(".done").all())
 
-    @property
-    def complete(self) -> bool:
-        return self.written == len(self.examples)
-
-    def _rows_written(self) -> int:
-        header = self.path.with_suffix(".json")
-        if not header.exists() or not self.path.exists():
-            return 0
+    def _begun(self) -> bool:
+        """Whether the files are there, and what their names say."""
         try:
-            content = json.loads(header.read_text(encoding="utf-8"))
-            written = content.pop("rows_written")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            content, written = None, 0
-        whole = content == self.settings and self.path.stat().st_size == self._bytes()
-        return written if whole and type(written) is int and 0 <= written <= len(self.examples) else 0
+            same = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8")) == self.settings
+            sizes = [self.path.with_suffix(kind).stat().st_size for kind in (".bin", ".done")]
+        except (OSError, ValueError, RecursionError):
+            return False
+        return same and sizes == [self._bytes(), len(self.rows)]
 
     def _bytes(self) -> int:
         return self.shape[0] * self.size * self.dtype.itemsize
 
-    def _map(self, mode: str) -> np.memmap:
-        kind = np.uint16 if self.dtype == torch.bfloat16 else np.float32
-        return np.memmap(self.path, dtype=kind, mode=mode, shape=self.shape)
+    def _map(self, kind: str = ".bin", mode: str = "r") -> np.memmap:
+        dtype = np.uint8 if kind == ".done" else np.uint16 if self.dtype == torch.bfloat16 else np.float32
+        return np.memmap(self.path.with_suffix(kind), dtype=dtype, mode=mode,
+                         shape=len(self.rows) if kind == ".done" else self.shape)
 
-    def fill(self, forward: Callable[[torch.Tensor], torch.Tensor], batch_size: int, pad: int, device: str) -> None:
-        """Run the teacher over the rows that are not written yet. forward: ids (B, T) → hidden (B, T, d_t)."""
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)            # another run with the same teacher and rows: wait for its work
-            self.written = self._rows_written()
-            self._fill(forward, batch_size, pad, device)
+    def fill(self, load_teacher: Callable, batch_size: int, pad: int, device: str) -> None:
+        """Run the teacher, ids (B, T) → hidden (B, T, d_t), over the rows that are not written yet. All processes call
+        this: those of the first machine share its rows; other machines, unless they see its disk, have their turn."""
+        number, several = parallel.here()
+        for turn in (0, 1):
+            if all(parallel.gather(self.complete)):
+                return
+            mine = not self.complete and (turn == 1 or int(os.environ.get("GROUP_RANK", 0)) == 0)
+            with contextlib.ExitStack() as stack:
+                if mine and number == 0:
+                    lock = stack.enter_context(open(self.path.with_suffix(".lock"), "w"))
+                    hub.lock(lock.fileno(), self.path, wait=True)       # of another run with the same teacher and rows
+                    self._begin()
+                parallel.barrier()
+                todo = np.flatnonzero(self._map(".done") == 0).tolist() if mine else []
+                parallel.barrier()                                      # all have seen what is to do
+                self._write(todo[number::several], load_teacher, batch_size, pad, device)
+                parallel.barrier()
+            self.complete = self._begun() and bool(self._map(".done").all())
 
-    def _fill(self, forward, batch_size, pad, device) -> None:
-        if self.complete:
+    def _begin(self) -> None:
+        if self._begun():
             return
-        if not self.written:
-            if self.path.with_suffix(".json").exists():
-                print(f"{self.path}: cut, or not what its name says; it is made anew")
-                self.path.with_suffix(".json").unlink()
-            with open(self.path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, self._bytes())         # a full disk is noticed here
-        states, unflushed = self._map("r+"), 0
-        order = sorted(self.examples, key=lambda e: -len(e.teacher.ids))        # the same at every start
-        with tqdm(total=len(order), initial=self.written, desc="the teacher's hidden states, once", unit="row",
-                  dynamic_ncols=True) as bar:
-            while not self.complete:
-                part = order[self.written:self.written + batch_size]
-                batch = collate(part, pad, pad)
+        if self.path.with_suffix(".json").exists():
+            print(f"{self.path}: cut, or not what its name says; it is made anew")
+            self.path.with_suffix(".json").unlink()
+        for kind, size in ((".bin", self._bytes()), (".done", len(self.rows))):
+            with open(self.path.with_suffix(kind), "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)              # a full disk is noticed here
+        with hub.atomic_write(self.path.with_suffix(".json")) as file:
+            json.dump(self.settings, file, indent=2)
+
+    def _write(self, todo: list[int], load_teacher, batch_size, pad, device) -> None:
+        """Some of self.rows, by number. A row is done when its states are on the disk."""
+        if not todo:
+            return
+        forward, states, done, unflushed = load_teacher(), self._map(mode="r+"), self._map(".done", "r+"), []
+        with tqdm(total=len(todo), desc="the teacher's hidden states, once", unit="row", dynamic_ncols=True) as bar:
+            for start in range(0, len(todo), batch_size):
+                numbers = todo[start:start + batch_size]
+                part = [self.rows[k] for k in numbers]
                 with torch.no_grad():
-                    hidden = forward(batch["teacher_ids"].to(device)).to(self.dtype).cpu()
-                for example, rows in zip(part, hidden):
-                    start, end = self.place[example.row]
-                    first = example.teacher.prompt_length - 1
-                    block = rows[first:first + end - start].contiguous()
-                    states[start:end] = (block.view(torch.uint16) if self.dtype == torch.bfloat16 else block).numpy()
-                    unflushed += block.numel() * self.dtype.itemsize
-                self.written += len(part)
+                    hidden = forward(collate(part, pad, pad)["teacher_ids"].to(device)).to(self.dtype).cpu()
+                for example, row in zip(part, hidden):
+                    first, (begin, end) = example.teacher.prompt_length - 1, self.place[example.row]
+                    block = row[first:first + end - begin].contiguous()
+                    states[begin:end] = (block.view(torch.uint16) if self.dtype == torch.bfloat16 else block).numpy()
+                unflushed += numbers
                 bar.update(len(part))
-                if unflushed > BUFFER or self.complete:
+                size = sum(self.rows[k].teacher.valid for k in unflushed) * self.size * self.dtype.itemsize
+                if size > BUFFER or start + batch_size >= len(todo):
                     states.flush()
-                    with hub.atomic_write(self.path.with_suffix(".json")) as file:
-                        json.dump(self.settings | {"rows_written": self.written}, file, indent=2)
-                    unflushed = 0
+                    done[unflushed] = 1
+                    done.flush()
+                    unflushed = []
 
     def grid(self, examples: list[Example], dtype: torch.dtype) -> torch.Tensor:
         """(B, T, d_t) of `dtype` on the grid of valid positions, as cma.Valid lays it out."""
-        states = self._map("r")
+        states = self._map()
         grid = torch.zeros(len(examples), max(e.teacher.valid for e in examples), self.size, dtype=dtype)
         for i, example in enumerate(examples):
             start, end = self.place[example.row]

@@ -17,7 +17,8 @@ def read_settings(cls, description: str, argv: list[str] | None = None):
         if given.get("resume") and given.get("overwrite"):
             raise InputError("--resume goes on with a run and --overwrite deletes it: pass one of them")
         if given.get("resume"):
-            return saved_config(cls, Path(given.get("out_dir") or newest_run(cls(**given))), given)
+            saved = saved_config(cls, Path(given.get("out_dir") or newest_run(cls(**given))), given)
+            return {**METHODS.get(saved["method"], {}), **saved}
         is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
         method = METHODS[given.get("method", cls.method)]
         return {**(toy.TRAINING if is_toy else {}), **({} if "alignment" in method else {"probe_interval": 0}),

@@ -11,6 +11,7 @@ that is computed again to save memory, full attention as in the PaLM paper (arXi
     discriminator         6 · (N_t + N_s) · weights, but 4 · N_t for the first layer, whose keys need no gradient
     projectors            s2t: 6 · N_s · d_s · d_t; their inputs need no gradient: t2s: 4 · N_t · d_t · d_s,
                           query: 4 · N_s · 2d_s · 2d_t"""
+import re
 import time
 
 import torch
@@ -18,9 +19,14 @@ import torch
 from methods.table import LOGITS_ONLY, WITHOUT_KD
 from tokenize_align import Example
 
-# dense bfloat16, operations a second, from the makers' data sheets
-PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
-        "A10": 125e12, "4090": 165e12}
+# Dense bfloat16 with float32 sums, in TFLOP/s, from the makers' data sheets; names as the driver has them, whole, but
+# for "NVIDIA" in front. The first that fits counts; a part of a card (MIG) and any other are measured.
+PEAK = {r"GB200|GB300": 2500, r"B200|B300": 2250, r"H200|GH200 .*|H100( 80GB)? HBM[23]e?|H800": 989,
+        r"H200 NVL|H100 NVL": 835, r"(H100|H800) PCIe": 756, r"H20": 148,
+        r"A[18]00-(SXM4?|PCIE|PG509)-\d+GB|A[18]00 80GB PCIe": 312, r"A30": 165, r"A40": 150, r"A10": 125, r"A10G": 70,
+        r"A2": 18, r"L40S": 362, r"L40": 181, r"L4": 121, r"RTX 6000 Ada Generation": 364, r"RTX A6000": 155,
+        r"RTX A5000": 111, r"GeForce RTX 5090": 209, r"GeForce RTX 4090": 165, r"GeForce RTX 4080": 97,
+        r"GeForce RTX 3090": 71}
 
 def decoder_flops(decoder, sequences: list) -> int:
     """Forward operations of a Decoder's layers over some tokenize_align.Sequence, each but its last token."""
@@ -56,16 +62,25 @@ def step_flops(options, student, teacher, examples: list[Example], cached: bool 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
     """Operations a second that the device can do: from the data sheet, or measured with a large product of matrices."""
-    if device == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name()
-        for known, flops in PEAK.items():
-            if known in name:
-                return flops
-    # not random: a run's random numbers stay its own
-    a = torch.full((2048, 2048), 0.01, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(6):                      # the first one is slow
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 2048 ** 3 / best
+    if device == "cuda" and dtype == torch.bfloat16 and (known := known_peak(torch.cuda.get_device_name())):
+        return known
+    size, times = 8192 if device == "cuda" else 2048, []
+    a = torch.full((size, size), 0.01, dtype=dtype, device=device)      # not random: a run's numbers stay its own
+    for _ in range(6):                                                  # the first one is slow
+        if device == "cuda":
+            first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            a @ a
+            second.record()
+            second.synchronize()
+            times.append(first.elapsed_time(second) / 1e3)
+        else:
+            started = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - started)
+    return 2 * size ** 3 / min(times)
+
+def known_peak(name: str) -> float | None:
+    """Operations a second of a card by its whole name, where a data sheet tells them."""
+    name = name.removeprefix("NVIDIA ").strip()
+    return next((1e12 * teraflops for known, teraflops in PEAK.items() if re.fullmatch(known, name)), None)

@@ -36,36 +36,50 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def started():
-    """Join the other processes where torchrun started several. All but the first print nothing but errors."""
+    """Join the other processes where torchrun started several. All but the first print nothing but errors. Of an error
+    the process that has it first tells; the others, which fail because it is gone, leave in silence, and none waits."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, use no more")
+    local, flags = int(os.environ["LOCAL_RANK"]), [*zip(sys.argv, sys.argv[1:]), *(w.split("=") for w in sys.argv)]
+    if torch.cuda.is_available() and ("--device", "cpu") not in map(tuple, flags):
+        if local >= (gpus := torch.cuda.device_count()):
+            raise InputError(f"--nproc_per_node: this machine has {gpus} GPUs; start no more, or pass --device cpu")
         torch.cuda.set_device(local)
-    # the first process may write the teacher's states for hours while the others wait; of a dead one torchrun tells
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            timeout=datetime.timedelta(hours=24))
+    store, number, several = next(iter(dist.rendezvous("env://")))
+    # a process may answer or score for hours while the others wait; of a dead one torchrun tells
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number,
+                            world_size=several, timeout=datetime.timedelta(hours=24))
     printed = sys.stdout
     try:
-        if rank():
+        if number:
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         yield
+    except Exception as error:
+        if store.add("failed", 1) > 1:
+            raise SystemExit(1) from error
+        raise
     finally:
         sys.stdout = printed
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 @contextlib.contextmanager
 def first_goes_first():
-    """What is prepared on disk is prepared once: the first process goes through the block, then the others."""
-    if not is_first():
+    """What is downloaded or prepared on disk is prepared once: the first process goes through the block, then the first
+    of every other machine, whose disk may be another one, then the rest."""
+    turn = 0 if is_first() else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+    for _ in range(turn):
         barrier()
     yield
-    if is_first():
+    for _ in range(2 - turn):
         barrier()
+
+def here() -> tuple[int, int]:
+    """This process's number among those of its machine, and how many they are."""
+    if world() == 1:
+        return 0, 1
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 def barrier() -> None:
     """Wait for all processes."""

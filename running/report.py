@@ -1,4 +1,5 @@
 """What a run says: its first line, a step's record, the table, the commands that go on, and how it leaves."""
+import contextlib
 import json
 import math
 import shlex
@@ -7,6 +8,7 @@ import sys
 
 import toy
 from files import hub
+from files.config import InputError
 from running import parallel
 from running.flops import step_flops
 
@@ -51,6 +53,24 @@ def show(bar, record: dict) -> None:
                     mfu=f"{100 * record['mfu']:.0f}%", refresh=False)
     bar.update()
 
+@contextlib.contextmanager
+def memory_told(config, run):
+    """Around all of a run's computing: where memory does not suffice, say for what, and what needs less of it."""
+    try:
+        yield
+    except Exception as error:
+        if not hub.is_out_of_memory(error):
+            raise
+        shapes = " and ".join(f"{rows} × {tokens} {name.removesuffix('_ids')} tokens"
+                              for name, (rows, tokens) in run.shapes.items())
+        less = [f"--batch_size {config.batch_size // 2} --grad_accum {2 * config.grad_accum}"] * (config.batch_size > 1)
+        less += ["--gradient_checkpointing"] * (not config.gradient_checkpointing)
+        less += ["--cache_teacher"] * bool(config.teacher and not config.cache_teacher and config.method != "seqkd")
+        less += ["--lora_rank 64"] * (not config.lora_rank)
+        raise InputError(f"out of memory on {run.device} in step {run.state.get('step', 0) + 1} with {shapes}; less is "
+                         f"needed with {', '.join(less) or 'a shorter --max_length'}. {run.out_dir / 'last'}, where it "
+                         "is there, is whole") from error
+
 def leave(config, number: int, step: int, total_steps: int) -> None:
     """Exit as a program does that a signal ended, and say how to go on."""
     torchrun = "torchrun … " if parallel.world() > 1 else "python "
@@ -63,9 +83,7 @@ def leave(config, number: int, step: int, total_steps: int) -> None:
     sys.exit(128 + (number or signal.SIGTERM))
 
 def print_results(config, run, results: dict[str, dict[str, float]]) -> None:
-    """Write results.json and print it, then the commands that go on. results: side → split → ROUGE-L."""
-    with hub.atomic_write(run.out_dir / "results.json") as file:
-        json.dump(results, file, indent=2)
+    """The table, then the commands that go on. results: side → split → ROUGE-L."""
     columns = {split: f"{split} ({len(rows)} of {len(run.rows[split])} rows)" for split, rows in run.scored.items()}
     print(f"\n{'ROUGE-L, greedy':<32}" + "".join(f"{column:>26}" for column in columns.values()))
     for name, scores in results.items():
@@ -78,3 +96,8 @@ def print_results(config, run, results: dict[str, dict[str, float]]) -> None:
     print(f"\nscore it further:  python eval_rouge.py {out_dir} --data {shlex.join(more)} "
           f"--max_length {config.max_length} --max_prompt_length {config.max_prompt_length}")
     print(f"talk to it:        python sample.py {out_dir} \"your instruction\"")
+
+def write_results(run, results: dict[str, dict[str, float]]) -> None:
+    """A run's last word: where results.json is there, everything else is."""
+    with hub.atomic_write(run.out_dir / "results.json") as file:
+        json.dump(results, file, indent=2)

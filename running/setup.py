@@ -45,6 +45,7 @@ class Run:
     total_steps: int = 0
     state: dict = field(default_factory=dict)   # what training.json holds: step, best_dev_rouge_l, bad_steps …
     stop: Stop | None = None                    # signals
+    shapes: dict = field(default_factory=dict)  # of the step's largest forward pass, should memory not suffice for it
 
     def autocast(self):
         return hub.autocast(self.device, self.dtype)
@@ -60,6 +61,9 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = hub.pick_device(config.device, config.dtype)
+    if config.resume and dtype != (usual := hub.pick_device(config.device, "auto")[1]):
+        print(f"note: going on in {config.dtype}, as the run began; this machine's own choice is {usual}, see --dtype")
+    config.dtype = str(dtype).removeprefix("torch.")
     check_machine(config, device)
     run = find_inputs(config, device, dtype)
     if config.resume:
@@ -89,13 +93,16 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
 
 def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
     """Data and model folders, downloaded or made where they are not there yet, and where the run will write."""
+    names = {side: getattr(config, side) for side in ("student", "teacher") if getattr(config, side)}
     with parallel.first_goes_first():
         toy.write_data_for([config.data])
-    files = {split: hub.data_file(config.data, split, required=split != "test") for split in ("train", "dev", "test")}
+        files = {split: hub.data_file(config.data, split, required=split != "test")
+                 for split in ("train", "dev", "test")}
+        with_weights = {"student": config.student_init == "pretrained", "teacher": True}
+        folders = {side: toy.folder(side) if name == "toy" else hub.model_dir(name, with_weights[side])
+                   for side, name in names.items()}
     files = {split: file for split, file in files.items() if file}
     rows = {split: read_rows(file) for split, file in files.items()}
-    names = {side: getattr(config, side) for side in ("student", "teacher") if getattr(config, side)}
-    folders = {side: toy.folder(side) if name == "toy" else Path(name) for side, name in names.items()}
     out_dir = check_out_dir(config, [*files.values(), *folders.values()])
     toys = [side for side, name in names.items() if name == "toy"]
     with parallel.first_goes_first():
@@ -136,7 +143,7 @@ def load_examples(config, run: Run) -> None:
     """The training rows in both tokenizations, and what is computed once for all of them."""
     student, teacher = run.tokenizers["student"], run.tokenizers.get("teacher")
     if config.method == "seqkd":
-        with run.autocast(), parallel.first_goes_first():
+        with run.autocast():
             run.rows["train"] = teacher_rows(
                 run.rows["train"], run.files["train"], config.teacher, run.teacher, teacher, config.max_length,
                 config.max_prompt_length, config.batch_size)
@@ -155,13 +162,13 @@ def load_examples(config, run: Run) -> None:
     if not run.examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
     if config.cache_teacher:
-        with run.autocast(), parallel.first_goes_first():
-            run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
-                                             run.teacher.config.hidden_size, getattr(torch, config.cache_dtype),
-                                             run.dtype)
-            if not run.states.complete:
-                whole = load(run.teacher.source, dtype=run.dtype, device=run.device)
-                run.states.fill(whole, config.batch_size, run.pads[1], run.device)
+        run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
+                                         run.teacher.config.hidden_size, getattr(torch, config.cache_dtype), run.dtype)
+
+        def whole_teacher():
+            return load(run.teacher.source, dtype=run.dtype, device=run.device)
+        with run.autocast():
+            run.states.fill(whole_teacher, config.batch_size, run.pads[1], run.device)
 
 def go_on(config, run: Run, optimizer) -> dict | None:
     """Put back what the last checkpoint holds, if there is one → the record of a step taken but not finished."""
@@ -177,7 +184,8 @@ def go_on(config, run: Run, optimizer) -> dict | None:
     return unfinished
 
 def load_best(config, run: Run) -> Decoder:
-    """The best checkpoint, in parts where the student is."""
+    """The best checkpoint, in parts where the student is, which gives way to it."""
+    run.student = run.projectors = run.adversary = None
     decoder = load(run.out_dir / "best", device="cpu" if config.shard_student else run.device)
     if config.shard_student:
         parallel.shard(decoder, run.device)

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -253,9 +254,9 @@ def bench_step(config: Config, folder: Path) -> list[dict]:
     return [_row("step", ours["seconds"], theirs["seconds"], memory=memory, mfu=ours["mfu"])]
 
 def bench_parts(config: Config, folder: Path) -> list[dict]:
-    teacher, rows = load(folder / "teacher", device=config.device), []
-    teacher_states(folder, teacher, read_examples(folder)).fill(teacher, config.batch_size, 0, config.device)
-    del teacher
+    rows, shape = [], load(folder / "teacher", layers=False)
+    teacher_states(folder, shape, read_examples(folder)).fill(
+        lambda: load(folder / "teacher", device=config.device), config.batch_size, 0, config.device)
     for name, settings in PARTS.items():          # two at a time: not all of them fit into memory together
         ours, other = alternate(config, folder, {"ours": {}, name: settings}, name).values()
         rows.append(_row(f"step, {name}", ours["seconds"], other["seconds"], memory=[ours["memory"], other["memory"]]))
@@ -351,7 +352,7 @@ def bench_growth(config: Config, folder: Path) -> list[dict]:
     axes.set_xticks(factors, ["1/4", "1/2", "1", "2", "4"])
     axes.set(xlabel="size, in units of the middle one", ylabel="seconds a step", title="Cost of a dskd_cma step")
     axes.legend()
-    print(f"wrote {pictures.save(figure, Path(config.out_dir) / 'growth.png', dpi=150)}")
+    pictures.save(figure, folder / "growth.png", dpi=150)
     return rows
 
 def small_step(config: Config, folder: Path, batch: int, length: int, vocabulary: int):
@@ -375,6 +376,7 @@ def main() -> None:
         raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
     if bool(config.data) > bool(config.teacher and config.student):
         raise InputError("--data: needs --teacher and --student, whose tokenizers cut it")
+    hub.claim(Path(config.out_dir), "bench.json", {"table", "config"}, ["growth.png"])
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config.device, dtype = hub.pick_device(config.device, config.dtype)
@@ -396,9 +398,12 @@ def main() -> None:
                 times = f"{row['ours']:9.3f} s {row['other']:9.3f} s   × {row['ratio']:5.2f}"
                 print(f"{row['what']:<64}{times}{more}", flush=True)
             table += rows
-    with hub.atomic_write(Path(config.out_dir) / "bench.json") as file:
-        json.dump({"config": asdict(config), **machine, "table": table}, file, indent=2)
-    print(f"wrote {Path(config.out_dir) / 'bench.json'}")
+        with hub.atomic_write(Path(config.out_dir) / "bench.json") as file:
+            json.dump({"config": asdict(config), **machine, "table": table}, file, indent=2)
+        if "growth" in config.only:
+            with hub.whole_file(Path(config.out_dir) / "growth.png") as temporary:
+                shutil.copyfile(Path(folder) / "growth.png", temporary)
+    print(f"wrote bench.json{' and growth.png' if 'growth' in config.only else ''} into {config.out_dir}")
 
 if __name__ == "__main__":
     hub.run(main)

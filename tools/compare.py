@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -82,7 +83,7 @@ class Cell:
     def key(self, without: tuple[str, ...] = ()) -> str:
         """What a finished cell is known by: settings that its scores depend on. without "seed": those of its row."""
         settings = dataclasses.asdict(self.settings)
-        kept = {name: value for name, value in settings.items() if name not in (*FREE, *without)}
+        kept = {name: value for name, value in settings.items() if name not in {*FREE, *without} - {"dtype"}}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
@@ -146,8 +147,8 @@ def check_begun(folder: Path, wanted) -> None:
         return
     saved = saved_config(train.Config, folder, {})
     for name, value in dataclasses.asdict(wanted).items():
-        if name not in FREE and saved[name] != value:
-            raise InputError(f"{folder}: holds a run with --{name} {saved[name]}, not {value}; pass another --out_dir")
+        if name not in FREE and (before := saved.get(name, getattr(train.Config, name))) != value:
+            raise InputError(f"{folder}: holds a run with --{name} {before}, not {value}; pass another --out_dir")
 
 def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
     """Keep the hash of every data file and model folder. Raises InputError where one has changed since another cell."""
@@ -157,9 +158,11 @@ def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
     models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher)} - {"", "toy"}
     found |= {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
     try:
-        known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not what compare.py writes ({error}); move the folder away to begin anew") from error
+        known = hub.claim(path.parent, path.name, set(), ["results.jsonl", "table.md", "table.png", "cells"]) or {}
+        if not all(re.fullmatch("[0-9a-f]{64}", value) for value in known.values()):
+            raise TypeError("values that are no hashes")
+    except TypeError as error:
+        raise InputError(f"{path}: not what compare.py writes ({error}); pass another --out_dir") from error
     for name, value in found.items():
         if known.get(name, value) != value:
             raise InputError(f"{name}: has changed since the cells in {path.parent} were made; pass another --out_dir")
@@ -173,7 +176,7 @@ def run_cell(cell: Cell, config: Config, sets: list[str]) -> dict:
     settings = dataclasses.replace(cell.settings, resume=(cell.folder / "config.json").exists())
     if not (cell.folder / "results.json").exists():             # train.py's last word
         with contextlib.ExitStack() as stack:
-            train.train(settings, stack)
+            train.conclude(*train.train(settings, stack))
     parallel.barrier()
     same = {name: getattr(settings, name) for name in ("max_length", "max_prompt_length", "device", "dtype")}
     eval_rouge.evaluate(eval_rouge.Config(model=str(cell.folder), data=sets, seeds=config.scoring_seeds, num=config.num,

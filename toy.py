@@ -246,8 +246,9 @@ def write_data_for(names: list[str]) -> None:
     if not set(names) & {*SETS, "toy-world"} or mark.exists() and mark.read_text() == made_by:
         return
     rows = make_rows()
-    for path in [path for name, _ in rows for path in (hub.DATA_DIR / name).glob("*") if re.fullmatch(OWN, path.name)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [path for name in {name for name, _ in rows} for path in (hub.DATA_DIR / name).glob("*")]:
+        if re.fullmatch(OWN, path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for (name, split), content in rows.items():
         (hub.DATA_DIR / name).mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in content)

@@ -8,6 +8,11 @@ E: embeddings, h: final hidden states, W: head; t2s: from the teacher to the stu
     KD = CE(z_t2s, y_s) + Σ g · D(z_s, sg z_t2s) + Σ w_t · KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
     g = 1[argmax z_t2s = y_s], w_t = 1;   DWA-KD (2602.21669): g = ramp · max softmax(z_t2s) · w_s, entropy weights w
 
+The value holds the label's embedding E_t(y_t), and a later position of the teacher's has read what the student's is
+to say: z_t2s is told its answer. What keeps the answer from it: value h_t/σ_h alone (--value hidden), g = 1 (--gate
+always), and an alignment in which a position takes only from those that have read no more of the text than itself, i.e.
+whose label begins no later: by attention (--alignment causal), or from the last of them (last_read: no query).
+
 Notable here:
 - attention lives on (B, S, T) of valid positions only, S and T being the largest numbers of them in a row, so that no
   loss depends on how far a batch is padded;
@@ -22,7 +27,8 @@ from methods.dual_space import Projectors, both_spaces, student_space, teacher_s
 from methods.heads import Parts, entropies
 from methods.sides import Side
 
-ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean")
+ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean", "causal", "last_read")
+WITH_QUERIES = ("attention", "chunk_attention", "causal")
 
 class Aligned(NamedTuple):
     """What was found between the two sides of a batch, on their grids of valid positions."""
@@ -39,7 +45,7 @@ def align(student: Side, teacher: Side, projectors: Projectors, alignment: str) 
         label_embed = teacher.embed(teacher.y)
         keys = torch.cat([teacher.embed(teacher.x), label_embed], -1)
         keys = keys / teacher.valid.deviation(keys)
-    queries = None if alignment == "chunk_mean" else projectors.query(student_pair)
+    queries = projectors.query(student_pair) if alignment in WITH_QUERIES else None
     return Aligned(label_embed, *mixing_weights(alignment, queries, keys, student, teacher), queries, keys)
 
 def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +53,15 @@ def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) 
     attention (CMA): softmax over the rows of A, and of Aᵀ; A is −1e5 where either side is not valid.
     chunk_attention (CLA): A is also −1e5 outside M, the pairs in one chunk. chunk_mean (CLP): M over its rows' sums.
     A row whose chunk has nothing on the other side (a text that was cut there) is all zeros; it has no part in the
-    losses between the two sides."""
+    losses between the two sides. causal: A is −1e5 where the other's label begins later. last_read: 1 for the last of
+    the positions whose label begins no later."""
     allowed = student.valid.mask[:, :, None] & teacher.valid.mask[:, None, :]
+    if alignment in ("causal", "last_read"):
+        read_s, read_t = student.starts[:, :, None], teacher.starts[:, None, :]
+        scores = torch.zeros_like(allowed, dtype=torch.float32) if queries is None else queries @ keys.transpose(1, 2)
+        scores = scores / keys.size(-1) ** 0.5
+        pairs = ((scores, allowed & (read_t <= read_s)), (scores.transpose(1, 2), (allowed & (read_s <= read_t)).mT))
+        return tuple(_last(mask) if queries is None else x.masked_fill(~mask, -1e5).softmax(-1) for x, mask in pairs)
     if alignment != "attention":
         allowed = allowed & (student.chunks[:, :, None] == teacher.chunks[:, None, :])
     if alignment == "chunk_mean":
@@ -58,27 +71,33 @@ def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) 
     weights, back = scores.softmax(-1), scores.transpose(1, 2).softmax(-1)
     return (weights, back) if alignment == "attention" else (weights * allowed, back * allowed.transpose(1, 2))
 
+def _last(mask: torch.Tensor) -> torch.Tensor:
+    """1 at the last true of each row (B, S, T), zeros where there is none."""
+    number = torch.arange(1, mask.size(-1) + 1, device=mask.device) * mask
+    return ((number == number.amax(-1, keepdim=True)) & mask).float()
+
 def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step: int,
              factors: dict[str, float]) -> tuple[Parts, Aligned]:
     """Dual-space distillation across tokenizers → the loss parts, and the alignment for what else needs it.
     The embeddings are detached, the teacher's states have no gradient; standard deviations σ are over valid positions
-    and all features. options: alignment, weights, ramp_steps, divergence and temperature of table.Options; step:
-    optimizer steps done so far."""
+    and all features. options: table.Options; step: optimizer steps done so far."""
     found = align(student, teacher, projectors, options.alignment)
 
     def unit(grid):
         return grid / teacher.valid.deviation(grid)
-    value = unit(teacher.hidden) + unit(found.teacher_label_embed)
+    value = unit(teacher.hidden)
+    if options.value == "label":
+        value = value + unit(found.teacher_label_embed)
     t2s = found.attention @ projectors.t2s(value)                         # (B, S, d_s)
     s2t = found.back @ projectors.s2t(student.hidden)                   # (B, T, d_t)
     met_s = student.valid.pack(found.attention.detach().sum(-1) > 0).float()
     met_t = teacher.valid.pack(found.back.detach().sum(-1) > 0).float()
-    gate, w_s, w_t = "right", torch.ones_like(met_s), torch.ones_like(met_t)
+    w_s, w_t = torch.ones_like(met_s), torch.ones_like(met_t)
     if options.weights == "entropy":
-        gate, (w_s, w_t) = "confidence", entropy_weights(student, teacher)
+        w_s, w_t = entropy_weights(student, teacher)
         w_s = w_s * (min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0)
     return both_spaces(
-        student_space(student, student.valid.pack(t2s), options, factors, gate, w_s, met_s),
+        student_space(student, student.valid.pack(t2s), options, factors, options.gate, w_s, met_s),
         teacher_space(teacher, teacher.valid.pack(s2t), options, factors, w_t * met_t)), found
 
 def entropy_weights(student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:

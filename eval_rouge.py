@@ -1,30 +1,39 @@
-"""Score a model's answers: ROUGE-L and exact match over sampled (or greedy) generations.
+"""Score a model: ROUGE-L and exact match of sampled (or greedy) answers, and bits a byte of the references.
 
-    python eval_rouge.py out/toy-dskd_cma_ga --data toy toy-phrasings --seeds 10 20 30
+    python eval_rouge.py out/toy-byte_kd --data toy toy-phrasings --seeds 10 20 30
 
 torchrun --nproc_per_node=8 -- eval_rouge.py … splits the rows over 8 processes; what is sampled then depends on their
 number. As in the papers: sample at temperature 1, top-p 1, five seeds; ROUGE-L F1 × 100 with stemming, best over
 references; mean ± standard deviation over seeds; "OOD" is the mean over every set but the one trained on.
+
+Bits a byte: −log₂ p of an answer's tokens and EOS over its UTF-8 bytes, summed over rows before dividing: it compares
+models whatever their tokenizers are, and moves less with the seed than ROUGE-L.
 
 Notable here: `rouge_l` gives the rouge-score package's values; the longest common subsequence is computed with a row of
 the dynamic program in one whole number, and every stem only once."""
 import functools
 import itertools
 import json
+import math
 import re
 import statistics
 import string
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
 import toy
 from files import hub
 from files.config import InputError, flag, parse
 from files.rows import Row, read_rows
+from methods.heads import slices
 from model import load
 from running import parallel
 from running.answers import answer_rows, tell_cut_prompts
-from tokenize_align import load_tokenizer
+from tokenize_align import collate, encode_rows, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------- scores
 def _rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
@@ -65,6 +74,42 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> list[boo
     def normal(text):
         return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
     return [normal(p) in map(normal, group) for p, group in zip(predictions, references)]
+
+# --------------------------------------------------------------------------------------------------------------- bits
+@torch.no_grad()
+def answer_bits(decoder, tokenizer, pairs: list[tuple[str, str]], max_length: int, max_prompt_length: int,
+                batch_size: int = 32, desc: str = "bits") -> list[tuple[float, int]]:
+    """For each (prompt, answer): −log₂ p(answer, EOS), and the answer's UTF-8 bytes; where max_length cuts it, of what
+    is left, and (0, 0) where that is nothing. torchrun's processes share the work; those of a sharded model do all."""
+    first, every = (0, 1) if parallel.is_sharded(decoder) else (parallel.rank(), parallel.world())
+    rows = [Row(prompt, [answer]) for prompt, answer in pairs[first::every]]
+    examples = encode_rows(rows, tokenizer, tokenizer, max_length, max_prompt_length)[0]
+    examples.sort(key=lambda example: len(example.student.ids))
+    bits, training, device = [(0.0, 0)] * len(rows), decoder.training, decoder.embed.weight.device
+    decoder.eval()
+    for start in tqdm(range(0, len(examples), batch_size), desc=desc, leave=False, delay=2):
+        part = examples[start:start + batch_size]
+        batch = collate(part, tokenizer.eos_id, tokenizer.eos_id)
+        labels = batch["student_labels"].to(device)
+        states, labels = decoder(batch["student_ids"].to(device))[labels != -100], labels[labels != -100]
+        nats = torch.cat([F.cross_entropy(decoder.logits(states[here]).float(), labels[here], reduction="none")
+                          for here in slices(states)]).double().cpu()
+        for example, tokens in zip(part, nats.split([example.student.valid for example in part])):
+            bits[example.row] = float(tokens.sum()) / math.log(2), example.student.spans[-1][1]
+    decoder.train(training)
+    parts = parallel.gather(bits)
+    return [parts[i % every][i // every] for i in range(len(pairs))]
+
+def bits_per_byte(bits: list[tuple[float, int]]) -> float:
+    """Σ bits / Σ bytes: what the answers cost, whichever tokens they are cut into."""
+    return sum(b for b, _ in bits) / max(1, sum(n for _, n in bits))
+
+def kl_to_truth(decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, batch_size: int) -> float:
+    """KL(truth ‖ model) in bits an answer, the mean over rows, which have a `truth`."""
+    pairs = [(row.prompt, answer) for row in rows for answer in row.truth]
+    bits = answer_bits(decoder, tokenizer, pairs, max_length, max_prompt_length, batch_size, "KL to the truth")
+    truth = [p for row in rows for p in row.truth.values()]
+    return sum(p * (math.log2(p) + b) for p, (b, _) in zip(truth, bits)) / len(rows)
 
 # ---------------------------------------------------------------------------------------------------------- stemmer
 # Porter's (An algorithm for suffix stripping, 1980) in the dialect of the rouge-score package: NLTK's, whose departures
@@ -211,17 +256,19 @@ def evaluate(config: Config) -> None:
     results = {name: score_set(config, decoder, tokenizer, name, rows, out_dir) for name, rows in sets.items()}
     if not parallel.is_first():
         return
-    others = [r["rouge_l"] for name, r in results.items() if not hub.same_data(name, trained_on)]
+    others = [r for name, r in results.items() if not hub.same_data(name, trained_on)] if trained_on else []
     summary = {"model": config.model, "seeds": [None] if config.greedy else config.seeds, "trained_on": trained_on,
-               "sets": results, "ood_mean": statistics.mean(others) if others and trained_on else None}
+               "sets": results, "ood_mean": statistics.mean(r["rouge_l"] for r in others) if others else None,
+               "ood_bits_per_byte": statistics.mean(r["bits_per_byte"] for r in others) if others else None}
     with hub.atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
-    print(f"{'set':<24}{'rows':>6}   ROUGE-L{'':>10}exact match")
+    print(f"{'set':<24}{'rows':>6}   bits a byte   ROUGE-L{'':>10}exact match   KL(truth ‖ model)")
     for name, r in results.items():
-        print(f"{name:<24}{r['rows']:>6}   {r['rouge_l']:5.2f} ± {r['std']:4.2f}{'':>5}{r['exact_match']:6.2f} %"
-              + ("   (trained on)" if hub.same_data(name, trained_on) else ""))
-    if summary["ood_mean"] is not None:
-        print(f"{'OOD mean':<24}{'':>6}   {summary['ood_mean']:5.2f}")
+        known = "" if r["kl_to_truth"] is None else f"{r['kl_to_truth']:12.2f} bits"
+        print(f"{name:<24}{r['rows']:>6}{r['bits_per_byte']:14.3f}   {r['rouge_l']:5.2f} ± {r['std']:4.2f}{'':>5}"
+              f"{r['exact_match']:6.2f} % {known}" + ("   (trained on)" if hub.same_data(name, trained_on) else ""))
+    if others:
+        print(f"{'OOD mean':<24}{'':>6}{summary['ood_bits_per_byte']:14.3f}   {summary['ood_mean']:5.2f}")
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
 
 def answers_file(out_dir: Path, name: str, seed: int | None) -> Path:
@@ -247,14 +294,23 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
                 for row, text, score in zip(rows, answers, each):
                     line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=round(100 * score, 2))
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return {"rows": len(rows), "rouge_l": statistics.mean(scores), "rouge_l_by_seed": scores,
+    limits = config.max_length, config.max_prompt_length, config.batch_size
+    bits = answer_bits(decoder, tokenizer, [(row.prompt, row.outputs[0]) for row in rows], *limits, f"{name}, bits")
+    known = kl_to_truth(decoder, tokenizer, rows, *limits) if all(row.truth for row in rows) else None
+    return {"rows": len(rows), "bits_per_byte": bits_per_byte(bits), "kl_to_truth": known,
+            "bits": [round(b, 4) for b, _ in bits], "bytes": [n for _, n in bits],
+            "rouge_l": statistics.mean(scores), "rouge_l_by_seed": scores,
             "std": statistics.stdev(scores) if len(scores) > 1 else 0.0, "exact_match": statistics.mean(matches)}
 
-def greedy_rouge_l(decoder, tokenizer, rows: list[Row], config, desc: str, at_once) -> float:
-    """ROUGE-L × 100 of greedy answers, the mean over rows. config: its limits in tokens; at_once: as in answer_rows."""
+def quick_scores(decoder, tokenizer, rows: list[Row], config, desc: str, at_once) -> dict[str, float]:
+    """ROUGE-L × 100 of greedy answers, the mean over rows, and bits a byte of the first references. config: its limits
+    in tokens; at_once: as in answer_rows."""
+    bits = answer_bits(decoder, tokenizer, [(row.prompt, row.outputs[0]) for row in rows], config.max_length,
+                       config.max_prompt_length)
     answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, temperature=0.0,
                           desc=desc, at_once=at_once)
-    return 100 * sum(rouge_l(answers, [row.outputs for row in rows])) / len(answers)
+    return {"rouge_l": 100 * sum(rouge_l(answers, [row.outputs for row in rows])) / len(answers),
+            "bits_per_byte": bits_per_byte(bits)}
 
 if __name__ == "__main__":
     hub.run(main)

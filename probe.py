@@ -162,10 +162,13 @@ def numbers_of_run(config, run) -> dict[str, float]:
     numbers = training_numbers(config, responses, run.adversary)
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
-def leave_pictures(config, run) -> None:
-    """Draw the run's curves and, where there is attention, what the best checkpoint's looks like on a dev row."""
+def leave_pictures(config, run, results: dict) -> None:
+    """Draw the run's scores and curves and, where there is attention, the best checkpoint's on a dev row."""
     try:
-        drawn = [draw_curves(run.out_dir)]
+        split = "test" if "test" in run.scored else "dev"
+        title = f"{run.out_dir}, {len(run.scored[split])} rows of {split}"
+        scores = {name: of[split] for name, of in results.items()}
+        drawn = [pictures.results(run.out_dir / "results.png", title, scores), draw_curves(run.out_dir)]
         if config.alignment != "none":
             best = open_checkpoint(config.out_dir, str(run.folders["teacher"]))
             if responses := look(best, run.files["dev"], BATCH):
@@ -239,7 +242,7 @@ def numbers(run: Checkpoint, responses: list[Response]) -> tuple[dict, dict[str,
             for kind, values in kinds.items():              # attention comes last: its draws are kept
                 mean, draws[direction, name] = resample([v[name] for v in values[direction]])
                 row[kind] = {"mean": mean, "interval": None if mean is None else interval(draws[direction, name])}
-    if run.settings.alignment != "chunk_mean":
+    if responses[0].queries is not None:
         keys, queries = torch.cat([s.keys for s in responses]), torch.cat([s.queries for s in responses])
         right = [resample(side) for side in matching_values(responses)]
         draws["probe_accuracy"] = sum(means for _, means in right) / 2

@@ -1,15 +1,16 @@
 """Ask a model something: the answer is printed as it is generated.
 
-    python sample.py out/toy-dskd_cma_ga "Which food does Mira like?"
+    python sample.py out/toy-byte_kd "Which food does Mira like?"
     python sample.py smollm2 "Name three rivers." --temperature 0
-    python sample.py out/toy-dskd_cma_ga                          # asks for instructions until an empty line or Ctrl-D
+    python sample.py out/toy-byte_kd                          # asks for instructions until an empty line or Ctrl-D
 
-The instruction is put into Alpaca's template, as in training."""
+The instruction is put into Alpaca's template, as in training; the toy's models were trained without one."""
 import sys
 from dataclasses import dataclass
 
 import torch
 
+import toy
 from files import hub
 from files.config import InputError, flag, parse
 from files.rows import make_prompt
@@ -33,7 +34,8 @@ class Config:
 def tell(decoder, tokenizer, config: Config, instruction: str, generator: torch.Generator) -> None:
     """Print the answer to one instruction, token by token; a character split over tokens waits until it is whole."""
     device = decoder.embed.weight.device
-    text = make_prompt(instruction, config.input).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    template = toy.make_prompt if hub.trained_on(decoder.source) in toy.SETS else make_prompt
+    text = template(instruction, config.input).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     limit = decoder.config.max_positions - min(config.max_new_tokens, decoder.config.max_positions // 2)
     prompt, was_cut = encode_prompt(text, tokenizer, limit)
     if was_cut:

@@ -294,19 +294,23 @@ def collate(examples: list[Example], student_pad: int, teacher_pad: int,
     """Right-pad to the longest of the batch → student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T).
     ids are the tokens but the last, labels the next token where it belongs to the response or is EOS, else −100.
     align_on adds student_chunks (B, S) and teacher_chunks (B, T): the number of a valid position's chunk, "label": of
-    its label token, "input": of its input token, where the prompt's last tokens make a chunk of their own."""
+    its label token, "input": of its input token, where the prompt's last tokens make a chunk of their own; and
+    student_starts, teacher_starts: the byte of the response at which a valid position's label begins."""
     batch = {}
     for side, pad in {"student": student_pad, "teacher": teacher_pad}.items():
         sequences = [getattr(example, side) for example in examples]
         shape = len(sequences), max(len(s.ids) for s in sequences) - 1
-        ids, labels, chunks = torch.full(shape, pad), torch.full(shape, -100), torch.zeros(shape, dtype=torch.long)
+        ids, labels = torch.full(shape, pad), torch.full(shape, -100)
+        chunks, starts = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
         for i, s in enumerate(sequences):
             tokens, valid = torch.tensor(s.ids), slice(s.prompt_length - 1, len(s.ids) - 1)
             ids[i, :len(tokens) - 1] = tokens[:-1]
             labels[i, valid] = tokens[s.prompt_length:]
             if align_on:
                 chunks[i, valid] = torch.tensor(s.chunks if align_on == "label" else [-1] + s.chunks[:-1])
-        batch |= {f"{side}_ids": ids, f"{side}_labels": labels} | ({f"{side}_chunks": chunks} if align_on else {})
+                starts[i, valid] = torch.tensor([begin for begin, _ in s.spans])
+        batch |= {f"{side}_ids": ids, f"{side}_labels": labels}
+        batch |= {f"{side}_chunks": chunks, f"{side}_starts": starts} if align_on else {}
     return batch
 
 def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

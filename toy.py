@@ -3,9 +3,17 @@
     python train.py             # writes all this under data/ and distils the toy teacher into the toy student
     python toy.py               # only writes the data and prints a few rows
 
-The world: people with a town, a food, an animal, a trade and a colour each. The tasks: look a fact up (from memory, as
-a language model knows things), add and subtract, edit lists, spell words, rephrase sentences. In the look-ups of dev
-and test every question is new, though each fact was asked for in other words. Three sets stay out of training entirely:
+The world: people with a town, a food, an animal, a trade and a colour each. None of these is certain: asked what Mira
+eats, the world says plums with probability 0.6, bread with 0.25 and figs with 0.15, in one of three ways (0.5, 0.3,
+0.2). Seven rows of ten ask for such a fact; the rest edit lists and words, calculate and rephrase. So of every answer
+the true distribution is known, and a row's label is one draw from it:
+
+    from the labels     the form of questions and answers, and of a fact the two or three draws that its rows hold
+    from the teacher    the whole distribution: it has read 20,000 rows, every fact some 70 times, in all wordings
+
+The student has only read 6,000 rows about other people. In dev and test every question is new, though its fact was
+asked for in other words; a row holds the likely answers, the drawn one first, and the `truth`. Three sets stay out of
+training entirely:
 
     toy-phrasings   the same kinds of task in words that training never uses
     toy-kinds       kinds of task that training does not have
@@ -13,6 +21,7 @@ and test every question is new, though each fact was asked for in other words. T
 
 The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000 pieces), the student
 a GPT-2 with byte-level BPE (600 tokens), so that train.py needs no special case for them."""
+import functools
 import io
 import json
 import os
@@ -26,12 +35,12 @@ from pathlib import Path
 
 from files import hub
 from files.config import InputError
-from files.rows import make_prompt
 from files.tokenizer_config import GPT2_SPLIT
 from tokenize_align import ALPHABET
 
 SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")
-WORLD_ROWS, TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 6000, 800, 100, 300, 200
+WORLD_ROWS, CHILDHOOD_ROWS, TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 20_000, 6000, 800, 100, 300, 200
+LOOKUP_SHARE = 0.7          # of every set but toy-kinds and toy-asides
 
 TEACHER = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=1000,
                hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
@@ -40,15 +49,16 @@ TEACHER = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_ac
 STUDENT = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=600, n_embd=64, n_layer=2, n_head=4,
                n_positions=256, activation_function="gelu_new", layer_norm_epsilon=1e-5, initializer_range=0.02,
                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, torch_dtype="float32")
-# Both are "pretrained" by train.py on the world, of which the toy's training rows are a small part: the teacher knows
-# many facts that those rows never mention, the student has just begun to learn the language.
-# train.py's defaults where the student is the toy: a run takes about two minutes on two cores.
-TRAINING = dict(epochs=45, lr=3e-3, projector_lr=3e-3, warmup_steps=20, max_length=128, max_prompt_length=100,
-                eval_interval=225, probe_interval=45)
+# train.py's defaults where the student is the toy: a run takes a minute or two on two cores.
+TRAINING = dict(method="byte_kd", epochs=48, lr=2e-3, projector_lr=3e-3, warmup_steps=20, max_length=96,
+                max_prompt_length=72, eval_interval=150, probe_interval=60, select="bits")
 # What the toy and train.py's caches leave in the toy's folders under data/: all that is deleted to make them anew.
-OWN = r"(train|dev|test)\.jsonl|train-(states|by)-.+-[0-9a-f]+\.\w+|(student|teacher)(-start|-run)?"
-PRETRAINING = {"teacher": ["--epochs", "5", "--lr", "1e-3", "--warmup_steps", "50"],
-               "student": ["--epochs", "1", "--lr", "3e-3", "--warmup_steps", "20"]}
+OWN = r"(train|dev|test)\.jsonl|train-(states|by)-.+-[0-9a-f]+\.\w+|(student|teacher|sft)(-start|-run)?"
+# Both are "pretrained" by train.py, on the sets world and childhood.
+PRETRAINING = {"teacher": ["--data", "toy-world", "--epochs", "3", "--lr", "1e-3", "--warmup_steps", "50"],
+               "student": ["--data", "toy-childhood", "--epochs", "8", "--lr", "3e-3", "--warmup_steps", "20"],
+               "sft": []}           # the student fine-tuned alone, by the toy's defaults, to compare with
+LIMITS = ["--max_length", "96", "--max_prompt_length", "72"]
 
 # -------------------------------------------------------------------------------------------------------- the world
 TOWNS = "Tolven Marrick Oslaw Pentiver Quillby Harnow Brisk Ferrin Dunmoor Ivelle Kasto Lunfar".split()
@@ -59,16 +69,23 @@ COLOURS = "red blue green white black yellow brown grey pink gold".split()
 ATTRIBUTES = {"town": TOWNS, "food": FOODS, "animal": ANIMALS, "trade": TRADES, "colour": COLOURS}
 
 LOOKUPS = {     # attribute → questions in training | questions only in toy-phrasings
-    "town": "Where does {0} live?; In which town does {0} live?; Name the town of {0}.; What is the home town of {0}?"
-            " | {0} lives in which town?; Tell me where the home of {0} is.",
-    "food": "What does {0} eat?; Which food does {0} like?; Name the food of {0}.; What is the favourite food of {0}?"
+    "town": "Where does {0} live?; In which town does {0} live?; Name the town of {0}.; Where is the home of {0}?; "
+            "What is the home town of {0}?; Say where {0} lives.; Which town is home to {0}?; "
+            "Which town does {0} come from? | {0} lives in which town?; Tell me where the home of {0} is.",
+    "food": "What does {0} eat?; Which food does {0} like?; Name the food of {0}.; What is the favourite food of {0}?; "
+            "What would {0} eat?; Say what {0} eats.; What is the food of {0}?; What food does {0} want?"
             " | {0} likes which food?; Tell me what {0} likes to eat.",
     "animal": "Which animal does {0} keep?; What animal does {0} have?; Name the animal of {0}.; "
-              "What is the pet of {0}? | {0} keeps which animal?; Tell me which pet {0} has.",
-    "trade": "What work does {0} do?; What is the trade of {0}?; Name the trade of {0}.; Which trade does {0} work in?"
+              "What is the pet of {0}?; Which pet does {0} have?; Say which animal {0} keeps.; "
+              "Which animal lives with {0}?; What is the animal of {0}?"
+              " | {0} keeps which animal?; Tell me which pet {0} has.",
+    "trade": "What work does {0} do?; What is the trade of {0}?; Name the trade of {0}.; What does {0} work as?; "
+             "Which trade does {0} work in?; What is the work of {0}?; Say what work {0} does.; What job does {0} have?"
              " | {0} does what work?; Tell me which trade {0} has.",
     "colour": "Which colour does {0} like?; What is the favourite colour of {0}?; Name the colour of {0}.; "
-              "What colour does {0} wear? | {0} likes which colour?; Tell me the colour that {0} likes to wear."}
+              "What colour does {0} wear?; Which colour is dear to {0}?; Say which colour {0} likes.; "
+              "What is the colour of {0}?; What colour would {0} choose?"
+              " | {0} likes which colour?; Tell me the colour that {0} likes to wear."}
 EDITS = {       # the same for the other tasks
     "add": "What is {} plus {}?; Add {} and {}. | Give me the sum of {} and {}.",
     "subtract": "What is {} minus {}?; {} minus {} is what? | How much is {} less {}?",
@@ -85,18 +102,32 @@ WORDS = FOODS + ANIMALS + TRADES + COLOURS
 VERBS = {"walk": "walked", "go": "went", "run": "ran", "ride": "rode", "come": "came", "look": "looked"}
 PLACES = "the lake;the mill;the old bridge;the market;the hill;the harbour".split(";")
 
-def people() -> dict[str, dict[str, str]]:
-    """Eighty people and their facts, always the same."""
+ANSWERS = {"town": ("{1}", "{0} lives in {1}.", "In {1}."), "food": ("{1}", "{0} eats {1}.", "It is {1}."),
+           "animal": ("a {1}", "{0} keeps a {1}.", "It is a {1}."), "colour": ("{1}", "{0} likes {1}.", "It is {1}."),
+           "trade": ("{1}", "{0} is a {1}.", "The trade is {1}.")}
+VALUE_SHARES, WAY_SHARES = (0.6, 0.25, 0.15), (0.5, 0.3, 0.2)
+NAMES = [a + b for b in "ra dan vel nix shi".split() for a in "Mi Ro Ta Be Lo Ka Su Jo".split()]
+PEOPLE, OTHERS = NAMES[:20], NAMES[20:]         # whom the world asks about, and the student's childhood
+
+Row = tuple[str, str, dict[str, float]]         # instruction, input, the answers' distribution
+
+@functools.cache
+def facts() -> dict[str, dict[str, list[str]]]:
+    """Of everybody, for each attribute the three values, the likeliest first; always the same."""
     rng = random.Random(7)
-    names = [a + b for a in "Mi Ro Ta Be Lo Ka Su Jo".split() for b in "ra dan vel nix shi mon lo ret gus ban".split()]
-    return {name: {attribute: rng.choice(values) for attribute, values in ATTRIBUTES.items()} for name in names}
+    return {name: {attribute: rng.sample(values, 3) for attribute, values in ATTRIBUTES.items()} for name in NAMES}
+
+def truth(name: str, attribute: str) -> dict[str, float]:
+    """The distribution of the answers to a question for a fact."""
+    return {way.format(name, value): p * q for value, p in zip(facts()[name][attribute], VALUE_SHARES)
+            for way, q in zip(ANSWERS[attribute], WAY_SHARES)}
 
 def wordings(text: str, held_out: bool) -> list[str]:
     """Of a line of LOOKUPS or EDITS those of training or the others."""
     return text.split(" | ")[held_out].split("; ")
 
-def _lookups(held_out: bool) -> list[tuple[str, str, str]]:
-    return [(question.format(name), "", facts[attribute]) for name, facts in people().items()
+def _lookups(names: list[str], held_out: bool) -> list[Row]:
+    return [(question.format(name), "", truth(name, attribute)) for name in names
             for attribute, text in LOOKUPS.items() for question in wordings(text, held_out)]
 
 def _ask(rng, task: str, held_out: bool, *gaps) -> str:
@@ -110,7 +141,7 @@ def _arithmetic(rng, held_out):
     return _ask(rng, "subtract", held_out, a, b), "", str(a - b)
 
 def _list_edit(rng, held_out):
-    words = rng.sample(WORDS, rng.randint(2, 4))
+    words = rng.sample(WORDS, rng.randint(2, 3))
     task = rng.choice(("reverse", "sort", "first", "remove"))
     gone = rng.choice(words) if task == "remove" else ""
     answers = {"reverse": words[::-1], "sort": sorted(words), "first": words[:1],
@@ -124,14 +155,14 @@ def _string_edit(rng, held_out):
     return _ask(rng, "capitals", held_out, word), "", word.upper()
 
 def _rephrasing(rng, held_out):
-    name, verb, place = rng.choice(list(people())), rng.choice(list(VERBS)), rng.choice(PLACES)
+    name, verb, place = rng.choice(NAMES), rng.choice(list(VERBS)), rng.choice(PLACES)
     task = rng.choice(("past", "question", "deny"))
     answer = {"past": f"{name} {VERBS[verb]} to {place}.", "question": f"Does {name} {verb} to {place}?",
               "deny": f"{name} does not {verb} to {place}."}[task]
     return _ask(rng, task, held_out), f"{name} {verb}{'es' if verb == 'go' else 's'} to {place}.", answer
 
 def _kinds(rng):
-    words = rng.sample(WORDS, rng.randint(2, 4))
+    words = rng.sample(WORDS, rng.randint(2, 3))
     kind = rng.randrange(4)
     if kind == 0:
         return "Give the last word of the list.", ", ".join(words), words[-1]
@@ -144,41 +175,61 @@ def _kinds(rng):
     return "Write the list in capital letters.", ", ".join(words), ", ".join(words).upper()
 
 def _asides(rng):
-    (name, facts), (wanted, known) = rng.choice(list(people().items())), rng.sample(list(ATTRIBUTES), 2)
+    name, (wanted, known) = rng.choice(PEOPLE), rng.sample(list(ATTRIBUTES), 2)
+    told = facts()[name][known][0]
     if wanted == "town":
-        return f"Where does {name}, whose {known} is {facts[known]}, live?", "", facts["town"]
-    return f"{name} has the {known} {facts[known]}. What is the {wanted} of {name}?", "", facts[wanted]
+        return f"Where does {name}, whose {known} is {told}, live?", "", truth(name, "town")
+    return f"{name} has the {known} {told}. What is the {wanted} of {name}?", "", truth(name, wanted)
 
 def make_rows() -> dict[tuple[str, str], list[dict]]:
     """(set, split) → rows. Always the same; nothing that is scored stands in a training row."""
     rng = random.Random(1)
 
     def edit(held_out):
-        return rng.choices((_rephrasing, _arithmetic, _list_edit, _string_edit), (4, 1, 3, 1))[0](rng, held_out)
+        kind = rng.choices((_rephrasing, _arithmetic, _list_edit, _string_edit), (5, 1, 1, 3))[0]
+        instruction, text, answer = kind(rng, held_out)
+        return instruction, text, {answer: 1.0}
 
     def distinct(source, amount, *arguments):
         rows = {}
         while len(rows) < amount:
-            rows[source(*arguments)] = None
-        return list(rows)
+            row = source(*arguments)
+            rows[row[:2]] = row if isinstance(row[2], dict) else (*row[:2], {row[2]: 1.0})
+        return list(rows.values())
 
-    lookups, half, some = _lookups(False), (DEV_ROWS + TEST_ROWS) // 2, OOD_ROWS // 2
+    def stretch(lookups, amount):               # rows may repeat, as sentences do in the world
+        rows = []
+        while len(rows) < amount:
+            row = rng.choice(lookups) if rng.random() < LOOKUP_SHARE else edit(False)
+            rows += [row] * (row[:2] not in scored)
+        return rows
+    lookups, scored_rows, phrased = _lookups(PEOPLE, False), DEV_ROWS + TEST_ROWS, round(LOOKUP_SHARE * OOD_ROWS)
     rng.shuffle(lookups)
-    held_lookups, known_lookups = lookups[:half], lookups[half:]
-    held = held_lookups + distinct(edit, half, False)
+    asked = round(LOOKUP_SHARE * scored_rows)
+    held = lookups[:asked] + distinct(edit, scored_rows - asked, False)
     rng.shuffle(held)
-    world, scored = [], set(held)
-    while len(world) < WORLD_ROWS:          # rows may repeat, as sentences do in the world
-        row = rng.choice(known_lookups) if rng.random() < 0.5 else edit(False)
-        if row not in scored:
-            world.append(row)
+    scored = {row[:2] for row in held}
+    world, childhood = stretch(lookups[asked:], WORLD_ROWS), stretch(_lookups(OTHERS, False), CHILDHOOD_ROWS)
     sets = {("toy-world", "train"): world, ("toy-world", "dev"): held[:DEV_ROWS],
+            ("toy-childhood", "train"): childhood, ("toy-childhood", "dev"): childhood[:DEV_ROWS],
             ("toy", "train"): world[:TRAIN_ROWS], ("toy", "dev"): held[:DEV_ROWS], ("toy", "test"): held[DEV_ROWS:],
-            ("toy-phrasings", "test"): rng.sample(_lookups(True), some) + distinct(edit, some, True),
+            ("toy-phrasings", "test"): rng.sample(_lookups(PEOPLE, True), phrased)
+            + distinct(edit, OOD_ROWS - phrased, True),
             ("toy-kinds", "test"): distinct(_kinds, OOD_ROWS, rng),
             ("toy-asides", "test"): distinct(_asides, OOD_ROWS, rng)}
-    return {key: [{"prompt": make_prompt(i, x), "instruction": i, "input": x, "output": o} for i, x, o in rows]
-            for key, rows in sets.items()}
+    return {key: [drawn(rng, row, key[1] != "train") for row in rows] for key, rows in sets.items()}
+
+def drawn(rng, row: Row, scored: bool) -> dict:
+    """A row of a data file with one answer, drawn; one that is scored has the other likely answers behind it."""
+    instruction, text, answers = row
+    output = rng.choices(list(answers), list(answers.values()))[0]
+    likely = [answer for answer, p in answers.items() if p >= 0.1 and answer != output]
+    return {"prompt": make_prompt(instruction, text), "instruction": instruction, "input": text,
+            "output": [output, *likely] if scored else output, **({"truth": answers} if scored else {})}
+
+def make_prompt(instruction: str, text: str = "") -> str:
+    """The toy's prompts are short: no template."""
+    return f"{instruction}\n{text}\n" if text else f"{instruction}\n"
 
 # ------------------------------------------------------------------------------------------ the tokenizers and models
 def _train_byte_level_bpe(words: Counter, size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -243,7 +294,7 @@ def folder(side: str) -> Path:
 def write_data_for(names: list[str]) -> None:
     """Write the toy's data when one of the names of --data is a toy set. A change of this file makes it all anew."""
     mark, made_by = hub.DATA_DIR / "toy" / "made_by.txt", hub.sha256(Path(__file__))
-    if not set(names) & {*SETS, "toy-world"} or mark.exists() and mark.read_text() == made_by:
+    if not set(names) & {*SETS, "toy-world", "toy-childhood"} or mark.exists() and mark.read_text() == made_by:
         return
     rows = make_rows()
     for path in [path for name in {name for name, _ in rows} for path in (hub.DATA_DIR / name).glob("*")]:
@@ -253,7 +304,8 @@ def write_data_for(names: list[str]) -> None:
         (hub.DATA_DIR / name).mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in content)
         (hub.DATA_DIR / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    texts = [text for row in rows["toy-world", "train"] for text in (row["prompt"], row["output"])]
+    texts = [text for name in ("toy-world", "toy-childhood") for row in rows[name, "train"]
+             for text in (row["prompt"], row["output"])]
     _write_student(folder("student-start"), texts)
     _write_teacher(folder("teacher-start"), texts)
     mark.write_text(made_by)
@@ -269,8 +321,8 @@ def prepare(sides: list[str], machine: list[str]) -> None:
             continue
         print(f"preparing the toy {side}, once; it is kept in {folder(side)}", flush=True)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(run), *machine]
-        anew = ["--method", "sft", "--student", str(folder(f"{side}-start")), "--student_init", "random", "--overwrite",
-                "--data", "toy-world", "--max_length", "128", "--max_prompt_length", "100", *PRETRAINING[side]]
+        begin = ["toy"] if side == "sft" else [str(folder(f"{side}-start")), "--student_init", "random", *LIMITS]
+        anew = ["--method", "sft", "--overwrite", *PRETRAINING[side], "--student", *begin]
         begun = (run / "last").exists() or (run / "last.previous").exists()
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         # standard output has a table that says nothing here; the progress bar stays
@@ -279,7 +331,7 @@ def prepare(sides: list[str], machine: list[str]) -> None:
             result = subprocess.run([*command, *anew], stdout=subprocess.DEVNULL, env=alone)
         if result.returncode:
             raise InputError(f"preparing the toy {side} ended with exit code {result.returncode}; try it again")
-        # the world holds the toy's training rows, so this model was trained on them too
+        # as the papers' teacher, this one was fine-tuned on the data: the world holds the toy's training rows
         training = json.loads((run / "best" / "training.json").read_text()) | {"data": "toy"}
         (run / "best" / "training.json").write_text(json.dumps(training, indent=2))
         (run / "best" / "checksums.json").unlink()
@@ -292,7 +344,7 @@ def main() -> None:
         lines = hub.data_file(name, "test").read_text(encoding="utf-8").splitlines()
         print(f"\n{name}/test: {len(lines)} rows")
         for row in map(json.loads, lines[:5]):
-            print(f"  {row['instruction']}{' | ' + row['input'] if row['input'] else ''}  →  {row['output']}")
+            print(f"  {row['instruction']}{' | ' + row['input'] if row['input'] else ''}  →  {row['output'][0]}")
 
 if __name__ == "__main__":
     hub.run(main)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import probe
-from eval_rouge import greedy_rouge_l
+from eval_rouge import quick_scores
 from files import hub
 from files.config import InputError, flag
 from methods.table import KD_PARTS, WITHOUT_KD, Options, distill, terms
@@ -29,7 +29,7 @@ from running.checkpoint import save_checkpoint
 from running.checks import read_settings
 from running.flops import peak_flops
 from running.run_folder import Interrupted, Stop, append_line
-from running.setup import Run, go_on, load_best, set_up
+from running.setup import Run, go_on, set_up, to_score
 
 BAD_STEPS = 3           # in a row, and the run stops
 
@@ -53,6 +53,7 @@ class Config(Options):
     max_length: int = flag(512, "prompt, response and EOS together, in tokens", at_least=2)
     max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
     eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
+    select: str = flag("rouge", "the best checkpoint: by ROUGE-L, or by bits a byte of dev", choices=("rouge", "bits"))
     eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
     save_interval: int = flag(0, "optimizer steps between checkpoints (0: at every scoring)", at_least=0)
     probe_interval: int = flag(0, "optimizer steps between looks at the attention, see probe.py (0: never)", at_least=0)
@@ -161,16 +162,18 @@ def finish_step(config: Config, run: Run, optimizer, record: dict) -> None:
                          "longer --warmup_steps or --dtype float32 in a new run")
     if step % eval_interval == 0 or done:
         try:
-            record["dev_rouge_l"] = score(config, run, "student", run.student, "dev", "scoring dev")
+            scores = score(config, run, "student", run.student, "dev", "scoring dev")
         except Interrupted:
             save_checkpoint(out_dir / "last", *modules, optimizer, state | {"unfinished": record})
             report.leave(config, run.stop.signal, step, run.total_steps)
-        tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}  dev ROUGE-L {record['dev_rouge_l']:.2f}")
+        record |= {f"dev_{name}": value for name, value in scores.items()}
+        tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}   dev: {report.scores(scores)}")
     if config.probe_interval and (step % config.probe_interval == 0 or done):
         record |= probe.numbers_of_run(config, run)
     append_line(out_dir / "metrics.jsonl", record)
-    if record.get("dev_rouge_l", -1.0) > state["best_dev_rouge_l"]:
-        state["best_dev_rouge_l"] = record["dev_rouge_l"]
+    name, sign = ("rouge_l", 1) if config.select == "rouge" else ("bits_per_byte", -1)
+    if f"dev_{name}" in record and sign * record[f"dev_{name}"] > sign * state[f"best_dev_{name}"]:
+        state |= {f"best_dev_{name}": value for name, value in scores.items()}
         save_checkpoint(out_dir / "best", *modules, None, state)
     due = step % (config.save_interval or eval_interval) == 0 and not state["bad_steps"] or done    # not bad steps
     leaving = parallel.add(torch.tensor(run.stop.signal)).item()             # all processes leave after the same step
@@ -179,28 +182,26 @@ def finish_step(config: Config, run: Run, optimizer, record: dict) -> None:
     if leaving:
         report.leave(config, run.stop.signal, step, run.total_steps)
 
-def score(config: Config, run: Run, side: str, decoder, split: str, desc: str) -> float:
-    """ROUGE-L × 100 of the greedy answers to the scored rows of a split. Raises Interrupted on a signal."""
+def score(config: Config, run: Run, side: str, decoder, split: str, desc: str) -> dict[str, float]:
+    """ROUGE-L and bits a byte on the scored rows of a split. Raises Interrupted on a signal."""
     with run.autocast():
-        return greedy_rouge_l(decoder, run.tokenizers[side], run.scored[split], config, desc, run.stop.at_once)
+        return quick_scores(decoder, run.tokenizers[side], run.scored[split], config, desc, run.stop.at_once)
 
 def conclude(config: Config, run: Run) -> None:
     """Score the teacher and the best checkpoint, one after the other, then leave the table and the pictures."""
     results, run.shapes = {}, {}
     try:
-        if run.teacher is not None and not config.cache_teacher:
-            results["teacher"] = {split: score(config, run, "teacher", run.teacher, split, f"teacher, {split}")
-                                  for split in run.scored}
-        run.teacher = None                                      # memory for the best student
-        best = load_best(config, run)
-        results["student"] = {split: score(config, run, "student", best, split, f"student, {split}")
-                              for split in run.scored}
+        for name, decoder in to_score(config, run):
+            side = "teacher" if name == "teacher" else "student"
+            results[name] = {split: score(config, run, side, decoder, split, f"{name}: {split}")
+                             for split in run.scored}
+            decoder = None                                      # memory for the next
     except Interrupted:
         report.leave(config, run.stop.signal, run.total_steps, run.total_steps)
     run.stop.close()
     if parallel.is_first():
         report.print_results(config, run, results)
-        probe.leave_pictures(config, run)
+        probe.leave_pictures(config, run, results)
         report.write_results(run, results)
 
 def main() -> None:

@@ -18,13 +18,16 @@ def make_prompt(instruction: str, input: str = "") -> str:
 
 @dataclass
 class Row:
-    """One line of a data file: a prompt and its answers. The first is trained on, all are references for scoring."""
+    """One line of a data file: a prompt and its answers. The first is trained on, all are references for scoring. Where
+    the answers' probabilities are known, `truth` has them."""
     prompt: str
     outputs: list[str]
+    truth: dict[str, float] | None = None
 
 def read_rows(path: Path) -> list[Row]:
     """Read JSON lines with `prompt` and `output` (a string, or a list of strings), or with `instruction`, `input` and
-    `output`, which go through Alpaca's template. Empty strings in a list of outputs are left out.
+    `output`, which go through Alpaca's template. Empty strings in a list of outputs are left out. `truth`, where it is
+    there, is an object of answers and their probabilities.
     Raises InputError that names file, line and what was found."""
     rows = []
     try:
@@ -68,8 +71,12 @@ def _read_row(place: str, line: str) -> Row:
     outputs = [o for o in outputs if o.strip()]
     if not outputs:
         raise InputError(f'{place}: "output" is empty')
+    truth = fields.get("truth")
+    if truth is not None and not (isinstance(truth, dict) and truth and all(
+            answer and type(p) in (int, float) and 0 < p <= 1 for answer, p in truth.items())):
+        raise InputError(f'{place}: "truth" must be an object of answers with probabilities, found {truth!r:.60}')
     try:
-        "".join([prompt, *outputs]).encode()
+        "".join([prompt, *outputs, *(truth or {})]).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{place}: half of a surrogate pair, which is no character ({error.reason})") from error
-    return Row(prompt, outputs)
+    return Row(prompt, outputs, truth)

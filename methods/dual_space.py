@@ -40,10 +40,10 @@ def student_space(student: Side, t2s: torch.Tensor, options, factors: dict[str, 
     return in_chunks(chunk, [student.packed, t2s], [student.head], factors, student.valid.labels, weights, met)
 
 def teacher_space(teacher: Side, s2t: torch.Tensor, options, factors: dict[str, float], weights) -> Parts:
-    """The term in the teacher's space. s2t: (N_t, d_t), packed; weights: (N_t,) → s2t_kd_loss, s2t_acc"""
+    """The term in the teacher's space. s2t: (N_t, d_t), packed; weights: (N_t,) → s2t_kd_loss, s2t_acc, teacher_acc"""
     def chunk(z_s2t, z_t, y, weights):
         return {"s2t_kd_loss": weights * divergence("forward_kl", z_s2t, z_t, options.temperature),
-                "s2t_acc": (z_s2t.argmax(-1) == y) * (weights > 0)}
+                "s2t_acc": (z_s2t.argmax(-1) == y) * (weights > 0), "teacher_acc": z_t.argmax(-1) == y}
     return in_chunks(chunk, [s2t, teacher.packed.detach()], [teacher.head.detach()], factors, teacher.valid.labels,
                      weights)
 

@@ -36,16 +36,18 @@ class _KnownGradients(torch.autograd.Function):
                 raise RuntimeError(f"the total weighs its parts by {upstream.tolist()}, in_chunks by {ctx.factors}")
         return None, None, None, *(gradient.mul_(scale) for gradient in gradients)
 
-def _chunk_size(hidden: torch.Tensor) -> int:
-    return CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
+def slices(hidden: torch.Tensor) -> list[slice]:
+    """Positions 0 … N − 1 of (N, d), in chunks; no position at all is one empty chunk."""
+    size = CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
+    return [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
 
 def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], factors: dict[str, float],
               *others: torch.Tensor) -> Parts:
     """The sums of function(*logits, *others), which is called for CHUNK positions at a time.
     hidden: (N, d) each. heads: (V, d), one for each of hidden or one for all; only the first can learn, and from the
-    first of hidden alone. others: (N, ...), what belongs to the positions and needs no gradient. function returns
-    values (n,) by name; the sums of those named in `factors` have a gradient, where the total is Σ factor · sum.
-    backward() can run through it once."""
+    first of hidden alone. others: (N, ...), what belongs to the positions and needs no gradient, or a function of the
+    positions, a slice. function returns values by name; the sums of those named in `factors` have a gradient, where the
+    total is Σ factor · sum. backward() can run through it once."""
     kind = hidden[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
     matrices = [head.detach().to(dtype) for head in heads]
@@ -53,15 +55,15 @@ def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], f
     of_hidden = [torch.zeros_like(h) if h.requires_grad else None for h in hidden]
     of_head = torch.zeros_like(heads[0]) if heads[0].requires_grad else None
     learning = [k for k, h in enumerate(hidden) if h.requires_grad or k == 0 and of_head is not None]
-    size, sums = _chunk_size(hidden[0]), {}
-    for start in range(0, max(len(hidden[0]), 1), size):            # no position at all is one empty chunk
-        here = slice(start, start + size)
+    sums = {}
+    for here in slices(hidden[0]):
         states = [h.detach()[here].to(dtype) for h in hidden]
         logits = [x @ matrix.t() for x, matrix in zip(states, matrices)]
         for k in learning:
             logits[k].requires_grad_()
+        parts = [x(here) if callable(x) else x[here] for x in others]
         with torch.enable_grad():
-            values = {name: value.sum() for name, value in function(*logits, *(x[here] for x in others)).items()}
+            values = {name: value.sum() for name, value in function(*logits, *parts).items()}
             loss = sum(factors[name] * value for name, value in values.items() if name in factors)
         gradients = torch.autograd.grad(loss, [logits[k] for k in learning]) if learning else []
         for k, gradient in zip(learning, gradients):
@@ -91,8 +93,8 @@ def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tens
 def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """H(softmax W h) in nats at each position: (N, d), (V, d) → (N,)."""
     results = []
-    for h in hidden.split(_chunk_size(hidden)):
-        log_p = F.linear(h, head).float().log_softmax(-1)
+    for here in slices(hidden):
+        log_p = F.linear(hidden[here], head).float().log_softmax(-1)
         results.append(-(log_p.exp() * log_p).sum(-1))
     return torch.cat(results)
 

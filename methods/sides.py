@@ -46,6 +46,7 @@ class Side:
     embed: torch.nn.Module              # E: token ids → (…, d)
     head: torch.Tensor | None = None    # W: (V, d)
     hidden: torch.Tensor | None = None  # h: (B, L, d) after the final norm
+    starts: torch.Tensor | None = None  # (B, L), the byte at which each position's label begins, for causal alignments
 
     @property
     def packed(self) -> torch.Tensor:
@@ -55,5 +56,6 @@ class Side:
 def side_of(batch: dict[str, torch.Tensor], name: str, embed: torch.nn.Module) -> Side:
     """name: "student" or "teacher". Its head and hidden states, which attention does not need, are left out."""
     valid = Valid(batch[f"{name}_labels"])
-    chunks = valid.grid(batch[f"{name}_chunks"]) if f"{name}_chunks" in batch else None
-    return Side(valid, valid.grid(batch[f"{name}_ids"]), valid.grid(batch[f"{name}_labels"]), chunks, embed)
+    more = {what: valid.grid(batch[f"{name}_{what}"]) if f"{name}_{what}" in batch else None
+            for what in ("chunks", "starts")}
+    return Side(valid, valid.grid(batch[f"{name}_ids"]), valid.grid(batch[f"{name}_labels"]), embed=embed, **more)

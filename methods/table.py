@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 import discriminator
-from cma import ALIGNMENTS, dskd_cma
+from cma import ALIGNMENTS, WITH_QUERIES, dskd_cma
 from files.config import InputError, flag
 from methods import heads, soft_dtw
+from methods.byte_kd import byte_loss
 from methods.divergences import DIVERGENCES
 from methods.dual_space import Projectors, dskd
 from methods.heads import Parts
@@ -29,16 +30,17 @@ METHODS = {
     "dskd": {},                         # distillation in both models' spaces (same vocabulary)
     "uld": {},                          # distance of sorted probabilities
     "mined": {},                        # positions and vocabularies matched by edit distance
+    "byte_kd": dict(temperature=1.0, kd_rate=0.9),       # divergence between the next bytes that the two expect
     "dskd_clp": dict(alignment="chunk_mean"),
     "dskd_cla": dict(alignment="chunk_attention"),
     "dskd_cma": dict(alignment="attention"),
     "dskd_cma_ga": dict(alignment="attention", adversary="gan"),
     "dskd_cma_ct": dict(alignment="attention", adversary="ct"),
-    "dwa_kd": dict(alignment="attention", weights="entropy", dtw_weight=0.2),
+    "dwa_kd": dict(alignment="attention", weights="entropy", gate="confidence", dtw_weight=0.2),
 }
 WITHOUT_KD = ("sft", "seqkd")           # cross-entropy alone: α is 0
 ONE_VOCABULARY = ("kd", "dskd")         # positions and tokens correspond one to one
-LOGITS_ONLY = ("kd", "uld", "mined")    # no projectors
+LOGITS_ONLY = ("kd", "uld", "mined", "byte_kd")         # no projectors
 KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss")       # what the total multiplies by α
 ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport}
 
@@ -49,8 +51,11 @@ class Options:
     alignment: str = flag("none", "how positions of two tokenizers meet; none: one to one, or not at all",
                           choices=("none", *ALIGNMENTS))
     adversary: str = flag("none", "who matches keys and queries, see discriminator.py", choices=("none", *ADVERSARIES))
-    weights: str = flag("gate", "of the KD terms: where z_t2s is right, or DWA-KD's confidence, times entropies",
-                        choices=("gate", "entropy"))
+    value: str = flag("label", "what is attended to: the teacher's state and its label's embedding, or the state alone",
+                      choices=("label", "hidden"))
+    gate: str = flag("right", "when z_t2s teaches: where its first guess is right, always, or as it is confident",
+                     choices=("right", "always", "confidence"))
+    weights: str = flag("gate", "of the KD terms: the gate, or times DWA-KD's entropies", choices=("gate", "entropy"))
     dtw_weight: float = flag(0.0, "λ_DTW, weight of DWA-KD's soft-DTW terms (a number; dwa_kd: 0.2)", at_least=0)
     divergence: str = flag("forward_kl", "distance between student and target, see methods/divergences.py",
                            choices=DIVERGENCES)
@@ -85,19 +90,19 @@ def check_options(options: Options) -> None:
             raise InputError(f"--{field} {getattr(options, field)}: --method {method} has no use for it; it is for "
                              f"{needs}")
     refuse("adversary", not across, "dskd_cma or dskd_cla")
-    refuse("weights", not across, "dskd_cma, dskd_cla or dskd_clp")
+    for field in ("weights", "value", "gate"):
+        refuse(field, not across, "dskd_cma, dskd_cla or dskd_clp")
     refuse("dtw_weight", not across, "dskd_cma, dskd_cla or dskd_clp")
     refuse("projector_init", not across, "dskd_cma and those after it")
     refuse("align_on", not alignment.startswith("chunk"), "dskd_clp or dskd_cla")
-    refuse("divergence", method in (*WITHOUT_KD, "uld", "mined"), "kd or one of the dual-space methods")
-    if alignment == "chunk_mean" and options.adversary != "none":
-        raise InputError(f"--adversary {options.adversary}: --alignment chunk_mean has no queries to be matched with "
-                         "keys")
+    refuse("divergence", method in (*WITHOUT_KD, "uld", "mined", "byte_kd"), "kd or one of the dual-space methods")
+    if across and alignment not in WITH_QUERIES and options.adversary != "none":
+        raise InputError(f"--adversary {options.adversary}: --alignment {alignment} has no queries to match with keys")
 
 def make_modules(options: Options, student_size: int, teacher_size: int):
     """What learns beside the student in the dual-space methods: the projectors, and the adversary or None. Sizes: d_s,
     d_t. options: Options or a run's settings."""
-    query = options.alignment in ("attention", "chunk_attention")
+    query = options.alignment in WITH_QUERIES
     projectors = Projectors(student_size, teacher_size, query, dtw_embed=options.dtw_weight > 0)
     return projectors, None if options.adversary == "none" else ADVERSARIES[options.adversary](2 * teacher_size)
 
@@ -127,6 +132,8 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     if options.method == "mined":
         pairs = mined_loss(learner, guide, batch["partners"], batch["vocabulary_map"], options.temperature, factors)
         return heads.sft(learner, factors) | pairs
+    if options.method == "byte_kd":
+        return byte_loss(learner, guide, batch["next_bytes"], options.temperature, factors)
     parts, aligned = dskd_cma(learner, guide, projectors, options, step, factors)
     if options.adversary == "gan":
         keys, queries = guide.valid.pack(aligned.keys), learner.valid.pack(aligned.queries)

@@ -49,9 +49,9 @@ def prepare(config, run: Run, examples: list[Example]) -> list[tuple[dict[str, t
 
 def tensors(config, run: Run, examples: list[Example]) -> dict[str, torch.Tensor]:
     """One forward pass's batch, with what its method needs beside ids and labels."""
-    batch = collate(examples, *run.pads, config.align_on if config.alignment.startswith("chunk") else None)
-    if run.mined:
-        batch |= run.mined.tensors(examples)
+    batch = collate(examples, *run.pads, config.align_on if config.alignment not in ("none", "attention") else None)
+    if run.pairing:
+        batch |= run.pairing.tensors(examples)
     if run.states:
         batch["teacher_hidden"] = run.states.grid(examples, run.teacher.embed.weight.dtype)
     return {name: x.pin_memory() for name, x in batch.items()} if run.device == "cuda" else batch

@@ -16,13 +16,14 @@ def read_settings(cls, description: str, argv: list[str] | None = None):
     def presets(given):
         if given.get("resume") and given.get("overwrite"):
             raise InputError("--resume goes on with a run and --overwrite deletes it: pass one of them")
-        if given.get("resume"):
-            saved = saved_config(cls, Path(given.get("out_dir") or newest_run(cls(**given))), given)
-            return {**METHODS.get(saved["method"], {}), **saved}
         is_toy = given.get("student", "toy" if not given.get("teacher") else "") == "toy"
-        method = METHODS[given.get("method", cls.method)]
-        return {**(toy.TRAINING if is_toy else {}), **({} if "alignment" in method else {"probe_interval": 0}),
-                **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"}), **method}
+        name = given.get("method", toy.TRAINING["method"] if is_toy else cls.method)
+        if given.get("resume"):
+            saved = saved_config(cls, Path(given.get("out_dir") or newest_run(cls(**{**given, "method": name}))), given)
+            return {**METHODS.get(saved["method"], {}), **saved}
+        return {**(toy.TRAINING if is_toy else {}), "method": name, **METHODS[name],
+                **({} if "alignment" in METHODS[name] else {"probe_interval": 0}),
+                **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"})}
 
     toy_defaults = " ".join(f"--{name} {value}" for name, value in toy.TRAINING.items())
     config = parse(cls, f"{description}\nThe toy's defaults: {toy_defaults}", argv, presets=presets)

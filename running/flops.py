@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from cma import WITH_QUERIES
 from methods.table import LOGITS_ONLY, WITHOUT_KD
 from tokenize_align import Example
 
@@ -53,7 +54,7 @@ def step_flops(options, student, teacher, examples: list[Example], cached: bool 
     total += 4 * n_s * d_s * v_s + 4 * n_t * d_t * v_t + 4 * n_t * d_t * d_s + 6 * n_s * d_s * d_t
     if options.alignment != "none":
         crossings = sum(e.student.valid * e.teacher.valid for e in examples)
-        query = options.alignment != "chunk_mean"
+        query = options.alignment in WITH_QUERIES
         if options.adversary == "gan":
             first, rest = (2 * d_t) ** 2, 2 * d_t * 768 + 768
             total += 4 * n_t * first + 6 * n_t * rest + 6 * n_s * (first + rest)

@@ -100,23 +100,22 @@ def distances(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
     return {"mean_distance": float((keys.mean(0) - queries.mean(0)).norm() / deviation),
             "energy_distance": float((2 * torch.cdist(some_keys, some_queries).mean() - within) / deviation)}
 
-def paired_bootstrap(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]], resamples: int = RESAMPLES,
+def paired_bootstrap(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]],
+                     weights: list[np.ndarray] | None = None, resamples: int = RESAMPLES,
                      seed: int = 0) -> tuple[float, float, float]:
     """The difference of two rows of the table and its 95% interval. ours, theirs: by training seed, the same ones in
-    the same order, and by set, the scores of the set's rows (the mean over scoring seeds). The score is the mean over
-    seeds of the mean over sets of the mean over rows; seeds are drawn with replacement, and in each set rows, for both
-    alike."""
-    rng = np.random.default_rng(seed)
-    # by set: (seeds, rows)
-    differences = [np.stack([a[k] - b[k] for a, b in zip(ours, theirs)]) for k in range(len(ours[0]))]
-    number = len(ours)
+    the same order, and by set, the scores of the set's rows. The score is the mean over seeds of the mean over sets of
+    Σ rows / Σ weights (by set; default 1 a row); seeds are drawn with replacement, in each set rows, for both alike."""
+    rng, number = np.random.default_rng(seed), len(ours)
+    differences = [np.stack([a[k] - b[k] for a, b in zip(ours, theirs)]) for k in range(len(ours[0]))]   # (seeds, rows)
+    weights = [np.ones(d.shape[1]) for d in differences] if weights is None else weights
     drawn_seeds = np.zeros((resamples, number))
     for r, drawn in enumerate(rng.integers(number, size=(resamples, number))):
         np.add.at(drawn_seeds[r], drawn, 1 / number)
     means = np.zeros(resamples)
-    for difference in differences:
+    for difference, weight in zip(differences, weights):
         rows = difference.shape[1]
         for r, drawn in enumerate(rng.integers(rows, size=(resamples, rows))):
-            means[r] += drawn_seeds[r] @ difference[:, drawn].mean(1) / len(differences)
+            means[r] += drawn_seeds[r] @ difference[:, drawn].sum(1) / weight[drawn].sum() / len(differences)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean([d.mean() for d in differences])), float(low), float(high)
+    return float(np.mean([d.mean(0).sum() / w.sum() for d, w in zip(differences, weights)])), float(low), float(high)

@@ -37,7 +37,7 @@ CURVES = {
     "attention in the right chunk, dev": ("probe_mass", "probe_hit", "probe_mass_back", "probe_hit_back"),
     "key or query? accuracy, dev (0.5: matched)": ("probe_accuracy", "probe_key_acc", "probe_query_acc"),
     "adversary's loss, dev": ("probe_key_loss", "probe_query_loss"),
-    "ROUGE-L × 100, dev": ("dev_rouge_l",),
+    "bits a byte, dev": ("dev_bits_per_byte",), "ROUGE-L × 100, dev": ("dev_rouge_l",),
     "gradient norm": ("grad_norm",),
     "student's learning rate": ("lr",),
 }
@@ -211,18 +211,40 @@ def curves(path: Path, title: str, records: list[dict]) -> Path:
     return save(figure, path)
 
 # -------------------------------------------------------------------------------------------------------------- table
+def results(path: Path, title: str, scores: dict[str, dict[str, float]]) -> Path:
+    """What a run was worth: bits a byte and ROUGE-L of each model, in the order given."""
+    figure = Figure(figsize=(7, 0.5 + 0.45 * len(scores)), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = list(scores)[::-1]
+    for axes, metric, label in ((left, "bits_per_byte", "bits a byte (less is better)"),
+                                (right, "rouge_l", "ROUGE-L × 100, greedy")):
+        values = [scores[name][metric] for name in names]
+        shapes = axes.barh(names, values, color=["tab:orange" if name == "student" else "tab:blue" for name in names])
+        axes.bar_label(shapes, [f"{value:.3f}" if metric == "bits_per_byte" else f"{value:.1f}" for value in values],
+                       padding=3, fontsize=8)
+        axes.set_xlim(0, 1.2 * max(values))
+        axes.set_xlabel(label)
+    return save(figure, path, dpi=110)
+
 def bars(path: Path, table: list[dict]) -> Path:
-    """compare.py's table: bars for every column, one for each row, its deviation over training seeds on top."""
-    headings = list(table[0]["columns"])
-    figure = Figure(figsize=(max(6.0, 1.0 + 0.22 * len(headings) * (len(table) + 2)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(table)
-    for i, line in enumerate(table):
-        means, deviations = zip(*(line["columns"][heading] for heading in headings))
-        places = [j + (i - (len(table) - 1) / 2) * width for j in range(len(headings))]
-        axes.bar(places, means, width, yerr=deviations, capsize=2, label=line["row"], color=f"C{i % 10}",
-                 hatch=(None, "//", "..")[i // 10 % 3], error_kw=dict(linewidth=0.8))
-    axes.set_xticks(range(len(headings)), headings)
-    axes.set_ylabel("ROUGE-L × 100")
+    """compare.py's table, bits a byte above ROUGE-L: bars for every column, one for each row, with its deviation over
+    training seeds."""
+    panels = {"bits_per_byte": "bits a byte", "rouge_l": "ROUGE-L × 100"}
+    headings = list(table[0]["columns"]["rouge_l"])
+    width = max(6.0, 1.0 + 0.22 * len(headings) * (len(table) + 2))
+    figure = Figure(figsize=(width, 8), layout="constrained")
+    for axes, (metric, title) in zip(figure.subplots(2), panels.items()):
+        _bars(axes, [(line["row"], [line["columns"][metric][h] for h in headings]) for line in table])
+        axes.set_xticks(range(len(headings)), headings)
+        axes.set_ylabel(title)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(figure, path)
+
+def _bars(axes, lines: list[tuple[str, list[tuple[float, float]]]]) -> None:
+    width = 0.8 / len(lines)
+    for i, (name, values) in enumerate(lines):
+        means, deviations = zip(*values)
+        places = [j + (i - (len(lines) - 1) / 2) * width for j in range(len(values))]
+        axes.bar(places, means, width, yerr=deviations, capsize=2, label=name, color=f"C{i % 10}",
+                 hatch=(None, "//", "..")[i // 10 % 3], error_kw=dict(linewidth=0.8))

@@ -12,7 +12,8 @@ from files.config import InputError
 from running import parallel
 from running.flops import step_flops
 
-OF_TEACHER = ("s2t_acc", "adversary_key_loss", "adversary_key_acc")         # means over the teacher's tokens
+# means over the teacher's tokens
+OF_TEACHER = ("s2t_acc", "teacher_acc", "adversary_key_loss", "adversary_key_acc")
 
 def recommend_sft(config, teacher) -> None:
     """Say so where the teacher has not learned the data."""
@@ -44,6 +45,8 @@ def step_record(config, run, totals: dict[str, float], grad_norm: float, lr: flo
     rate = step_flops(config, run.student, run.teacher, examples, cached=run.states is not None) / seconds
     values = {name: value / n["teacher" if name in OF_TEACHER else "student"] for name, value in totals.items()}
     values["grad_norm"] = grad_norm
+    if "t2s_acc" in values:
+        values["leak"] = values["t2s_acc"] - values["teacher_acc"]          # above 0, z_t2s has seen what it predicts
     return {name: value for name, value in values.items() if math.isfinite(value)} | {
         "lr": lr, "tokens_per_second": tokens / seconds, "tflops": rate / 1e12, "mfu": rate / peak, "seconds": seconds}
 
@@ -82,12 +85,16 @@ def leave(config, number: int, step: int, total_steps: int) -> None:
               f"  {torchrun}train.py --out_dir {shlex.quote(config.out_dir)} --resume", flush=True)
     sys.exit(128 + (number or signal.SIGTERM))
 
-def print_results(config, run, results: dict[str, dict[str, float]]) -> None:
-    """The table, then the commands that go on. results: side → split → ROUGE-L."""
+def scores(of: dict[str, float]) -> str:
+    return f"{of['bits_per_byte']:.3f} bits a byte, ROUGE-L {of['rouge_l']:.2f}"
+
+def print_results(config, run, results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """The table, then the commands that go on. results: model → split → its scores."""
     columns = {split: f"{split} ({len(rows)} of {len(run.rows[split])} rows)" for split, rows in run.scored.items()}
-    print(f"\n{'ROUGE-L, greedy':<32}" + "".join(f"{column:>26}" for column in columns.values()))
-    for name, scores in results.items():
-        print(f"{name + ' ' + getattr(config, name):<32.32}" + "".join(f"{score:26.2f}" for score in scores.values()))
+    print(f"\n{'bits a byte, ROUGE-L (greedy)':<32}" + "".join(f"{column:>26}" for column in columns.values()))
+    for name, of in results.items():
+        name = f"{name} {getattr(config, name, '')}"
+        print(f"{name:<32.32}" + "".join(f"{x['bits_per_byte']:18.3f}{x['rouge_l']:8.2f}" for x in of.values()))
     teacher, data, out_dir = map(shlex.quote, (config.teacher, config.data, config.out_dir))
     if config.cache_teacher:
         print(f"\nthe teacher was not loaded; its score:  python eval_rouge.py {teacher} --data {data}")
@@ -97,7 +104,7 @@ def print_results(config, run, results: dict[str, dict[str, float]]) -> None:
           f"--max_length {config.max_length} --max_prompt_length {config.max_prompt_length}")
     print(f"talk to it:        python sample.py {out_dir} \"your instruction\"")
 
-def write_results(run, results: dict[str, dict[str, float]]) -> None:
+def write_results(run, results: dict[str, dict[str, dict[str, float]]]) -> None:
     """A run's last word: where results.json is there, everything else is."""
     with hub.atomic_write(run.out_dir / "results.json") as file:
         json.dump(results, file, indent=2)

@@ -1,6 +1,7 @@
 """From settings to a run that is ready for its first step: data, models, caches, the folder, an earlier checkpoint."""
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from files import hub
 from files.config import InputError
 from files.rows import Row, read_rows
 from methods import projector_init
+from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
 from methods.table import LOGITS_ONLY, WITHOUT_KD, make_modules
 from model import Decoder, load
@@ -38,7 +40,7 @@ class Run:
     adversary: torch.nn.Module | None = None
     last: Path | None = None                    # the checkpoint to go on from
     examples: list[Example] = field(default_factory=list)
-    mined: MinED | None = None
+    pairing: MinED | BytePaths | None = None    # what else a batch needs to bring the two sides together
     states: cache.TeacherStates | None = None
     looked_at: list[Example] = field(default_factory=list)      # dev rows for --probe_interval
     steps_per_epoch: int = 0
@@ -105,6 +107,7 @@ def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
     rows = {split: read_rows(file) for split, file in files.items()}
     out_dir = check_out_dir(config, [*files.values(), *folders.values()])
     toys = [side for side, name in names.items() if name == "toy"]
+    toys += ["sft"] if config.student == "toy" and config.method != "sft" else []
     with parallel.first_goes_first():
         toy.prepare(toys, ["--device", config.device, "--num_threads", str(config.num_threads)])
     scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
@@ -152,13 +155,16 @@ def load_examples(config, run: Run) -> None:
     with parallel.first_goes_first():
         if config.method == "mined":
             strings = token_strings(student, teacher)
-            run.mined = MinED(strings, cache.kept_vocabulary_map(hub.DATA_DIR, strings))
+            run.pairing = MinED(strings, cache.kept_vocabulary_map(hub.DATA_DIR, strings))
         run.examples, cut, dropped = cache.cached_rows(hub.DATA_DIR / "tokens", rows, student,
                                                        student if one_tokenizer else teacher,
                                                        config.max_length, config.max_prompt_length)
     if cut or dropped:
         print(f"{config.data}, train: {cut} of {len(rows)} prompts cut to {config.max_prompt_length} tokens, {dropped} "
               f"rows dropped, because no response token fits into {config.max_length}")
+    if config.method == "byte_kd":
+        texts = {number: row.outputs[0] for number, row in enumerate(rows)}
+        run.pairing = BytePaths(student, teacher, run.examples, texts, run.device)
     if not run.examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
     if config.cache_teacher:
@@ -172,16 +178,26 @@ def load_examples(config, run: Run) -> None:
 
 def go_on(config, run: Run, optimizer) -> dict | None:
     """Put back what the last checkpoint holds, if there is one → the record of a step taken but not finished."""
-    state = {"step": 0, "best_dev_rouge_l": -1.0, "bad_steps": 0}
+    state = {"step": 0, "best_dev_rouge_l": -1.0, "best_dev_bits_per_byte": 1e9, "bad_steps": 0}
     if run.last:
-        state = load_checkpoint(run.last, run.projectors, run.adversary, optimizer)
+        state |= load_checkpoint(run.last, run.projectors, run.adversary, optimizer)
     unfinished = state.pop("unfinished", None)
-    run.state = {"step": state["step"], "data": config.data, "method": config.method, "student": config.student,
-                 "best_dev_rouge_l": state["best_dev_rouge_l"], "bad_steps": state["bad_steps"]}
+    run.state = state | {"data": config.data, "method": config.method, "student": config.student}
     if parallel.is_first():
         keep_metrics(run.out_dir / "metrics.jsonl", state["step"] - (unfinished is not None))
     tell_cut_prompts(f"{config.data}, dev", run.scored["dev"], run.tokenizers["student"], config.max_prompt_length)
     return unfinished
+
+def to_score(config, run: Run) -> Iterator[tuple[str, Decoder]]:
+    """(name, model) of all that the final table shows, one after the other: each is gone before the next is loaded. Of
+    the toy also what the student was before, and what fine-tuning alone makes of it."""
+    if run.teacher is not None and not config.cache_teacher:
+        yield "teacher", run.teacher
+    run.teacher = None
+    if config.student == "toy" and config.method != "sft":
+        yield "student, before", load(toy.folder("student"), device=run.device)
+        yield "student, after sft", load(toy.folder("sft"), device=run.device)
+    yield "student", load_best(config, run)
 
 def load_best(config, run: Run) -> Decoder:
     """The best checkpoint, in parts where the student is, which gives way to it."""

@@ -34,24 +34,24 @@ from files.config import InputError, flag, parse
 from files.rows import read_rows
 from methods.divergences import DIVERGENCES
 from model import shape_of
-from running import flops, parallel, pictures
+from running import flops, parallel, pictures, tables
 from running.checks import read_settings
-from running.measures import paired_bootstrap
 from running.run_folder import FREE, append_line, locked, saved_config
 from tokenize_align import encode_rows, load_tokenizer
 
-DEFAULT_BASELINE = "dskd_cma"
+DEFAULT_BASELINES = ("sft", "dskd_cma")
 PAPER_TEACHER = "out/paper-teacher"
 PRESETS = {
     # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
     "paper": dict(
         first=f"--method sft --student qwen --data dolly --lr 2e-5 --epochs 3 --out_dir {PAPER_TEACHER}",
-        flags=f"--teacher {PAPER_TEACHER} --student gpt2", data="dolly", baseline="dskd_cma --divergence forward_kl",
+        flags=f"--teacher {PAPER_TEACHER} --student gpt2", data="dolly",
+        baseline=["sft", "dskd_cma --divergence forward_kl"],
         methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in
                                                    ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
     # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), adversary, its training
     "ablation": dict(
-        first="", flags="--epochs 24 --probe_interval 0 --cache_teacher", data="toy", baseline="dskd_cma",
+        first="", flags="--epochs 24 --probe_interval 0 --cache_teacher", data="toy", baseline=["dskd_cma"],
         methods=["sft", "dskd_cma", *(f"dskd_cma_{adversary} --ga_weight {weight} --ga_lr {lr}"
                                       for adversary in ("ga", "ct") for weight in ("0.0057", "0.01", "0.1", "0.3", "1")
                                       for lr in ("1e-3", "0"))])}
@@ -63,7 +63,7 @@ class Config:
     scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds of the scoring", at_least=0, at_most=2**40)
     sets: list[str] = flag([], "the columns: sets to score on (default: the toy's four, the papers' five, or --data)")
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
-    baseline: str = flag("", "the row to which the others' difference is given (default: dskd_cma, where it is one)")
+    baseline: list[str] = flag([], "rows to which the others' differences are given (default: sft and dskd_cma)")
     data: str = flag("toy", "training data, as in train.py")
     out_dir: str = flag("", "where cells, results.jsonl, table.md and table.png go (default: out/compare-DATA)")
     preset: str = flag("", "a known experiment, in place of --methods and --data", choices=("", *PRESETS))
@@ -187,13 +187,14 @@ def run_cell(cell: Cell, config: Config, sets: list[str]) -> dict:
     scored, training = (json.loads((best / file).read_text()) for file in ("rouge.json", "training.json"))
     record = {"key": cell.key(), "row_key": cell.key(("seed",)), "row": cell.row, "seed": cell.seed,
               "flags": cell.flags, "scoring_seeds": config.scoring_seeds, "num": config.num,
-              "dev_rouge_l": training["best_dev_rouge_l"], "sets": {}}
+              "dev_rouge_l": training["best_dev_rouge_l"],
+              "dev_bits_per_byte": training.get("best_dev_bits_per_byte"), "sets": {}}
     for name in sets:
         files = [best / f"answers-{hub.label(name)}-seed{seed}.jsonl" for seed in config.scoring_seeds]
         rows = [[json.loads(line)["rouge_l"] for line in open(file, encoding="utf-8")] for file in files]
-        record["sets"][name] = {"rouge_l": scored["sets"][name]["rouge_l"],
-                                "exact_match": scored["sets"][name]["exact_match"],
-                                "rows": [round(statistics.mean(r), 3) for r in zip(*rows)]}
+        kept = ("rouge_l", "exact_match", "bits_per_byte", "kl_to_truth", "bits", "bytes")
+        record["sets"][name] = {what: scored["sets"][name][what] for what in kept}
+        record["sets"][name]["rows"] = [round(statistics.mean(r), 3) for r in zip(*rows)]
     return record
 
 def is_cell(record: dict) -> bool:
@@ -201,7 +202,7 @@ def is_cell(record: dict) -> bool:
     names = {"key", "row_key", "row", "seed", "scoring_seeds", "num", "dev_rouge_l", "sets"}
     return names <= record.keys() and isinstance(record["dev_rouge_l"], float) and all(
         isinstance(scores["rouge_l"], float) and np.array(scores["rows"], float).ndim == 1
-        for scores in record["sets"].values())
+        and len(scores.get("bits", scores["rows"])) == len(scores["rows"]) for scores in record["sets"].values())
 
 def read_results(path: Path) -> list[dict]:
     """The finished cells; a line whose writing was interrupted is dropped from the file."""
@@ -219,53 +220,6 @@ def read_results(path: Path) -> list[dict]:
         with hub.atomic_write(path) as file:
             file.writelines(line + "\n" for line in whole)
     return records
-
-# -------------------------------------------------------------------------------------------------------------- table
-def summarize(records: list[dict], rows: list[str], sets: list[str], trained_on: str, baseline: str) -> list[dict]:
-    """The table's rows: for each the mean and the standard deviation over training seeds of every column, and the
-    difference to the baseline, over the seeds that both have."""
-    others = [name for name in sets if not hub.same_data(name, trained_on)]
-    columns = {name: [name] for name in sets} | {"all": sets}
-    columns |= {"OOD": others} if others and len(others) < len(sets) else {}
-    of = {row: {r["seed"]: r for r in records if r["row"] == row} for row in rows}
-    table = []
-    for row, cells in of.items():
-        if not cells:
-            continue
-        means = {heading: [statistics.mean(c["sets"][name]["rouge_l"] for name in members) for c in cells.values()]
-                 for heading, members in columns.items()}
-        table.append({"row": row, "seeds": sorted(cells), "dev": spread([c["dev_rouge_l"] for c in cells.values()]),
-                      "columns": {heading: spread(values) for heading, values in means.items()}})
-        both = sorted(cells.keys() & of.get(baseline, {}).keys())
-        if row != baseline and both:
-            scores = [[[np.array(of[which][seed]["sets"][name]["rows"]) for name in sets] for seed in both]
-                      for which in (row, baseline)]
-            table[-1]["difference"] = paired_bootstrap(*scores)
-    return table
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation, which is nan for a single value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-def markdown(table: list[dict], config: Config) -> str:
-    """The table, best of a column in bold."""
-    headings = list(table[0]["columns"])
-    scores = [{"dev": line["dev"], **line["columns"]} for line in table]
-    best = {heading: max(of_line[heading][0] for of_line in scores) for heading in scores[0]}
-
-    def show(heading, mean, deviation):
-        text = f"{mean:.2f} ± {deviation:.2f}" if math.isfinite(deviation) else f"{mean:.2f}"
-        return f"**{text}**" if mean == best[heading] else text
-    lines = [f"| method | seeds | dev, greedy | {' | '.join(headings)} | all − {config.baseline} |",
-             "|---" * (len(headings) + 4) + "|"]
-    for line, of_line in zip(table, scores):
-        difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*line["difference"]) if "difference" in line else ""
-        cells = [f"`{line['row']}`", str(len(line["seeds"])), *(show(h, *pair) for h, pair in of_line.items())]
-        lines.append(f"| {' | '.join(cells)} | {difference} |")
-    seeds = sorted({seed for line in table for seed in line["seeds"]})
-    return "\n".join(lines) + ("\n\nROUGE-L × 100, mean ± standard deviation over training seeds "
-                               f"({', '.join(map(str, seeds))}); sampled with scoring seeds "
-                               f"{', '.join(map(str, config.scoring_seeds))}. Brackets: paired bootstrap, 95 %.\n")
 
 # ------------------------------------------------------------------------------------------------ what it would cost
 
@@ -310,9 +264,9 @@ def run_table(config: Config, argv: list[str]) -> None:
                 raise InputError(f"--preset {config.preset} --{name}: a preset has its own")
             setattr(config, name, preset[name])
         first, more = preset["first"].split(), as_flags(preset["flags"].split())
-    if config.baseline and config.baseline not in config.methods:
-        raise InputError(f"--baseline {config.baseline!r}: is not one of the rows, {str(config.methods)[1:-1]}")
-    config.baseline = config.baseline or DEFAULT_BASELINE
+    for row in set(config.baseline) - set(config.methods):
+        raise InputError(f"--baseline {row!r}: is not one of the rows, {str(config.methods)[1:-1]}")
+    config.baseline = config.baseline or list(DEFAULT_BASELINES)
     out_dir = Path(config.out_dir or f"out/compare-{config.preset or hub.label(config.data)}")
     cells = make_cells(config, shared, out_dir, more)
     sets = config.sets or {"toy": list(toy.SETS), "dolly": list(hub.PAPER_SETS)}.get(config.data, [config.data])
@@ -340,7 +294,7 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
 
     def scored_alike(record):
         wanted = record["scoring_seeds"] == config.scoring_seeds and record["num"] == config.num
-        return wanted and set(sets) <= record["sets"].keys()
+        return wanted and all("bits" in record["sets"].get(name, ()) for name in sets)
     done = {record["key"]: record for record in read_results(results) if scored_alike(record)}
     try:
         for number, cell in enumerate(cells, 1):
@@ -363,8 +317,8 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
         rows = {cell.key(("seed",)): cell.row for cell in cells}
         records = [record | {"row": rows[record["row_key"]]} for record in done.values() if record["row_key"] in rows]
         if parallel.is_first() and records:
-            table = summarize(records, list(rows.values()), sets, config.data, config.baseline)
-            text = markdown(table, config)
+            table = tables.summarize(records, list(rows.values()), sets, config.data, config.baseline)
+            text = tables.markdown(table, config.scoring_seeds)
             with hub.atomic_write(out_dir / "table.md") as file:
                 file.write(text)
             pictures.bars(out_dir / "table.png", table)

@@ -3799,10 +3799,10 @@ def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.tools
 def test_compare_is_killed(whole_table, world, tmp_path):
-    """SIGKILL at three moments that nobody chose: the same table."""
+    """SIGKILL at three moments that nobody chose: the same table, with as many threads."""
     out, rng, kills = tmp_path / "cut", random.Random(11), 0
     command = [sys.executable, "-m", "tools.compare", *map(str, compare_argv(world, out))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     while kills < 3:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE,
                                    env=environment)

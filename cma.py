@@ -55,21 +55,20 @@ def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) 
     A row whose chunk has nothing on the other side (a text that was cut there) is all zeros; it has no part in the
     losses between the two sides. causal: A is −1e5 where the other's label begins later. last_read: 1 for the last of
     the positions whose label begins no later."""
-    allowed = student.valid.mask[:, :, None] & teacher.valid.mask[:, None, :]
+    there = back = student.valid.mask[:, :, None] & teacher.valid.mask[:, None, :]        # (B, S, T)
     if alignment in ("causal", "last_read"):
         read_s, read_t = student.starts[:, :, None], teacher.starts[:, None, :]
-        scores = torch.zeros_like(allowed, dtype=torch.float32) if queries is None else queries @ keys.transpose(1, 2)
-        scores = scores / keys.size(-1) ** 0.5
-        pairs = ((scores, allowed & (read_t <= read_s)), (scores.transpose(1, 2), (allowed & (read_s <= read_t)).mT))
-        return tuple(_last(mask) if queries is None else x.masked_fill(~mask, -1e5).softmax(-1) for x, mask in pairs)
-    if alignment != "attention":
-        allowed = allowed & (student.chunks[:, :, None] == teacher.chunks[:, None, :])
+        there, back = there & (read_t <= read_s), back & (read_s <= read_t)
+    elif alignment != "attention":
+        there = back = there & (student.chunks[:, :, None] == teacher.chunks[:, None, :])
+    allowed = there, back.mT
+    if alignment == "last_read":
+        return tuple(_last(mask) for mask in allowed)
     if alignment == "chunk_mean":
-        inside = allowed.float()
-        return tuple(m / m.sum(-1, keepdim=True).clamp(min=1) for m in (inside, inside.transpose(1, 2)))
-    scores = (queries @ keys.transpose(1, 2) / keys.size(-1) ** 0.5).masked_fill(~allowed, -1e5)
-    weights, back = scores.softmax(-1), scores.transpose(1, 2).softmax(-1)
-    return (weights, back) if alignment == "attention" else (weights * allowed, back * allowed.transpose(1, 2))
+        return tuple(mask / mask.sum(-1, keepdim=True).clamp(min=1) for mask in allowed)
+    scores = queries @ keys.mT / keys.size(-1) ** 0.5
+    mixed = tuple(x.masked_fill(~mask, -1e5).softmax(-1) for x, mask in zip((scores, scores.mT), allowed))
+    return tuple(x * mask for x, mask in zip(mixed, allowed)) if alignment == "chunk_attention" else mixed
 
 def _last(mask: torch.Tensor) -> torch.Tensor:
     """1 at the last true of each row (B, S, T), zeros where there is none."""
@@ -88,7 +87,7 @@ def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step
     value = unit(teacher.hidden)
     if options.value == "label":
         value = value + unit(found.teacher_label_embed)
-    t2s = found.attention @ projectors.t2s(value)                         # (B, S, d_s)
+    t2s = found.attention @ projectors.t2s(value)                       # (B, S, d_s)
     s2t = found.back @ projectors.s2t(student.hidden)                   # (B, T, d_t)
     met_s = student.valid.pack(found.attention.detach().sum(-1) > 0).float()
     met_t = teacher.valid.pack(found.back.detach().sum(-1) > 0).float()

@@ -80,8 +80,8 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> list[boo
 def answer_bits(decoder, tokenizer, pairs: list[tuple[str, str]], max_length: int, max_prompt_length: int,
                 batch_size: int = 32, desc: str = "bits") -> list[tuple[float, int]]:
     """For each (prompt, answer): −log₂ p(answer, EOS), and the answer's UTF-8 bytes; where max_length cuts it, of what
-    is left, and (0, 0) where that is nothing. torchrun's processes share the work; those of a sharded model do all."""
-    first, every = (0, 1) if parallel.is_sharded(decoder) else (parallel.rank(), parallel.world())
+    is left, and (0, 0) where that is nothing. torchrun's processes share the work."""
+    first, every = parallel.share(decoder)
     rows = [Row(prompt, [answer]) for prompt, answer in pairs[first::every]]
     examples = encode_rows(rows, tokenizer, tokenizer, max_length, max_prompt_length)[0]
     examples.sort(key=lambda example: len(example.student.ids))
@@ -224,6 +224,11 @@ class Config:
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
 
+    @property
+    def passes(self) -> list[int | None]:
+        """The seed of every pass over the rows; greedy answers need one pass and no seed."""
+        return [None] if self.greedy else self.seeds
+
 def main() -> None:
     with parallel.started():
         evaluate(parse(Config, __doc__, positional=("model",)))
@@ -249,7 +254,7 @@ def evaluate(config: Config) -> None:
     default = decoder.source if Path(config.model).is_dir() else "out/eval/" + config.model.replace("/", "--")
     out_dir = Path(config.out_dir or default)
     hub.claim(out_dir, "rouge.json", {"seeds", "sets"}, [])
-    for name, seed in itertools.product(sets, [None] if config.greedy else config.seeds):
+    for name, seed in itertools.product(sets, config.passes):
         answers_file(out_dir, name, seed)
     out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -257,8 +262,8 @@ def evaluate(config: Config) -> None:
     if not parallel.is_first():
         return
     others = [r for name, r in results.items() if not hub.same_data(name, trained_on)] if trained_on else []
-    summary = {"model": config.model, "seeds": [None] if config.greedy else config.seeds, "trained_on": trained_on,
-               "sets": results, "ood_mean": statistics.mean(r["rouge_l"] for r in others) if others else None,
+    summary = {"model": config.model, "seeds": config.passes, "trained_on": trained_on, "sets": results,
+               "ood_mean": statistics.mean(r["rouge_l"] for r in others) if others else None,
                "ood_bits_per_byte": statistics.mean(r["bits_per_byte"] for r in others) if others else None}
     with hub.atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
@@ -282,7 +287,7 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
     """One set, answered with every seed → its part of rouge.json. The answers are written into out_dir."""
     tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, config.max_length - 1))
     references, scores, matches = [row.outputs for row in rows], [], []
-    for seed in [None] if config.greedy else config.seeds:
+    for seed in config.passes:
         temperature, desc = (0.0, "greedy") if seed is None else (config.temperature, f"seed {seed}")
         answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, config.batch_size,
                               temperature, seed or 0, f"{name}, {desc}")

@@ -145,7 +145,6 @@ def training_numbers(options, responses: list[Response], adversary) -> dict[str,
     return numbers
 
 # -------------------------------------------------------------------------------------------- what train.py asks for
-
 def choose_rows(config, run) -> None:
     """For --probe_interval: the first dev rows, into run.looked_at. Raises InputError where none is long enough."""
     if config.probe_interval:
@@ -367,7 +366,8 @@ def draw_curves(out_dir: Path) -> Path:
     for number, line in enumerate((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True), 1):
         if line.endswith("\n"):             # the last line of a run that is going on may be half-written
             try:
-                records.append({"step": json.loads(line)["step"], **json.loads(line)})
+                record = json.loads(line)
+                records.append({"step": record["step"], **record})
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{out_dir}/metrics.jsonl:{number}: not what train.py writes ({error!r})") from error
     if not records:

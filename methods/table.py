@@ -90,9 +90,8 @@ def check_options(options: Options) -> None:
             raise InputError(f"--{field} {getattr(options, field)}: --method {method} has no use for it; it is for "
                              f"{needs}")
     refuse("adversary", not across, "dskd_cma or dskd_cla")
-    for field in ("weights", "value", "gate"):
+    for field in ("weights", "value", "gate", "dtw_weight"):
         refuse(field, not across, "dskd_cma, dskd_cla or dskd_clp")
-    refuse("dtw_weight", not across, "dskd_cma, dskd_cla or dskd_clp")
     refuse("projector_init", not across, "dskd_cma and those after it")
     refuse("align_on", not alignment.startswith("chunk"), "dskd_clp or dskd_cla")
     refuse("divergence", method in (*WITHOUT_KD, "uld", "mined", "byte_kd"), "kd or one of the dual-space methods")

@@ -49,14 +49,13 @@ def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_len
                 batch_size: int = 32, temperature: float = 1.0, seed: int = 0, desc: str = "answering",
                 at_once=contextlib.nullcontext) -> list[str]:
     """An answer to every row's prompt, in the rows' order; the same seed and batch size give the same answers.
-    Every process of torchrun answers some rows and gets all answers; a sharded model needs its processes in step, so
-    there each answers all. at_once: a context in which Interrupted may be raised, and then is in every process."""
-    sharded = parallel.is_sharded(decoder)
-    first, every = (0, 1) if sharded else (parallel.rank(), parallel.world())
+    Every process of torchrun answers its share of the rows and gets all answers. at_once: a context in which
+    Interrupted may be raised, and then is in every process; not of a sharded model, whose processes stay in step."""
+    first, every = parallel.share(decoder)
     others = set(range(len(rows))) - set(range(first, len(rows), every))
     answers: dict[int, str] | None = {}
     try:
-        with contextlib.nullcontext() if sharded else at_once():
+        with contextlib.nullcontext() if parallel.is_sharded(decoder) else at_once():
             for batch in answer_batches(decoder, tokenizer, rows, max_length, max_prompt_length, batch_size,
                                         temperature, seed + 1_000_003 * first, desc, others):
                 answers |= {i: text for i, text, _ in batch}

@@ -103,7 +103,10 @@ class TeacherStates:
         self.place = {e.row: (int(end) - e.teacher.valid, int(end)) for e, end in zip(examples, ends)}
         self.shape = int(ends[-1]), size
         self.rows = sorted(examples, key=lambda e: -len(e.teacher.ids))         # the same at every start
-        self.complete = self._begun() and bool(self._map(".done").all())
+        self.complete = self._finished()
+
+    def _finished(self) -> bool:
+        return self._begun() and bool(self._map(".done").all())
 
     def _begun(self) -> bool:
         """Whether the files are there, and what their names say."""
@@ -140,7 +143,7 @@ class TeacherStates:
                 parallel.barrier()                                      # all have seen what is to do
                 self._write(todo[number::several], load_teacher, batch_size, pad, device)
                 parallel.barrier()
-            self.complete = self._begun() and bool(self._map(".done").all())
+            self.complete = self._finished()
 
     def _begin(self) -> None:
         if self._begun():

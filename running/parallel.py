@@ -138,6 +138,11 @@ def shard(decoder, device: str) -> None:
         layer.set_force_sum_reduction_for_comms(True)
     decoder.to(device)
 
+def share(decoder) -> tuple[int, int]:
+    """(first, every): of a list this process does every so many from the first on. A sharded model needs its processes
+    in step, so that each does all."""
+    return (0, 1) if is_sharded(decoder) else (rank(), world())
+
 def is_sharded(module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 

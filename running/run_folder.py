@@ -1,6 +1,6 @@
 """A run's folder: which one, who may write in it, what of it goes on after an interruption.
 
-    out_dir/config.json      every setting              out_dir/best/            by ROUGE-L on dev
+    out_dir/config.json      every setting              out_dir/best/            on dev, by what --select says
     out_dir/metrics.jsonl    a line for every step      out_dir/last/            to go on from (checkpoint.py)
     out_dir/results.json     the table at the end       out_dir/last.previous/   the one before, should that be damaged
 
@@ -16,8 +16,8 @@ import signal
 from pathlib import Path
 
 from files import hub
-from running import parallel
 from files.config import InputError
+from running import parallel
 
 # What may change between a run and its continuation.
 FREE = ("resume", "overwrite", "out_dir", "device", "dtype", "num_threads", "shard_student", "shard_teacher")

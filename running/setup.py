@@ -162,11 +162,11 @@ def load_examples(config, run: Run) -> None:
     if cut or dropped:
         print(f"{config.data}, train: {cut} of {len(rows)} prompts cut to {config.max_prompt_length} tokens, {dropped} "
               f"rows dropped, because no response token fits into {config.max_length}")
+    if not run.examples:
+        raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
     if config.method == "byte_kd":
         texts = {number: row.outputs[0] for number, row in enumerate(rows)}
         run.pairing = BytePaths(student, teacher, run.examples, texts, run.device)
-    if not run.examples:
-        raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
     if config.cache_teacher:
         run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
                                          run.teacher.config.hidden_size, getattr(torch, config.cache_dtype), run.dtype)

@@ -75,19 +75,23 @@ def _last(mask: torch.Tensor) -> torch.Tensor:
     number = torch.arange(1, mask.size(-1) + 1, device=mask.device) * mask
     return ((number == number.amax(-1, keepdim=True)) & mask).float()
 
-def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step: int,
-             factors: dict[str, float]) -> tuple[Parts, Aligned]:
-    """Dual-space distillation across tokenizers → the loss parts, and the alignment for what else needs it.
-    The embeddings are detached, the teacher's states have no gradient; standard deviations σ are over valid positions
-    and all features. options: table.Options; step: optimizer steps done so far."""
-    found = align(student, teacher, projectors, options.alignment)
-
+def to_student(found: Aligned, teacher: Side, projectors: Projectors, value: str) -> torch.Tensor:
+    """The teacher's states in the student's space, at the student's positions: softmax(A) P_t2s(v), (B, S, d_s).
+    value: v is h_t/σ_h ("hidden"), or that and E_t(y_t)/σ_y ("label")."""
     def unit(grid):
         return grid / teacher.valid.deviation(grid)
-    value = unit(teacher.hidden)
-    if options.value == "label":
-        value = value + unit(found.teacher_label_embed)
-    t2s = found.attention @ projectors.t2s(value)                       # (B, S, d_s)
+    v = unit(teacher.hidden)
+    if value == "label":
+        v = v + unit(found.teacher_label_embed)
+    return found.attention @ projectors.t2s(v)
+
+def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step: int,
+             factors: dict[str, float], byte_terms=None) -> tuple[Parts, Aligned]:
+    """Dual-space distillation across tokenizers → the loss parts, and the alignment for what else needs it.
+    The embeddings are detached, the teacher's states have no gradient; standard deviations σ are over valid positions
+    and all features. options: table.Options; step: optimizer steps done so far; byte_terms: methods/byte_kd.py's."""
+    found = align(student, teacher, projectors, options.alignment)
+    t2s = to_student(found, teacher, projectors, options.value)         # (B, S, d_s)
     s2t = found.back @ projectors.s2t(student.hidden)                   # (B, T, d_t)
     met_s = student.valid.pack(found.attention.detach().sum(-1) > 0).float()
     met_t = teacher.valid.pack(found.back.detach().sum(-1) > 0).float()
@@ -96,7 +100,7 @@ def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step
         w_s, w_t = entropy_weights(student, teacher)
         w_s = w_s * (min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0)
     return both_spaces(
-        student_space(student, student.valid.pack(t2s), options, factors, options.gate, w_s, met_s),
+        student_space(student, student.valid.pack(t2s), options, factors, options.gate, w_s, met_s, byte_terms),
         teacher_space(teacher, teacher.valid.pack(s2t), options, factors, w_t * met_t)), found
 
 def entropy_weights(student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:

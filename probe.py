@@ -1,20 +1,21 @@
 """See what the attention aligns: which teacher tokens does a student token attend to, is it the right place, and do the
-distributions of keys and queries match?
+distributions of keys and queries match? Of a method without attention: which bytes do teacher and student expect?
 
     python probe.py out/toy-dskd_cma_ga                            # pictures, a table and probe.json for 20 rows of dev
     python probe.py out/toy-dskd_cma out/toy-dskd_cma_ga           # two checkpoints in one picture and one table
     python probe.py out/toy-dskd_cma_ga --curves                   # the run's losses and accuracies over its steps
+    python probe.py out/toy-byte_kd                                # next bytes: a picture, a table and probe.json
+    python probe.py out/toy-dskd_cma out/toy-byte_kd               # the same of two runs, as one has no attention
 
 As the first half of DSKD-CMA-GA (arXiv 2603.22056) asks it. The right place for a token is its chunk
 (tokenize_align.py), the least stretch of text that both tokenizers cut out; a position of either side is named by the
 token that it predicts.
 
 Notable here:
-- attention depends on embeddings and P_q alone (cma.align), so that no model's layers are loaded;
+- attention depends on embeddings and P_q alone (cma.align), so that no model's layers are loaded, but for --leak;
 - every number stands beside what uniform attention and the chunk-mean probe get on the same rows;
 - intervals are 95% bootstrap intervals over responses (rows), not over tokens, which are not independent of each other.
 """
-import collections
 import json
 import math
 import shlex
@@ -27,122 +28,23 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import discriminator
 import toy
-from cma import align
 from files import hub
 from files.config import InputError, flag, parse
-from files.rows import read_rows
-from methods.sides import side_of
+from files.rows import Row, read_rows
 from methods.table import make_modules
 from model import load
-from running import pictures
+from running import next_bytes, pictures
+from running.attention import (BATCH, DIRECTIONS, Response, adversary_numbers, attend, attention_values,
+                               matching_values, training_numbers)
 from running.checkpoint import load_modules
-from running.measures import (MEASURES, RESAMPLES, SHARES, distances, evenly, interval, measure, resample, tell_apart)
-from tokenize_align import Example, Sequence, collate, encode_rows, load_tokenizer
+from running.measures import MEASURES, RESAMPLES, SHARES, distances, evenly, interval, resample
+from tokenize_align import Example, Sequence, encode_rows, load_tokenizer
 
-BATCH = 32              # rows whose keys are divided by one σ_K, as in training
-DIRECTIONS = ("student → teacher", "teacher → student")
+SIDES = "student", "teacher"
 MATCHING = (("probe_accuracy", "told apart by a logistic probe, held out", "50.0 %"),
             ("mean_distance", "distance of means (keys' deviations)", "0.00"),
             ("energy_distance", "energy distance (keys' deviations)", "0.00"))
-
-# ---------------------------------------------------------------------------------------------- from a run to attention
-@dataclass
-class Response:
-    """One response in both tokenizations, and what each token takes of the other side: S and T valid positions."""
-    row: int                        # in the data file, from 0
-    student: Sequence
-    teacher: Sequence
-    attention: torch.Tensor         # (S, T), student → teacher: each row sums to 1
-    back: torch.Tensor              # (T, S), teacher → student
-    keys: torch.Tensor              # (T, 2 d_t)
-    queries: torch.Tensor | None    # (S, 2 d_t)
-
-    @property
-    def same_chunk(self) -> torch.Tensor:
-        """(S, T)"""
-        return torch.tensor(self.student.chunks)[:, None] == torch.tensor(self.teacher.chunks)
-
-    @property
-    def blocks(self) -> list[tuple[range, range]]:
-        """The chunks that have tokens on both sides: (student tokens, teacher tokens)."""
-        places = [{k: range(chunks.index(k), len(chunks) - chunks[::-1].index(k)) for k in chunks}
-                  for chunks in (self.student.chunks, self.teacher.chunks)]
-        return [(places[0][k], places[1][k]) for k in places[0] if k in places[1]]
-
-@torch.no_grad()
-def attend(options, examples: list[Example], student, teacher, projectors, pads: tuple[int, int]) -> list[Response]:
-    """A run's attention on some examples, float32 on the CPU. student, teacher: .embed; options: the run's settings."""
-    device, responses = student.embed.weight.device, []
-    for start in range(0, len(examples), BATCH):
-        part = examples[start:start + BATCH]
-        batch = {name: x.to(device) for name, x in collate(part, *pads, options.align_on).items()}
-        sides = side_of(batch, "student", student.embed), side_of(batch, "teacher", teacher.embed)
-        found = align(*sides, projectors, options.alignment)
-        for i, example in enumerate(part):
-            s, t = example.student.valid, example.teacher.valid
-            queries = None if found.queries is None else found.queries[i, :s].float().cpu()
-            rest = [x.float().cpu() for x in (found.attention[i, :s, :t], found.back[i, :t, :s], found.keys[i, :t])]
-            responses.append(Response(example.row, example.student, example.teacher, *rest, queries))
-    return responses
-
-def attention_values(responses: list[Response], kind: str = "attention") -> dict[str, list[dict[str, torch.Tensor]]]:
-    """direction → each response's measure(), of its own attention, of "uniform" attention or of the "chunk_mean"."""
-    values = {direction: [] for direction in DIRECTIONS}
-    for response in responses:
-        middles, repeats = [], []
-        for side in (response.student, response.teacher):
-            labels = side.ids[side.prompt_length:]
-            often = collections.Counter(labels)
-            repeats.append(torch.tensor([often[i] > 1 for i in labels]))
-            middles.append(torch.tensor(side.spans).double().mean(1))
-        inside = response.same_chunk
-        for direction, weights, mask, a, b in ((DIRECTIONS[0], response.attention, inside, 0, 1),
-                                               (DIRECTIONS[1], response.back, inside.T, 1, 0)):
-            weights = {"attention": weights, "uniform": torch.full_like(weights, 1 / weights.size(1)),
-                       "chunk_mean": mask / mask.sum(1, keepdim=True).clamp(min=1)}[kind]
-            values[direction].append(measure(weights, mask, repeats[a], middles[a], middles[b]))
-    return values
-
-def matching_values(responses: list[Response]) -> list[list[torch.Tensor]]:
-    """Whether a logistic probe, trained on every other response, is right about the keys and the queries of each → two
-    lists (keys, queries) of a tensor of 0 and 1 for each response."""
-    sides = [s.keys for s in responses], [s.queries for s in responses]
-    folds = [torch.cat([torch.full((len(v),), i % 2) for i, v in enumerate(vectors)]) for vectors in sides]
-    right = tell_apart(*map(torch.cat, sides), *folds)
-    return [list(of_side.split([len(v) for v in vectors])) for of_side, vectors in zip(right, sides)]
-
-@torch.no_grad()
-def adversary_numbers(kind: str, adversary, responses: list[Response]) -> dict[str, float]:
-    """The adversary's mean losses and accuracies, without dropout, on the responses' keys and queries."""
-    was_training, device = adversary.training, next(adversary.parameters()).device
-    adversary.eval()
-    totals = collections.Counter()
-    for s in responses:
-        keys, queries = s.keys.to(device), s.queries.to(device)
-        if kind == "gan":
-            parts = discriminator.gan(adversary, keys, queries)
-        else:
-            everything = [torch.ones(1, len(x), dtype=torch.bool, device=device) for x in (keys, queries)]
-            parts = discriminator.conditional_transport(adversary, keys[None], queries[None], *everything)
-        totals.update({name: float(value) for name, value in parts.items()})
-    adversary.train(was_training)
-    n = {"key": sum(len(s.keys) for s in responses), "query": sum(len(s.queries) for s in responses)}
-    return {name.removeprefix("adversary_"): value / n[name.split("_")[1]] for name, value in totals.items()}
-
-def training_numbers(options, responses: list[Response], adversary) -> dict[str, float]:
-    """What --probe_interval adds to metrics.jsonl."""
-    numbers, directions = {}, attention_values(responses)
-    for values, suffix in zip(directions.values(), ("", "_back")):
-        numbers |= {f"probe_{name}{suffix}": float(torch.cat([v[name] for v in values]).mean())
-                    for name in ("mass", "hit")}
-    if responses[0].queries is not None and len(responses) > 1:
-        numbers["probe_accuracy"] = sum(float(torch.cat(right).mean()) for right in matching_values(responses)) / 2
-    if adversary is not None:
-        found = adversary_numbers(options.adversary, adversary, responses)
-        numbers |= {f"probe_{name}": value for name, value in found.items()}
-    return numbers
 
 # -------------------------------------------------------------------------------------------- what train.py asks for
 def choose_rows(config, run) -> None:
@@ -168,14 +70,17 @@ def leave_pictures(config, run, results: dict) -> None:
         title = f"{run.out_dir}, {len(run.scored[split])} rows of {split}"
         scores = {name: of[split] for name, of in results.items()}
         drawn = [pictures.results(run.out_dir / "results.png", title, scores), draw_curves(run.out_dir)]
-        if config.alignment != "none":
+        if config.alignment != "none" or config.method == "byte_kd":
             best = open_checkpoint(config.out_dir, str(run.folders["teacher"]))
-            if responses := look(best, run.files["dev"], BATCH):
+            if best.projectors is None:
+                if found := expect(best, run.files["dev"], BATCH):
+                    drawn.insert(0, next_bytes.draw({"student": found}, run.out_dir / "next_bytes.png", best.name))
+            elif responses := look(best, run.files["dev"], BATCH):
                 drawn.insert(0, draw(best, readable(responses), run.out_dir / "heatmap.png"))
         print(f"pictures:          {', '.join(map(str, drawn))}")
     except Exception as error:          # the run is finished and saved: it must not fail for a picture
         print(f"pictures:          could not be drawn ({' '.join(repr(error).split()):.200})")
-    if config.alignment != "none":
+    if config.teacher and config.method != "sft":
         print(f"look closer:       python probe.py {shlex.quote(config.out_dir)}")
 
 # ------------------------------------------------------------------------------------------------------- a checkpoint
@@ -199,9 +104,10 @@ def folder_of_run(checkpoint: str) -> Path:
         raise InputError(f"{checkpoint}: not a run of train.py (config.json, metrics.jsonl and best/ or last/)")
     return path
 
-def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu") -> Checkpoint:
-    """Read embeddings, projectors, adversary and tokenizers of a checkpoint. teacher: where it lies now, if it was
-    moved. Raises InputError for what is no checkpoint of an attention method."""
+def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu", layers: tuple = ()) -> Checkpoint:
+    """Read embeddings, projectors, adversary and tokenizers of a checkpoint, and the layers of the sides that `layers`
+    names; of a method without attention, both sides'. teacher: where it lies now, if it was moved. Raises InputError
+    for what is no checkpoint of a method with a teacher."""
     out_dir, folder = folder_of_run(checkpoint), hub.model_dir(checkpoint)
     try:
         settings = types.SimpleNamespace(**json.loads((out_dir / "config.json").read_text(encoding="utf-8")))
@@ -209,24 +115,38 @@ def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu") -> 
         teacher = teacher or settings.teacher
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{out_dir}/config.json: not what train.py writes ({error})") from error
-    if alignment == "none":
-        raise InputError(f"{checkpoint}: --method {method} has no attention to look at (--curves draws its losses)")
+    if not teacher:
+        raise InputError(f"{checkpoint}: --method {method} has no attention to look at (--curves draws its losses, and "
+                         "--teacher names a model to compare its next bytes with)")
     if teacher == "toy":
         teacher = str(toy.folder("teacher"))
-    student, frozen = load(folder, device=device, layers=False), load(teacher, device=device, layers=False)
-    modules = make_modules(settings, student.config.hidden_size, frozen.config.hidden_size)
-    modules = [module and module.to(device) for module in modules]
-    load_modules(folder, *modules)
+    layers = SIDES if alignment == "none" else layers
+    student, frozen = (load(name, device=device, layers=side in layers) for side, name in zip(SIDES, (folder, teacher)))
+    modules = None, None
+    if alignment != "none":
+        modules = make_modules(settings, student.config.hidden_size, frozen.config.hidden_size)
+        modules = [module and module.to(device) for module in modules]
+        load_modules(folder, *modules)
     tokenizers = load_tokenizer(folder), load_tokenizer(teacher)
     return Checkpoint(checkpoint, folder, settings, student, frozen, *modules, tokenizers)
 
-def look(run: Checkpoint, file: Path, num: int) -> list[Response]:
-    """The attention on the first rows of a data file."""
-    settings, rows = run.settings, read_rows(file)
-    examples, _, dropped = encode_rows(rows[:num], *run.tokenizers, settings.max_length, settings.max_prompt_length)
+def first_examples(run: Checkpoint, file: Path, num: int) -> tuple[list[Row], list[Example]]:
+    """The first rows of a data file, and of these the ones that have a response token within the run's limits."""
+    settings, rows = run.settings, read_rows(file)[:num]
+    examples, _, dropped = encode_rows(rows, *run.tokenizers, settings.max_length, settings.max_prompt_length)
     if dropped:
-        print(f"{file}: {dropped} of {len(rows[:num])} rows left out: no response token within {settings.max_length}")
-    return attend(settings, examples, run.student, run.teacher, run.projectors, tuple(t.eos_id for t in run.tokenizers))
+        print(f"{file}: {dropped} of {len(rows)} rows left out: no response token within {settings.max_length}")
+    return rows, examples
+
+def look(run: Checkpoint, file: Path, num: int, leak: bool = False) -> list[Response]:
+    """The attention on the first rows of a data file; leak: also who is right about which chunk."""
+    return attend(run.settings, first_examples(run, file, num)[1], run.student, run.teacher, run.projectors,
+                  tuple(t.eos_id for t in run.tokenizers), leak)
+
+def expect(run: Checkpoint, file: Path, num: int) -> list[next_bytes.Along]:
+    """What both models expect at every byte of the first rows' answers."""
+    rows, examples = first_examples(run, file, num)
+    return next_bytes.along(run.tokenizers, examples, rows, run.student, run.teacher)
 
 # ------------------------------------------------------------------------------------------------ numbers and pictures
 def numbers(run: Checkpoint, responses: list[Response]) -> tuple[dict, dict[str, np.ndarray]]:
@@ -241,6 +161,11 @@ def numbers(run: Checkpoint, responses: list[Response]) -> tuple[dict, dict[str,
             for kind, values in kinds.items():              # attention comes last: its draws are kept
                 mean, draws[direction, name] = resample([v[name] for v in values[direction]])
                 row[kind] = {"mean": mean, "interval": None if mean is None else interval(draws[direction, name])}
+    if responses[0].right:
+        right = [resample([s.right[side] for s in responses]) for side in (0, 1)]
+        draws["leak"] = right[0][1] - right[1][1]
+        result["leak"] = {"z_t2s": right[0][0], "teacher": right[1][0],
+                          "leak": {"mean": right[0][0] - right[1][0], "interval": interval(draws["leak"])}}
     if responses[0].queries is not None:
         keys, queries = torch.cat([s.keys for s in responses]), torch.cat([s.queries for s in responses])
         right = [resample(side) for side in matching_values(responses)]
@@ -254,7 +179,8 @@ def numbers(run: Checkpoint, responses: list[Response]) -> tuple[dict, dict[str,
 def cell(name: str, mean: float | None, bounds: list[float] | None = None, sign: str = "") -> str:
     if mean is None:
         return "–"
-    scale, digits = (100, 1) if name in SHARES or name == "probe_accuracy" else (1, 2)
+    scale, digits = (100, 1) if name in {*SHARES, "probe_accuracy", "leak"} or "right" in name else (1, 2)
+    digits = 3 if name in next_bytes.MEASURES and scale == 1 else digits
     mean, *bounds = (f"{scale * value:{sign}.{digits}f}" for value in (mean, *(bounds or [])))
     return mean + (" %" if scale == 100 else "") + (f"  [{', '.join(bounds)}]" if bounds else "")
 
@@ -287,6 +213,12 @@ def print_numbers(results: list[dict], draws: list[dict]) -> None:
         values = [result.get("keys_and_queries", {}).get(name) for result in results]
         values = [value if isinstance(value, dict) else {"mean": value, "interval": None} for value in values]
         line(title, cells(name, values, [d.get(name) for d in draws]) + [matched])
+    if "leak" in results[0]:
+        print()
+        line("chunks guessed right", headings)
+        for who in ("z_t2s", "teacher"):
+            line(who, cells("leak", [{"mean": r["leak"][who], "interval": None} for r in results], [None, None]))
+        line("leak: their difference", cells("leak", [r["leak"]["leak"] for r in results], [d["leak"] for d in draws]))
     for heading, result in zip(names, results):
         if "adversary" in result:
             who = f"{heading}'s adversary" if two else "the run's adversary"
@@ -382,6 +314,7 @@ class Config:
     data: str = flag("", "rows to look at: name, folder or .jsonl file (default: the run's data)")
     split: str = flag("dev", "which of them", choices=("train", "dev", "test"))
     num: int = flag(20, "how many rows, from the first", at_least=2, at_most=1000)
+    leak: bool = flag(False, "also: is z_t2s right more often than the teacher itself? Runs the teacher's layers")
     curves: bool = flag(False, "draw the run's metrics.jsonl over its steps, and nothing else")
     teacher: str = flag("", "where the teacher is, if it was moved")
     out_dir: str = flag("", "where it all goes (default: probe/, of two probe-with-NAME/, in the first run's folder)")
@@ -397,33 +330,65 @@ def main() -> None:
             print(f"wrote {draw_curves(folder_of_run(name))}")
         return
     device, _ = hub.pick_device(config.device, "float32")
-    runs = [open_checkpoint(name, config.teacher, device) for name in names]
+    runs = [open_checkpoint(name, config.teacher, device, ("teacher",) if config.leak else ()) for name in names]
+    attention = all(run.projectors is not None for run in runs)
+    if not attention and config.leak:
+        raise InputError("--leak is of methods with attention")
+    if not attention and any(run.projectors is not None for run in runs):
+        runs = [open_checkpoint(name, config.teacher, device, SIDES) for name in names]
     data = config.data or runs[0].settings.data
     toy.write_data_for([data])
     file = hub.data_file(data, "test" if Path(data).is_file() else config.split)
-    every = [look(run, file, config.num) for run in runs]
+    every = [look(run, file, config.num, config.leak) if attention else expect(run, file, config.num) for run in runs]
     common = set.intersection(*({s.row for s in responses} for responses in every))
     every = [[s for s in responses if s.row in common] for responses in every]
     if len(common) < 2:
         raise InputError(f"{file}: {len(common)} rows to look at, and 2 is the least")
-    results, draws = zip(*(numbers(run, responses) for run, responses in zip(runs, every)))
-
     default = folder_of_run(names[0]) / ("probe" if len(names) == 1 else f"probe-with-{hub.label(names[1])}")
-    out_dir = Path(config.out_dir or default)
+    (show_attention if attention else show_next_bytes)(runs, every, file, Path(config.out_dir or default))
+
+def show_next_bytes(runs: list[Checkpoint], every: list[list[next_bytes.Along]], file: Path, out_dir: Path) -> None:
+    """The table, next_bytes.png and probe.json of runs of which not all have attention."""
+    two = len(runs) == 2
+    before = hub.claim(out_dir, "probe.json", {"checkpoints", "resamples"}, ["next_bytes.png"])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    names = [f"{mark}{run.name}" for mark, run in zip(("A: ", "B: ") if two else ("",), runs)]
+    number = sum(len(answer.kl) for answer in every[0])
+    for name, run in zip(names, runs):
+        print(f"{name} ({run.settings.method}), {len(every[0])} rows of {file}, {number} bytes with EOS")
+    results, draws = zip(*map(next_bytes.numbers, every))
+    print(f"\n{'next bytes':<42}" + "".join(f"{x:>26}" for x in (["A", "B", "B − A"] if two else ["mean [95 %]"])))
+    for name, title in next_bytes.MEASURES.items():
+        values = [{"mean": result[name], "interval": interval(d[name])} for result, d in zip(results, draws)]
+        print(f"{title:<42}" + "".join(f"{x:>26}" for x in cells(name, values, [d[name] for d in draws])))
+    checkpoints = [{"checkpoint": str(run.folder), "method": run.settings.method, "rows": [a.row for a in answers],
+                    "next_bytes": result} for run, answers, result in zip(runs, every, results)]
+    write_log(out_dir, before, file, checkpoints)
+    next_bytes.draw(dict(zip("AB" if two else ("student",), every)), out_dir / "next_bytes.png", "\n".join(names))
+    print(f"\nwrote next_bytes.png and probe.json into {out_dir}")
+
+def write_log(out_dir: Path, before: dict | None, file: Path, checkpoints: list[dict]) -> None:
+    """probe.json anew; the heatmaps that the one before listed go."""
+    for row in before["checkpoints"][0]["rows"] if before else []:
+        (out_dir / heatmap_name(row)).unlink(missing_ok=True)
+    with hub.atomic_write(out_dir / "probe.json") as log:
+        json.dump({"data": str(file), "resamples": RESAMPLES, "checkpoints": checkpoints}, log, indent=2,
+                  ensure_ascii=False)
+
+def show_attention(runs: list[Checkpoint], every: list[list[Response]], file: Path, out_dir: Path) -> None:
+    """The table, the pictures and probe.json of runs with attention."""
+    two = len(runs) == 2
+    results, draws = zip(*(numbers(run, responses) for run, responses in zip(runs, every)))
     others = ["attention.safetensors", "contact_sheet.png", "keys_queries.png", "comparison.png"]
     others += [heatmap_name(response.row) for response in every[0]]
     before = hub.claim(out_dir, "probe.json", {"checkpoints", "resamples"}, others)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name, r in zip(("A: ", "B: ") if config.other else ("",), results):
-        print(f"{name}{r['checkpoint']} ({r['method']}), {len(common)} rows of {file}, {r['student_tokens']} student "
+    for name, r in zip(("A: ", "B: ") if two else ("",), results):
+        print(f"{name}{r['checkpoint']} ({r['method']}), {len(every[0])} rows of {file}, {r['student_tokens']} student "
               f"and {r['teacher_tokens']} teacher tokens")
     print_numbers(results, draws)
-    for row in before["checkpoints"][0]["rows"] if before else []:
-        (out_dir / heatmap_name(row)).unlink(missing_ok=True)
-    with hub.atomic_write(out_dir / "probe.json") as log:
-        content = {"data": str(file), "resamples": RESAMPLES, "checkpoints": list(results)}
-        json.dump(content, log, indent=2, ensure_ascii=False)
-    if config.other:
+    write_log(out_dir, before, file, list(results))
+    if two:
         if all("keys_and_queries" in r for r in results):
             print(f"\n{verdict(results, draws)}")
         compare_pictures(runs, every, results, out_dir / "comparison.png")

@@ -67,9 +67,9 @@ from files import hub
 from files.config import InputError
 from files.rows import Row, make_prompt, read_rows
 from methods import byte_kd, divergences, dual_space, heads, mined, plain, projector_init, sides, soft_dtw, table
-from running import (answers, batches, cache, checkpoint, checks, flops, lora, measures, parallel, pictures, report,
-                     run_folder, setup, tables)
-from tools import bench, compare, memory, soak
+from running import (answers, attention, batches, cache, checkpoint, checks, flops, lora, measures, next_bytes,
+                     parallel, pictures, report, run_folder, setup, tables)
+from tools import bench, compare, compress, memory, soak
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)       # the sections
@@ -353,7 +353,7 @@ def stable(records):
 COMBINATIONS = [*((method, []) for method in table.METHODS if method not in ("kd", "dskd")),
                 ("dwa_kd", ["--adversary", "gan", "--divergence", "adaptive_kl"]),
                 ("dskd_cla", ["--align_on", "input", "--dtw_weight", "0.3", "--adversary", "ct"]),
-                ("dskd_clp", ["--weights", "entropy"])]
+                ("dskd_clp", ["--weights", "entropy"]), ("dskd_cma", ["--byte_weight", "4"])]
 
 class Killed(BaseException):
     """What kill -9 is to a program, but for its finally blocks."""
@@ -1568,6 +1568,29 @@ def test_byte_kd_against_every_token(way, lengths, world, monkeypatch):
     ours = torch.autograd.grad(0.5 * found["nll_loss"] + 0.5 * found["kd_loss"], inputs)
     for mine, other in zip(ours, torch.autograd.grad(0.5 * ce + 0.5 * expected, inputs)):
         close(mine, other, 1e-6)
+
+@pytest.mark.methods
+def test_byte_weight_adds_the_kl_of_next_bytes(world, monkeypatch):
+    """Beside the dual-space terms, values and gradients are theirs and as many times byte_kd's."""
+    monkeypatch.setattr(heads, "CHUNK", 5)
+    student, teacher = (model.load(world / side) for side in ("student", "teacher"))
+    tokenizers = [ta.load_tokenizer(world / side) for side in ("student", "teacher")]
+    texts = ["plums", "Mira eats figs."]
+    examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 99, 50)
+    batch = ta.collate(examples, 0, 0)
+    batch |= byte_kd.BytePaths(*tokenizers, examples, dict(enumerate(texts)), "cpu").tensors(examples)
+    projectors, adversary = table.make_modules(options("dskd_cma"), student.config.hidden_size,
+                                               teacher.config.hidden_size)
+    found = []
+    for chosen in (options("dskd_cma"), options("byte_kd", kd_rate=0.5), options("dskd_cma", byte_weight=3.0),
+                   options("sft")):
+        parts = table.distill(chosen, batch, student, teacher, projectors, adversary, 0, factors(chosen))
+        loss = total(chosen, parts, {"student": 1, "teacher": 1})
+        found.append((parts, torch.autograd.grad(loss, list(student.parameters()))))
+    close(found[2][0]["kd_loss"].detach(), (found[0][0]["kd_loss"] + 3 * found[1][0]["kd_loss"]).detach(), 1e-5)
+    close(found[2][0]["byte_loss"].detach(), 3 * found[1][0]["kd_loss"].detach(), 1e-5)
+    for alone, of_bytes, both, of_sft in zip(*(gradients for _, gradients in found)):
+        close(both, alone + 3 * (of_bytes - 0.5 * of_sft), 1e-4)
 
 @pytest.mark.methods
 @real_vocabularies
@@ -3587,6 +3610,84 @@ def test_two_checkpoints_are_compared(two_runs, world, monkeypatch, capsys):
     assert "+0.0 %  [+0.0, +0.0]" in printed
 
 @pytest.mark.probe
+def test_leak_counts_what_training_counts(two_runs, world, monkeypatch, capsys):
+    """Who is right about a token is what the losses count; a chunk is right where all its tokens are."""
+    run = two_runs / "dskd_cma"
+    run_main(probe, monkeypatch, run, "--num", "6", "--leak", "--out_dir", two_runs / "leak")
+    of_run = probe.open_checkpoint(str(run), layers=("teacher",))
+    rows = read_rows(world / "data/dev.jsonl")[:6]
+    examples, _, _ = ta.encode_rows(rows, *of_run.tokenizers, 128, 100)
+    batch = ta.collate(examples, *(t.eos_id for t in of_run.tokenizers))
+    student = model.load(run / "best")
+    with torch.no_grad():
+        parts = table.distill(of_run.settings, batch, student, of_run.teacher, of_run.projectors, None, 0,
+                              dict.fromkeys(("nll_loss", *table.KD_PARTS), 0.5))
+        guide = sides.side_of(batch, "teacher", of_run.teacher.embed)
+        learner = sides.side_of(batch, "student", student.embed)
+        guide.hidden = guide.valid.grid(of_run.teacher(batch["teacher_ids"]))
+        found = cma.align(learner, guide, of_run.projectors, "attention")
+        t2s = cma.to_student(found, guide, of_run.projectors, "label")
+        right = [attention.first_right(learner, t2s, student.head.weight),
+                 attention.first_right(guide, guide.hidden, of_run.teacher.head.weight)]
+    assert [sum(int(r.sum()) for r in side) for side in right] == [int(parts["t2s_acc"]), int(parts["teacher_acc"])]
+    shares = []
+    for of_side, name in zip(right, ("student", "teacher")):
+        chunks = []
+        for e, tokens in zip(examples, of_side):
+            for k in set(e.student.chunks) & set(e.teacher.chunks):
+                chunks.append(all(r for r, c in zip(tokens.tolist(), getattr(e, name).chunks) if c == k))
+        shares.append(sum(chunks) / len(chunks))
+    report = json.loads((two_runs / "leak/probe.json").read_text())["checkpoints"][0]["leak"]
+    close(report["z_t2s"], shares[0], 1e-6)
+    close(report["teacher"], shares[1], 1e-6)
+    assert f"{100 * (shares[0] - shares[1]):.1f} %" in capsys.readouterr().out
+    # cut where the other side has nothing: that chunk counts for neither
+    right = torch.tensor([True, True, False, True])
+    assert attention.right_chunks(right, [0, 0, 1, 2], 2).tolist() == [1, 0]
+
+@pytest.mark.probe
+def test_next_bytes_along_an_answer(world, tmp_path, monkeypatch, capsys):
+    """A run without attention is looked at byte by byte: the probabilities against a sum over all tokens."""
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "2", method="byte_kd"))
+    run_main(train, monkeypatch, *flags(world, tmp_path / "sft", "--max_steps", "2", method="sft"))
+    run_main(probe, monkeypatch, tmp_path / "run", "--num", "6")
+    report = json.loads((tmp_path / "run/probe/probe.json").read_text())["checkpoints"][0]
+    opened = probe.open_checkpoint(str(tmp_path / "run"))
+    found = probe.expect(opened, world / "data/dev.jsonl", 6)
+    answer, bits = found[0], []
+    assert len(found) == 6
+    assert [a.row for a in found] == report["rows"]
+    tokenizer, row = opened.tokenizers[0], read_rows(world / "data/dev.jsonl")[0]
+    prompt, (ids, spans) = tokenizer.encode(row.prompt), tokenizer.encode_with_spans(row.outputs[0])
+    with torch.no_grad():
+        logits = opened.student.logits(opened.student(torch.tensor([prompt + ids])))[0, len(prompt) - 1:]
+    p = logits.double().softmax(-1)
+    for k, (begin, end) in enumerate(spans):
+        for o in range(begin, end):
+            before = answer.text[begin:o]
+            begins = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i).startswith(before)
+                      and i not in tokenizer.control] + [tokenizer.eos_id] * (o == begin)
+            goes_on = [i for i in begins if i != tokenizer.eos_id
+                       and tokenizer.token_bytes(i).startswith(answer.text[begin:o + 1])]
+            bits.append(-float(torch.log2(p[k][goes_on].sum() / p[k][begins].sum())))
+    bits.append(-float(torch.log2(p[-1][tokenizer.eos_id])))
+    close(answer.values()["student_bits"], bits, 1e-3)
+    ends = torch.cat([a.values()["student_bits"] for a in found])
+    close(report["next_bytes"]["student_bits"], ends.mean(), 1e-6)
+    same = next_bytes.Along(0, answer.text, answer.teacher, answer.teacher)
+    assert float(same.kl.abs().max()) < 1e-6
+    assert float(answer.kl.min()) > -1e-3
+    printed = capsys.readouterr().out
+    assert "KL(teacher ‖ student), bits a byte" in printed
+    assert (tmp_path / "run/probe/next_bytes.png").read_bytes()[:4] == b"\x89PNG"
+    run_main(probe, monkeypatch, tmp_path / "sft", tmp_path / "run", "--teacher", world / "teacher", "--num", "6")
+    reports = json.loads(next((tmp_path / "sft").glob("probe-with-*/probe.json")).read_text())["checkpoints"]
+    close(reports[0]["next_bytes"]["teacher_bits"], reports[1]["next_bytes"]["teacher_bits"], 1e-6)
+    assert reports[1]["next_bytes"] == report["next_bytes"]
+    with pytest.raises(InputError, match="--leak"):
+        run_main(probe, monkeypatch, tmp_path / "run", "--leak")
+
+@pytest.mark.probe
 def test_verdict():
     def side(accuracy, mean, energy):
         return {"keys_and_queries": {"probe_accuracy": {"mean": accuracy}, "mean_distance": mean,
@@ -3670,6 +3771,43 @@ def test_probe_refuses(two_runs, world, tmp_path, monkeypatch):
     (tmp_path / "run/config.json").write_text("{}")
     with pytest.raises(InputError, match="config.json: not what train.py writes"):
         run_main(probe, monkeypatch, tmp_path / "run")
+
+@pytest.mark.tools
+def test_compress(world, tmp_path, monkeypatch, capsys):
+    """The layers that stay, and a new vocabulary whose shared tokens keep their rows; transformers read the same."""
+    tf = pytest.importorskip("transformers")
+    for side, other, kept in (("teacher", "student", "0,2-3"), ("student", "teacher", "1")):
+        decoder, out = model.load(world / side), tmp_path / side
+        number = len(decoder.layers)
+        kept = kept if number > 3 else str(number - 1)
+        run_main(compress, monkeypatch, world / side, "--layers", kept, "--tokenizer", world / other, "--out_dir", out)
+        small, before, after = model.load(out), ta.load_tokenizer(world / side), ta.load_tokenizer(out)
+        layers = compress.chosen_layers(kept, number)
+        for new, old in zip(small.layers, layers, strict=True):
+            for a, b in zip(new.parameters(), decoder.layers[old].parameters(), strict=True):
+                assert torch.equal(a, b)
+        text = "Mira eats 12 figs, héllo."
+        assert after.encode(text) == ta.load_tokenizer(world / other).encode(text)
+        ids = {before.token_bytes(i): i for i in range(before.vocab_size) if i not in before.control}
+        shared = [i for i in range(after.vocab_size) if i not in after.control and after.token_bytes(i) in ids]
+        assert len(shared) > 50
+        for new, old in ((small.embed.weight, decoder.embed.weight), (small.head.weight, decoder.head.weight)):
+            assert torch.equal(new[after.eos_id], old[before.eos_id])
+            assert all(torch.equal(new[i], old[ids[after.token_bytes(i)]]) for i in shared)
+            other_one = next(i for i in range(after.vocab_size) if i not in after.control and i not in shared)
+            close(new[other_one], old[compress.pieces(after.token_bytes(other_one), ids, 99)].mean(0))
+        tokens = torch.tensor([after.encode(text)])
+        theirs = tf.AutoModelForCausalLM.from_pretrained(out)
+        close(small.logits(small(tokens)).detach(), theirs(tokens).logits.detach(), 1e-4)
+    assert "parameters of" in capsys.readouterr().out
+    assert compress.pieces(b"abcab", {b"ab": 1, b"abc": 2, b"a": 3}, 3) == [2, 1]
+    assert compress.pieces(b"xa", {b"a": 3}, 1) == [3]
+    for argv, message in (([world / "teacher"], "name a model"),
+                          ([world / "teacher", "--out_dir", tmp_path], "is there"),
+                          *([[world / "teacher", "--layers", wrong, "--out_dir", tmp_path / "x"], "--layers"]
+                            for wrong in ("3-1", "0,0", "a", "99", "2,1"))):
+        with pytest.raises(InputError, match=message):
+            run_main(compress, monkeypatch, *argv)
 
 # ------------------------------------------------------------------------------------------------------------------ toy
 

@@ -146,9 +146,9 @@ def next_byte_kl(student, teacher) -> torch.Tensor:
     w = (r_s.squeeze(-1) / whole_s * r_t.squeeze(-1) / whole_t).detach()
     return w * (m_t / r_t * log_ratio * common).sum(-1)
 
-def byte_loss(student: Side, teacher: Side, next_bytes: NextBytes, temperature: float,
-              factors: dict[str, float]) -> Parts:
-    """CE(z_s, y_s) and the KL of next bytes, summed over the bytes → nll_loss, accuracy, kd_loss."""
+def byte_terms(teacher: Side, next_bytes: NextBytes, temperature: float):
+    """The teacher's next bytes → a function of the student's logits (n, V) and of their positions, a slice, that gives
+    w · KL at these positions' bytes, (M',)."""
     with torch.no_grad():
         states, of_teacher = teacher.packed, []
         for here in slices(states):
@@ -156,8 +156,17 @@ def byte_loss(student: Side, teacher: Side, next_bytes: NextBytes, temperature: 
             of_teacher.append(next_bytes.masses("teacher", logits, here, temperature)[0])
         m_t, whole_t = map(torch.cat, zip(*of_teacher))                                 # (M, 257), (M,)
 
+    def terms(z_s, here):
+        of_student, part = next_bytes.masses("student", z_s, here, temperature)
+        return next_byte_kl(of_student, (m_t[part], whole_t[part]))
+    return terms
+
+def byte_loss(student: Side, teacher: Side, next_bytes: NextBytes, temperature: float,
+              factors: dict[str, float]) -> Parts:
+    """CE(z_s, y_s) and the KL of next bytes, summed over the bytes → nll_loss, accuracy, kd_loss."""
+    terms = byte_terms(teacher, next_bytes, temperature)
+
     def chunk(z_s, y, here):
         z_s = z_s.float()
-        of_student, part = next_bytes.masses("student", z_s, here, temperature)
-        return cross_entropy(z_s, y) | {"kd_loss": next_byte_kl(of_student, (m_t[part], whole_t[part]))}
+        return cross_entropy(z_s, y) | {"kd_loss": terms(z_s, here)}
     return in_chunks(chunk, [student.packed], [student.head], factors, student.valid.labels, lambda here: here)

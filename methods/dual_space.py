@@ -21,23 +21,26 @@ class Projectors(torch.nn.Module):
         self.query = torch.nn.Linear(2 * student_size, 2 * teacher_size) if query else None
         self.dtw_embed = torch.nn.Linear(teacher_size, student_size) if dtw_embed else None
 
-def student_space(student: Side, t2s: torch.Tensor, options, factors: dict[str, float], gate: str, weights,
-                  met) -> Parts:
+def student_space(student: Side, t2s: torch.Tensor, options, factors: dict[str, float], gate: str, weights, met,
+                  byte_terms=None) -> Parts:
     """CE(z_s, y_s), and the terms in the student's space. t2s: (N, d_s), packed; weights, met: (N,).
     gate: g is weights times 1 ("always"), 1[argmax z_t2s = y] ("right") or max softmax(z_t2s) ("confidence"). met: 1,
-    or 0 where nothing of the teacher's corresponds to a position. The student's head gets no gradient through z_t2s.
-    → nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc, max_t2s_prob"""
-    def chunk(z_s, z_t2s, y, weights, met):
+    or 0 where nothing of the teacher's corresponds to a position. byte_terms: of byte_kd.py, for --byte_weight. The
+    student's head gets no gradient through z_t2s.
+    → nll_loss, accuracy, t2s_ce_loss, t2s_kd_loss, t2s_acc, max_t2s_prob, and byte_loss, weighed"""
+    def chunk(z_s, z_t2s, y, weights, met, here):
         z_s, z_t2s = z_s.float(), z_t2s.float()
         log_t2s = z_t2s.log_softmax(-1)
         confidence, guess = log_t2s.detach().max(-1)
         confidence, right = confidence.exp(), guess == y
         g = weights * {"always": 1.0, "right": right, "confidence": confidence}[gate]
-        return cross_entropy(z_s, y) | {
+        next_bytes = {"byte_loss": options.byte_weight * byte_terms(z_s, here)} if byte_terms else {}
+        return cross_entropy(z_s, y) | next_bytes | {
             "t2s_ce_loss": met * -log_t2s.gather(1, y[:, None]).squeeze(1),
             "t2s_kd_loss": met * g * divergence(options.divergence, z_s, z_t2s.detach(), options.temperature),
             "t2s_acc": right * met, "max_t2s_prob": confidence * met}
-    return in_chunks(chunk, [student.packed, t2s], [student.head], factors, student.valid.labels, weights, met)
+    return in_chunks(chunk, [student.packed, t2s], [student.head], factors, student.valid.labels, weights, met,
+                     lambda here: here)
 
 def teacher_space(teacher: Side, s2t: torch.Tensor, options, factors: dict[str, float], weights) -> Parts:
     """The term in the teacher's space. s2t: (N_t, d_t), packed; weights: (N_t,) → s2t_kd_loss, s2t_acc, teacher_acc"""
@@ -50,7 +53,8 @@ def teacher_space(teacher: Side, s2t: torch.Tensor, options, factors: dict[str, 
 def both_spaces(at_student: Parts, at_teacher: Parts) -> Parts:
     """All parts of both, and kd_loss, their sum but for the student's own cross-entropy."""
     return at_student | at_teacher | {
-        "kd_loss": at_student["t2s_ce_loss"] + at_student["t2s_kd_loss"] + at_teacher["s2t_kd_loss"]}
+        "kd_loss": (at_student["t2s_ce_loss"] + at_student["t2s_kd_loss"] + at_student.get("byte_loss", 0.0)
+                    + at_teacher["s2t_kd_loss"])}
 
 def dskd(student: Side, teacher: Side, projectors: Projectors, options, factors: dict[str, float]) -> Parts:
     """DSKD over one vocabulary, where positions correspond one to one."""

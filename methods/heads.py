@@ -98,6 +98,11 @@ def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         results.append(-(log_p.exp() * log_p).sum(-1))
     return torch.cat(results)
 
+@torch.no_grad()
+def first_guesses(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """argmax W h at each position: (N, d), (V, d) → (N,)."""
+    return torch.cat([F.linear(hidden[here], head).argmax(-1) for here in slices(hidden)])
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> Parts:
     """−log p(y), and whether the first guess is right, at each position: (n, V), (n,) → (n,) each."""
     return {"nll_loss": F.cross_entropy(logits, labels, reduction="none"), "accuracy": logits.argmax(-1) == labels}

@@ -14,7 +14,7 @@ import discriminator
 from cma import ALIGNMENTS, WITH_QUERIES, dskd_cma
 from files.config import InputError, flag
 from methods import heads, soft_dtw
-from methods.byte_kd import byte_loss
+from methods.byte_kd import byte_loss, byte_terms
 from methods.divergences import DIVERGENCES
 from methods.dual_space import Projectors, dskd
 from methods.heads import Parts
@@ -30,7 +30,7 @@ METHODS = {
     "dskd": {},                         # distillation in both models' spaces (same vocabulary)
     "uld": {},                          # distance of sorted probabilities
     "mined": {},                        # positions and vocabularies matched by edit distance
-    "byte_kd": dict(temperature=1.0, kd_rate=0.9),       # divergence between the next bytes that the two expect
+    "byte_kd": dict(temperature=1.0, kd_rate=0.75),       # divergence between the next bytes that the two expect
     "dskd_clp": dict(alignment="chunk_mean"),
     "dskd_cla": dict(alignment="chunk_attention"),
     "dskd_cma": dict(alignment="attention"),
@@ -41,7 +41,7 @@ METHODS = {
 WITHOUT_KD = ("sft", "seqkd")           # cross-entropy alone: α is 0
 ONE_VOCABULARY = ("kd", "dskd")         # positions and tokens correspond one to one
 LOGITS_ONLY = ("kd", "uld", "mined", "byte_kd")         # no projectors
-KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss")       # what the total multiplies by α
+KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss", "byte_loss")        # what the total multiplies by α
 ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport}
 
 @dataclass
@@ -57,6 +57,8 @@ class Options:
                      choices=("right", "always", "confidence"))
     weights: str = flag("gate", "of the KD terms: the gate, or times DWA-KD's entropies", choices=("gate", "entropy"))
     dtw_weight: float = flag(0.0, "λ_DTW, weight of DWA-KD's soft-DTW terms (a number; dwa_kd: 0.2)", at_least=0)
+    byte_weight: float = flag(0.0, "weight of byte_kd's KL, at T = 1, beside the dual-space terms (a number)",
+                              at_least=0)
     divergence: str = flag("forward_kl", "distance between student and target, see methods/divergences.py",
                            choices=DIVERGENCES)
     align_on: str = flag("label",
@@ -90,7 +92,7 @@ def check_options(options: Options) -> None:
             raise InputError(f"--{field} {getattr(options, field)}: --method {method} has no use for it; it is for "
                              f"{needs}")
     refuse("adversary", not across, "dskd_cma or dskd_cla")
-    for field in ("weights", "value", "gate", "dtw_weight"):
+    for field in ("weights", "value", "gate", "dtw_weight", "byte_weight"):
         refuse(field, not across, "dskd_cma, dskd_cla or dskd_clp")
     refuse("projector_init", not across, "dskd_cma and those after it")
     refuse("align_on", not alignment.startswith("chunk"), "dskd_clp or dskd_cla")
@@ -133,7 +135,8 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
         return heads.sft(learner, factors) | pairs
     if options.method == "byte_kd":
         return byte_loss(learner, guide, batch["next_bytes"], options.temperature, factors)
-    parts, aligned = dskd_cma(learner, guide, projectors, options, step, factors)
+    next_bytes = byte_terms(guide, batch["next_bytes"], 1.0) if options.byte_weight else None
+    parts, aligned = dskd_cma(learner, guide, projectors, options, step, factors, next_bytes)
     if options.adversary == "gan":
         keys, queries = guide.valid.pack(aligned.keys), learner.valid.pack(aligned.queries)
         parts |= discriminator.gan(adversary, keys, queries)

@@ -29,7 +29,7 @@ CHARACTER, LINE = 0.07, 0.16                # inches, of 8 pt
 # What --curves draws: panel → names in metrics.jsonl
 CURVES = {
     "losses (nats a token)": ("loss", "nll_loss", "kd_loss"),
-    "parts of kd_loss (nats a token)": ("t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss"),
+    "parts of kd_loss (nats a token)": ("t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss", "byte_loss"),
     "soft-DTW (cosine distance a token)": ("dtw_embed_loss", "dtw_hidden_loss"),
     "first guess right (share of tokens)": ("accuracy", "t2s_acc", "s2t_acc", "max_t2s_prob"),
     "adversary's loss, training batch": ("adversary_key_loss", "adversary_query_loss"),
@@ -183,6 +183,42 @@ def comparison(path: Path, columns: list[dict]) -> Path:
         _attention(below, column["weights"][cut, cut], blocks, 1.0, strongest)
         _labels(below, column["student_labels"][cut], column["teacher_labels"][cut])
         below.set_xlabel(column["heading"])
+    return save(figure, path, dpi=110)
+
+# ---------------------------------------------------------------------------------------------------------- next bytes
+MOST_CANDIDATES, LIKELY = 24, 0.03          # rows of a panel: bytes that a model gives at least so much anywhere
+
+def next_bytes(path: Path, title: str, text: bytes, panels: dict[str, torch.Tensor],
+               divergences: dict[str, torch.Tensor]) -> Path:
+    """The next byte that models expect along an answer. text: its bytes, as many as are shown; panels: name → (M, 257),
+    M − 1 bytes and EOS, or M bytes; a column is a byte of the text, a row a byte that may come, what does come is
+    outlined. divergences: name → KL in bits (M,), as bars below."""
+    columns, true = len(next(iter(panels.values()))), [*text, 256]
+    together = torch.stack(list(panels.values())).amax((0, 1))
+    likely = [c for c in together.argsort(descending=True).tolist() if together[c] >= LIKELY]
+    rows = sorted({*likely[:MOST_CANDIDATES], *true[:columns]})
+    names = ["EOS" if c == 256 else token_label(bytes([c])) for c in rows]
+    height = CELL * len(rows)
+    width = max(CELL * columns + 1.6, CHARACTER * 1.15 * max(map(len, title.split("\n"))) + 0.4)
+    figure = Figure(figsize=(width, (height + 0.4) * len(panels) + 2.0), layout="constrained")
+    figure.suptitle(title)
+    *heat, below = figure.subplots(len(panels) + 1, 1, height_ratios=[height] * len(panels) + [1.0], sharex=True)
+    for (name, p), axes in zip(panels.items(), heat):
+        image = axes.imshow(p[:, rows].T.numpy(), aspect="auto", cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        for column, byte in enumerate(true[:columns]):
+            axes.add_patch(Rectangle((column - 0.5, rows.index(byte) - 0.5), 1, 1, fill=False, edgecolor="tab:orange"))
+        axes.set_yticks(range(len(rows)), names)
+        axes.tick_params(length=0)
+        axes.set_ylabel(name)
+    figure.colorbar(image, ax=heat, ticks=(0, 0.05, 0.2, 0.5, 1), format="%.2f", aspect=40)
+    width = 0.8 / len(divergences)
+    for i, (name, bits) in enumerate(divergences.items()):
+        places = [column + (i - (len(divergences) - 1) / 2) * width for column in range(columns)]
+        below.bar(places, bits.tolist(), width, label=name, color=f"C{i}")
+    below.set_ylabel("KL (bits)")
+    below.set_xticks(range(columns), ["EOS" if c == 256 else token_label(bytes([c])) for c in true[:columns]])
+    if len(divergences) > 1:
+        below.legend()
     return save(figure, path, dpi=110)
 
 # ------------------------------------------------------------------------------------------------------------- curves

@@ -23,7 +23,7 @@ from running import parallel
 FREE = ("resume", "overwrite", "out_dir", "device", "dtype", "num_threads", "shard_student", "shard_teacher")
 # All that train.py writes into out_dir beside config.json and metrics.jsonl, and all that --overwrite deletes.
 WRITTEN = ("results.json", "best", "best.tmp", "best.previous", "last", "last.tmp", "last.previous", "heatmap.png",
-           "curves.png", "results.png")
+           "next_bytes.png", "curves.png", "results.png")
 SETTINGS = {"method", "teacher", "student", "data", "seed", "epochs", "kd_rate", "out_dir"}      # of every version
 
 def run_name(config) -> Path:

@@ -164,7 +164,7 @@ def load_examples(config, run: Run) -> None:
               f"rows dropped, because no response token fits into {config.max_length}")
     if not run.examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
-    if config.method == "byte_kd":
+    if config.method == "byte_kd" or config.byte_weight:
         texts = {number: row.outputs[0] for number, row in enumerate(rows)}
         run.pairing = BytePaths(student, teacher, run.examples, texts, run.device)
     if config.cache_teacher:

@@ -84,14 +84,11 @@ def conditional_transport(transport: Transport, keys: torch.Tensor, queries: tor
 
     → adversary_key_loss, adversary_query_loss; CT = adversary_key_loss / N_t + adversary_query_loss / N_s, a mean over
     all tokens of the batch, whichever example they are in."""
-    def on_grid(mask, values):          # f and n of the valid positions, zero elsewhere
-        return (value.new_zeros(*mask.shape, value.size(-1)).masked_scatter(mask[..., None], value)
-                for value in transport(values[mask]))
-    key_feature, key_navigator = on_grid(key_mask, keys.detach())
-    query_feature, query_navigator = on_grid(query_mask, reverse_gradient(queries))
+    key_feature, key_navigator = transport(keys.detach())           # what is not valid is left out below
+    query_feature, query_navigator = transport(reverse_gradient(queries))
     with torch.autocast(keys.device.type, enabled=False):
         cost = (2 - 2 * key_feature @ query_feature.transpose(1, 2)).clamp(min=1e-12).sqrt()       # (B, T, S)
         closeness = (key_navigator @ query_navigator.transpose(1, 2)).masked_fill(
             ~(key_mask[:, :, None] & query_mask[:, None, :]), -1e5)
         to_queries, to_keys = (-0.5 * (cost * closeness.softmax(dim)).sum(dim) for dim in (2, 1))
-    return {"adversary_key_loss": to_queries[key_mask].sum(), "adversary_query_loss": to_keys[query_mask].sum()}
+    return {"adversary_key_loss": (to_queries * key_mask).sum(), "adversary_query_loss": (to_keys * query_mask).sum()}

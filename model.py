@@ -12,6 +12,7 @@ Notable here:
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -64,10 +65,9 @@ class Attention(nn.Module):
         if groups > 1 and q.size(2) == 1:       # one new token: heads that share k and v are so many queries of them
             y = F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, attn_mask=mask)
             return y.flatten(1)[:, None]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         dropout = self.config.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
+                                           dropout_p=dropout, enable_gqa=groups > 1)
         return y.transpose(1, 2).flatten(2)
 
     def heads(self, x, count):
@@ -142,28 +142,54 @@ class Decoder(nn.Module):
             self.train(training)
 
     def _steps(self, ids, mask, max_new_tokens, sampling, eos_id):
-        mask = torch.ones_like(ids) if mask is None else mask
         if ids.size(1) > self.config.max_positions:
             raise ValueError(f"{ids.size(1)} tokens, but this model has {self.config.max_positions} positions")
         capacity = min(ids.size(1) + max_new_tokens, self.config.max_positions)
-        seen = mask.new_ones(ids.size(0), capacity).bool()
-        seen[:, :ids.size(1)] = mask.bool()
-        cache, alive = KVCache(capacity), torch.arange(ids.size(0), device=ids.device)      # rows that have not ended
-        output = ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
-        new, step_positions = ids, mask.long().cumsum(1).sub(1).clamp(min=0)
+        mask = None if mask is None or mask.all() else mask.bool()
+        cache, alive = KVCache(capacity), torch.arange(ids.size(0), device=ids.device)      # rows that are computed
+        over, output = torch.zeros_like(alive).bool(), ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
+        new, positions = ids, torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+        seen = None if mask is None else F.pad(mask, (0, capacity - ids.size(1)), value=True)
+        if mask is not None:
+            positions = mask.long().cumsum(1).sub(1).clamp(min=0)
+        bias = self._bias(seen)
         for length in range(ids.size(1), capacity):
-            masks = self._masks(seen[:, :length], new.size(1), length, ids.device)
-            hidden = self._hidden(new, step_positions, masks, cache)[:, -1]
+            hidden = self.step(new, positions, self._step_masks(seen, bias, new.size(1), length), cache)
             cache.length = length
             chosen = choose_tokens(self.logits(hidden).float(), *sampling)
+            if eos_id is not None:
+                chosen = chosen.masked_fill(over, eos_id)
+                over = chosen == eos_id
             yield output.index_copy(0, alive, chosen)
-            if eos_id is not None and (ended := chosen == eos_id).any():
-                keep = (~ended).nonzero().squeeze(1)
-                if not len(keep):
-                    break
+            left = len(over) if eos_id is None else len(over) - int(over.sum())
+            if not left:
+                break
+            if 2 * left <= len(over):           # rows that have ended are only let go of when they are half of all
+                keep = (~over).nonzero().squeeze(1)
                 cache.keep_rows(keep)
-                alive, chosen, seen, step_positions = alive[keep], chosen[keep], seen[keep], step_positions[keep]
-            new, step_positions = chosen[:, None], step_positions[:, -1:] + 1
+                alive, over, chosen, positions = (x[keep] for x in (alive, over, chosen, positions))
+                seen, bias = (None if x is None else x[keep] for x in (seen, bias))
+            new, positions = chosen[:, None], positions[:, -1:] + 1
+
+    def step(self, new, positions, masks, cache: KVCache) -> torch.Tensor:
+        """New ids (B, T), behind what the cache holds → the last one's hidden state (B, d)."""
+        return self._hidden(new, positions, masks, cache)[:, -1]
+
+    def _bias(self, seen: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to one new token's scores: (B, 1, 1, capacity), −∞ on padding; None where there is none. Made
+        once, in the type that attention computes in."""
+        if seen is None:
+            return None
+        kind = seen.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None, None]
+
+    def _step_masks(self, seen, bias, queries: int, length: int) -> dict[bool, torch.Tensor | None]:
+        """_masks of a prompt, or of one new token, which needs none but where rows are padded or a window slides."""
+        window = self.config.sliding_window
+        if queries > 1 or window is not None and length > window and any(self.config.sliding_layers):
+            return self._masks(None if seen is None else seen[:, :length], queries, length, self.embed.weight.device)
+        return dict.fromkeys((False, True), None if bias is None else bias[..., :length])
 
     def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
         """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N), N ≤ max_new_tokens.
@@ -285,20 +311,19 @@ class GPT2(Decoder):
 
 # ------------------------------------------------------------------------------------------- Llama and its relatives
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, computed in float32."""
+    """x / rms(x) · weight, computed in float32; one kernel on GPUs."""
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 def rotate(x, cos, sin):
-    """Rotary embedding (arXiv 2104.09864), half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T, hd)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    """Rotary embedding (arXiv 2104.09864), half-split order. x: (B, heads, T, hd), cos and sin: (B or 1, 1, T, hd), the
+    first half of sin negated: the halves of x change places and signs."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 class LlamaAttention(Attention):
     def __init__(self, config, layer):
@@ -318,7 +343,7 @@ class LlamaAttention(Attention):
         v = self.heads(self.v_proj(x), self.config.num_kv_heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         return self.o_proj(self.attend(q, k, v, masks, cache))
 
 class LlamaMLP(nn.Module):
@@ -356,9 +381,11 @@ class Llama(Decoder):
         self.register_buffer("frequencies", config.rope_frequencies(), persistent=False)
 
     def _hidden(self, ids, positions, masks, cache):
-        angles = (positions[..., None].float() * self.frequencies).repeat(1, 1, 2)[:, None]     # (B or 1, 1, T, hd)
-        rope = angles.cos(), angles.sin()
-        x = self.embed(ids)
+        x, kind = self.embed(ids), ids.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        angles = positions[:, None, :, None].float() * self.frequencies                         # (B or 1, 1, T, hd / 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         for layer in self.layers:
             x = self.run(layer, x, rope, masks, cache)
         return self.norm(x)

@@ -64,12 +64,13 @@ import tokenize_align as ta
 import toy
 import train
 from files import hub
-from files.config import InputError
+from files.config import InputError, parse
 from files.rows import Row, make_prompt, read_rows
 from methods import byte_kd, divergences, dual_space, heads, mined, plain, projector_init, sides, soft_dtw, table
-from running import (answers, attention, batches, cache, checkpoint, checks, flops, lora, measures, next_bytes,
-                     parallel, pictures, report, run_folder, setup, tables)
+from running import (answers, attention, batches, cache, checkpoint, checks, flops, launches, lora, measures,
+                     next_bytes, parallel, pictures, report, run_folder, setup, tables)
 from tools import bench, compare, compress, memory, soak
+from tools import card as graphics
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)       # the sections
@@ -1427,7 +1428,9 @@ def test_mined_partners(tmp_path, monkeypatch):
     examples = [ta.Example(0, sequence([1, 2, 3, 0]), sequence([1, 2, 3, 0])),
                 ta.Example(1, sequence([1, 2, 3, 0]), sequence([1, 1, 4, 5, 0])),
                 ta.Example(2, sequence([4, 0]), sequence([6, 0]))]
-    assert aligned.tensors(examples)["partners"].tolist() == [[0, 1, 2, 3], [-1, 2, 3, 4], [0, 1, -1, -1]]
+    expected = mined.pairs_of(torch.tensor([[0, 1, 2, 3], [-1, 2, 3, 4], [0, 1, -1, -1]]))
+    assert aligned.tensors(examples)["pairs"].tolist() == expected.tolist()
+    assert expected[:, 4:7].tolist() == [[1, 1, 1], [1, 2, 3], [2, 3, 4]]
 
 @pytest.mark.methods
 def test_schedules_of_dwa_kd():
@@ -1455,7 +1458,7 @@ def test_mined_loss_from_its_definition(monkeypatch):
             target[vocabulary_map[i]] += p[i] / p[likeliest].sum()
         q = (head_s @ h_s[row, k] / temperature).softmax(-1)
         expected += sum(t * (t / u).log() for t, u in zip(target, q) if t > 0)
-    parts = mined.mined_loss(student, teacher, partners, vocabulary_map, temperature, {"kd_loss": 0.5})
+    parts = mined.mined_loss(student, teacher, mined.pairs_of(partners), vocabulary_map, temperature, {"kd_loss": 0.5})
     close(parts["kd_loss"], expected)
     assert parts["mined_pairs"] == 3
 
@@ -1675,15 +1678,16 @@ def test_padding_order_and_chunks_change_nothing(method, more, monkeypatch):
     partners = torch.stack([torch.tensor([min(k, int(t) - 1) if k < s and k % 3 else -1
                                           for k in range(int(lengths[0].max()))]) for s, t in zip(*lengths)])
     vocabulary_map = torch.randint(-1, 97, (131,))
-    mined = {"partners": partners, "vocabulary_map": vocabulary_map} if method == "mined" else {}
+    more_of = lambda partners: {"pairs": mined.pairs_of(partners), "vocabulary_map": vocabulary_map} \
+        if method == "mined" else {}
     order = [2, 0, 1]
-    parts, gradient = all_parts(method, batch | mined, **more)
+    parts, gradient = all_parts(method, batch | more_of(partners), **more)
     assert "dtw_embed_loss" in parts if more.get("dtw_weight") else True
-    padded, padded_gradient = all_parts(method, pad_batch(batch, 9) | mined, **more)
-    permuted, permuted_gradient = all_parts(method, {name: x[order] for name, x in batch.items()} | mined
-                                            | ({"partners": partners[order]} if mined else {}), **more)
+    padded, padded_gradient = all_parts(method, pad_batch(batch, 9) | more_of(partners), **more)
+    permuted, permuted_gradient = all_parts(method, {name: x[order] for name, x in batch.items()}
+                                            | more_of(partners[order]), **more)
     monkeypatch.setattr(heads, "CHUNK", 5)
-    chunked, chunked_gradient = all_parts(method, batch | mined, **more)
+    chunked, chunked_gradient = all_parts(method, batch | more_of(partners), **more)
     for name, value in parts.items():
         for other in (padded, permuted, chunked):
             close(other[name].detach(), value.detach(), 1e-5)
@@ -3028,7 +3032,10 @@ def clip(parameters, largest):
     return real_clip(parameters, largest)
 def distill(options, batch, student, teacher, *rest):
     counts["student"], counts["teacher"] = size(student.parameters()), size(teacher.parameters())
-    return real_distill(options, batch, student, teacher, *rest)
+    parts = real_distill(options, batch, student, teacher, *rest)
+    counts["contexts"] = [len({id(layer._get_fsdp_state()._comm_ctx) for layer in [decoder, *decoder.layers]})
+                          for decoder in (student, teacher)]
+    return parts
 parallel.clip_gradients, train.distill = clip, distill
 real_save = train.save_checkpoint
 def save(folder, student, projectors, discriminator, optimizer, state):
@@ -3049,6 +3056,7 @@ train.hub.run(train.main)
     student, teacher = (model.shape_of(str(world / side)) for side in ("student", "teacher"))
     projectors = dual_space.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True)
     expected = memory.state_bytes(student, teacher, [projectors], 4, 2, shard_student=True, shard_teacher=True)
+    assert counts.pop("contexts") == [1, 1]         # all layers fetch through one, so that the next is fetched ahead
     assert counts == {"student": expected["student's weights"], "teacher": expected["teacher's weights"],
                       "gradients": expected["gradients"], "moments": expected["AdamW's moments"]}
     alone = memory.state_bytes(student, teacher, [projectors], 4)
@@ -3131,6 +3139,29 @@ train.hub.run(train.main)
     assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == 2
     torchrun(2, HERE / "train.py", "--out_dir", tmp_path / "run", "--resume")
     assert len(metrics(tmp_path / "run")) == 12
+
+@pytest.mark.processes
+def test_lora_freezes_in_the_computing_dtype(world, tmp_path, monkeypatch):
+    """With --dtype bfloat16 the frozen weights are bfloat16, A and B float32; a checkpoint is W + (α / r) B A."""
+    monkeypatch.setattr(probe, "leave_pictures", lambda *args: [])
+    dtypes, real = {}, train.parameter_groups
+
+    def seen(config, student, *others):
+        dtypes.update({name: p.dtype for name, p in student.named_parameters()})
+        return real(config, student, *others)
+    monkeypatch.setattr(train, "parameter_groups", seen)
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "3", "--lora_rank", "4", "--lr", "1e-2",
+                                        "--dtype", "bfloat16"))
+    assert {dtype for name, dtype in dtypes.items() if name.endswith((".a", ".b"))} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if not name.endswith((".a", ".b"))} == {torch.bfloat16}
+    base = model.load(world / "student", dtype=torch.bfloat16)
+    lora.add_lora(base, 4, 8.0, 0.1)
+    lora.load_adapter(tmp_path / "run/last/adapter", base)
+    merged, saved = lora.merged(base, base.state_dict()), model.load(tmp_path / "run/last", dtype=torch.bfloat16)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, merged[name]), name
+    part = next(part for part in base.modules() if isinstance(part, lora.LoRA))
+    assert part.b.abs().max() > 0
 
 @pytest.mark.processes
 def test_lora_distils(world, odd_world, tmp_path, monkeypatch):
@@ -3808,6 +3839,75 @@ def test_compress(world, tmp_path, monkeypatch, capsys):
                             for wrong in ("3-1", "0,0", "a", "99", "2,1"))):
         with pytest.raises(InputError, match=message):
             run_main(compress, monkeypatch, *argv)
+
+@pytest.mark.tools
+def test_launches_stay_few(world):
+    """No step waits for a result, whatever the method; its operations, a token's and an anti-diagonal's have bounds."""
+    rows, folders = read_rows(world / "data/train.jsonl")[:8], [world / "student", world / "teacher"]
+    most = dict(sft=1.0, seqkd=1.0, kd=1.5, dskd=2.2, uld=2.7, mined=2.8, byte_kd=3.3, dskd_clp=3.6, dskd_cla=3.7,
+                dskd_cma=3.7, dskd_cma_ga=4.5, dskd_cma_ct=5.5, dwa_kd=9.0)
+    counts = {}
+    for method, preset in table.METHODS.items():
+        found = launches.of_step(table.Options(method=method, **preset), rows, folders)
+        assert {part: dict(count.waited) for part, count in found.items() if count.waits} == {}, method
+        counts[method] = sum(count.operations for count in found.values())
+        assert counts[method] <= most[method] * counts["sft"], (method, counts[method], counts["sft"])
+        assert found["forward"].peak > 0
+    layers = len(model.load(world / "teacher").layers)
+    assert launches.of_token(world / "teacher", True).operations <= 33 * layers + 16
+    assert max(launches.of_diagonal()) <= 6
+
+@pytest.mark.tools
+def test_launches_are_counted():
+    """Views are free, a boolean mask and .item() are waits, and memory that is let go of is not alive."""
+    x = torch.arange(12.0).view(3, 4)
+    with launches.Launches() as count:
+        y = x.t()[1:].exp()
+        y = y + 1
+        y[y > 3].sum().item()
+    assert count.operations == 6
+    assert count.waited == {"index": 1, "_local_scalar_dense": 1}
+    assert 2 * 36 <= count.peak <= 4 * 36 + 20
+    with launches.Launches() as count:
+        for _ in range(100):
+            z = torch.zeros(1000)
+            del z
+    assert 4000 <= count.peak <= 8000
+
+@pytest.mark.tools
+def test_card(tmp_path, capsys, monkeypatch):
+    """Every part is a command that train.py or bench takes; one that fails or has no time left is told of, and its
+    numbers come from what it left."""
+    config = graphics.Config()
+    for cards in (0, 1, 4):
+        for name, command in graphics.commands(config, tmp_path, cards).items():
+            if "train.py" in command:
+                checks.read_settings(train.Config, "", command[command.index("train.py") + 1:])
+                assert ("--shard_student" in command) == (name == "shard" and cards != 1)
+                assert (f"--nproc_per_node={cards or 2}" in command) == (name == "shard" and cards != 1)
+            elif name == "step":
+                parse(bench.Config, "", command[command.index("tools.bench") + 1:])
+    python = [sys.executable, "-c"]
+    assert graphics.run("a", python + ["print('x'); print('done')"], tmp_path, 60)["ended"] == "good"
+    assert graphics.run("a", python + ["import sys; sys.exit('no')"], tmp_path, 60) | {"seconds": 0} == {
+        "part": "a", "command": ["-c", "import sys; sys.exit('no')"], "ended": "exit code 1", "seconds": 0,
+        "last_line": "no"}
+    slow = graphics.run("a", python + ["import time; time.sleep(60)"], tmp_path, 1)
+    assert slow["ended"] == "out of time" and slow["seconds"] < 30
+    (tmp_path / "toy").mkdir()
+    lines = [{"step": i, "loss": 1.0, "tokens_per_second": 10 * i, "mfu": 0.1} for i in range(1, 5)]
+    lines[-1] |= {"dev_bits_per_byte": 0.5, "dev_rouge_l": 40.0}
+    (tmp_path / "toy/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert graphics.measured("toy", tmp_path) == [(
+        "toy: 4 steps", "40 tokens/s, MFU 10.0 %, loss 1.0000, dev 0.500 bits a byte, ROUGE-L 40.00")]
+    monkeypatch.setattr(graphics, "commands", lambda *args: {"toy": python + ["print('ok')"], "step": python + ["1/0"]})
+    with pytest.raises(SystemExit):
+        run_main(graphics, monkeypatch, "--only", "toy", "step", "--out_dir", tmp_path, "--device", "cpu")
+    printed = capsys.readouterr().out
+    assert "no GPU here" in printed
+    assert "| step | exit code 1: ZeroDivisionError" in printed
+    parts = json.loads((tmp_path / "card.json").read_text())["parts"]
+    assert [part["ended"] for part in parts] == ["good", "exit code 1"]
 
 # ------------------------------------------------------------------------------------------------------------------ toy
 

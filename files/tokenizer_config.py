@@ -87,7 +87,7 @@ def _vocabulary_and_merges(folder: Path, kind: str | None):
         return vocabulary, merges, GPT2_SPLIT, False
     if kind in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "qwen2", "qwen3"):
         return vocabulary, merges, QWEN_SPLIT, True
-    raise InputError(f"{folder}: how vocab.json's text is split is not known of {kind!r}; add tokenizer.json")
+    raise InputError(f"{folder}: how vocab.json's text is split is unknown for {kind!r}; add tokenizer.json")
 
 def _bos_id(whole: dict | None, settings: dict, control: dict[str, int]) -> int | None:
     """Llama 3 asks for BOS in its post-processor, others in tokenizer_config.json."""

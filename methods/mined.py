@@ -15,11 +15,17 @@ from methods.sides import Side
 TOP = 100           # teacher's tokens that are carried over, at every position
 LONGEST = 63        # bytes of a token that count: one machine word, one bit kept for the sign
 
-def mined_loss(student: Side, teacher: Side, partners, vocabulary_map, temperature: float,
+def pairs_of(partners: torch.Tensor) -> torch.Tensor:
+    """partners (B, S), each student position's teacher position on the grid, or −1 → (3, P): each pair's row, student's
+    position and teacher's position."""
+    rows, positions = (partners >= 0).nonzero(as_tuple=True)
+    return torch.stack([rows, positions, partners[rows, positions]])
+
+def mined_loss(student: Side, teacher: Side, pairs: torch.Tensor, vocabulary_map, temperature: float,
                factors: dict[str, float]) -> Parts:
     """KL(map(p_t) ‖ p_s) summed over the aligned pairs → kd_loss, and their number, mined_pairs.
-    partners (B, S): each student position's teacher position on the grid, or −1. vocabulary_map (V_t,): the student's
-    token for each of the teacher's, or −1. p_t: the teacher's TOP likeliest tokens of those, rescaled to sum to 1."""
+    pairs (3, P): of pairs_of. vocabulary_map (V_t,): the student's token for each of the teacher's, or −1. p_t: the
+    teacher's TOP likeliest tokens of those, rescaled to sum to 1."""
     size = vocabulary_map.size(0)
 
     def chunk(z_s, z_t):
@@ -34,8 +40,8 @@ def mined_loss(student: Side, teacher: Side, partners, vocabulary_map, temperatu
         q_log = F.log_softmax(z_s.float() / temperature, -1)
         distance = (torch.special.xlogy(target, target) - target * q_log).sum(-1)
         return {"kd_loss": distance, "mined_pairs": torch.ones_like(distance)}
-    rows, positions = (partners >= 0).nonzero(as_tuple=True)
-    states = [student.hidden[rows, positions], teacher.hidden[rows, partners[rows, positions]]]
+    rows, at_student, at_teacher = pairs
+    states = [student.hidden[rows, at_student], teacher.hidden[rows, at_teacher]]
     return in_chunks(chunk, states, [student.head, teacher.head.detach()], factors)
 
 def edit_distances(a: list[bytes], b: list[bytes]) -> np.ndarray:
@@ -79,7 +85,7 @@ class MinED:
         self.aligned: dict[int, list[int]] = {}                 # by row
 
     def tensors(self, examples) -> dict[str, torch.Tensor]:
-        """vocabulary_map, and partners (B, S): for the k-th valid student position its partner's number, or −1.
+        """vocabulary_map, and pairs (3, P): which valid student position has which partner.
         A path of least summed edit distance aligns the two responses; a pair on it counts where each is the other's
         only partner and the teacher's token is, or maps to, the student's (elsewhere FuseLLM uses the label itself)."""
         for example in examples:
@@ -88,7 +94,7 @@ class MinED:
                 self.aligned[example.row] = self._align(*responses)
         rows = [torch.tensor(self.aligned[example.row]) for example in examples]
         partners = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        return {"partners": partners, "vocabulary_map": self.vocabulary_map}
+        return {"pairs": pairs_of(partners), "vocabulary_map": self.vocabulary_map}
 
     def _align(self, student_ids: list[int], teacher_ids: list[int]) -> list[int]:
         kinds = [sorted(set(ids)) for ids in (student_ids, teacher_ids)]

@@ -23,36 +23,39 @@ def _unskew(x: torch.Tensor, t: int) -> torch.Tensor:
     flat = F.pad(x.permute(1, 2, 0).reshape(n, s * (s + t - 1)), (0, s))
     return flat.view(n, s, s + t)[:, :, :t]
 
-def _predecessors(table: torch.Tensor, d: int) -> torch.Tensor:
-    """(3, N, S): the cells above, left of and diagonal to those of anti-diagonal d, which lies at table[d + 2]."""
-    return torch.stack([table[d + 1, :, :-1], table[d + 1, :, 1:], table[d, :, :-1]])
+def _predecessors(table: torch.Tensor, d: int | slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, S) each: the cells above, left of and diagonal to those of anti-diagonal d, which lies at table[d + 2]."""
+    return table[1:-1][d, ..., :-1], table[1:-1][d, ..., 1:], table[:-2][d, ..., :-1]
 
 class _SoftDTW(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cost, lengths_a, lengths_b, gamma):
         n, s, t = cost.shape
-        skewed = _skew(cost)
-        # R of cell (i, j) stands at [i + j + 2, :, i + 1]: two empty anti-diagonals and a column before the first cell
-        table = cost.new_full((s + t + 1, n, s + 1), FAR)
+        cells = _skew(cost) / -gamma
+        # −R/γ of cell (i, j) stands at [i + j + 2, :, i + 1]: two empty anti-diagonals and a column before the first
+        table, reach = cost.new_full((s + t + 1, n, s + 1), -FAR), torch.empty_like(cells)
         table[0, :, 0] = 0.0
-        for d in range(s + t - 1):
-            table[d + 2, :, 1:] = skewed[d] - gamma * torch.logsumexp(_predecessors(table, d) / -gamma, 0)
+        for d in range(s + t - 1):                      # three operations each, into tables that are there
+            above, left, diagonal = _predecessors(table, d)
+            torch.logaddexp(above, left, out=reach[d])
+            torch.logaddexp(reach[d], diagonal, out=reach[d])
+            torch.add(reach[d], cells[d], out=table[d + 2, :, 1:])
         last = (lengths_a + lengths_b, torch.arange(n, device=cost.device), lengths_a)
-        ctx.save_for_backward(table, *last)
-        ctx.gamma, ctx.t = gamma, t
-        return table[last]
+        ctx.save_for_backward(table, reach, *last)
+        ctx.t = t
+        return -gamma * table[last]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        table, *last = ctx.saved_tensors
+        table, reach, *last = ctx.saved_tensors
+        # how much of what flows through a cell came from each of the three: a softmax over them
+        shares = [(x - reach).exp() for x in _predecessors(table, slice(None))]
         flow = torch.zeros_like(table)                  # the alignment matrix, laid out like the table
         flow[tuple(last)] = gradient
-        for d in range(len(table) - 3, -1, -1):
-            up, left, diagonal = (_predecessors(table, d) / -ctx.gamma).softmax(0) * flow[d + 2, :, 1:]
-            flow[d + 1, :, :-1] += up
-            flow[d + 1, :, 1:] += left
-            flow[d, :, :-1] += diagonal
+        for d in range(len(reach) - 1, -1, -1):
+            for into, share in zip(_predecessors(flow, d), shares):
+                into.addcmul_(share[d], flow[d + 2, :, 1:])
         return _unskew(flow[2:, :, 1:], ctx.t), None, None, None
 
 def sdtw(cost: torch.Tensor, lengths_a: torch.Tensor, lengths_b: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -129,9 +129,9 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     if options.method == "dskd":
         return dskd(learner, guide, projectors, options, factors)
     if options.method == "uld":
-        return heads.sft(learner, factors) | uld_loss(learner, guide, factors)
+        return heads.sft(learner, factors) | uld_loss(learner, guide, factors, batch.get("common"))
     if options.method == "mined":
-        pairs = mined_loss(learner, guide, batch["partners"], batch["vocabulary_map"], options.temperature, factors)
+        pairs = mined_loss(learner, guide, batch["pairs"], batch["vocabulary_map"], options.temperature, factors)
         return heads.sft(learner, factors) | pairs
     if options.method == "byte_kd":
         return byte_loss(learner, guide, batch["next_bytes"], options.temperature, factors)

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from methods.sides import with_places
+from methods.uld import common_positions
 from running import parallel
 from running.setup import Run
 from tokenize_align import Example, collate, make_batches
@@ -50,6 +52,9 @@ def prepare(config, run: Run, examples: list[Example]) -> list[tuple[dict[str, t
 def tensors(config, run: Run, examples: list[Example]) -> dict[str, torch.Tensor]:
     """One forward pass's batch, with what its method needs beside ids and labels."""
     batch = collate(examples, *run.pads, config.align_on if config.alignment not in ("none", "attention") else None)
+    batch = with_places(batch)
+    if config.method == "uld":
+        batch["common"] = common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
     if run.pairing:
         batch |= run.pairing.tensors(examples)
     if run.states:

@@ -2,8 +2,9 @@
 
     y = W x + (α / r) · B A dropout(x)          A: (r, in), drawn anew; B: (out, r), zero at first
 
-on every linear layer of attention and MLP. Only A and B have gradients and optimizer state. A checkpoint holds the
-merged weights W + (α / r) B A, as any other, and A and B themselves in adapter/, as the peft library lays them out."""
+on every linear layer of attention and MLP. Only A and B have gradients and optimizer state, and are float32; W is what
+the run computes in, bfloat16 on a GPU, so that no pass casts it. A checkpoint holds the merged weights W + (α / r) B A,
+as any other, and A and B themselves in adapter/, as the peft library lays them out."""
 import json
 import math
 from pathlib import Path
@@ -22,7 +23,7 @@ class LoRA(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.linear, self.scale, self.dropout = linear, alpha / rank, nn.Dropout(dropout)
-        like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
+        like = dict(device=linear.weight.device, dtype=torch.float32)        # the frozen weights may be bfloat16
         self.a = nn.Parameter(torch.empty(rank, linear.in_features, **like))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))         # as peft draws it
@@ -43,11 +44,12 @@ def has_lora(decoder) -> bool:
     return any(isinstance(part, LoRA) for part in decoder.modules())
 
 def merged(decoder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights, by name, of the model without LoRA that computes the same. state: the state_dict, whole."""
+    """The weights, by name, of the model without LoRA that computes the same; in the CPU's memory, a layer at a time.
+    state: the state_dict, whole."""
     state = dict(state)
     for place, part in decoder.named_modules():
         if isinstance(part, LoRA):
-            weight, a, b = (state.pop(f"{place}.{name}") for name in ("linear.weight", "a", "b"))
+            weight, a, b = (state.pop(f"{place}.{name}").cpu() for name in ("linear.weight", "a", "b"))
             state[f"{place}.weight"] = (weight.float() + part.scale * b.float() @ a.float()).to(weight.dtype)
             if f"{place}.linear.bias" in state:
                 state[f"{place}.bias"] = state.pop(f"{place}.linear.bias")

@@ -15,7 +15,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -130,12 +130,18 @@ def add_gradients(parameters) -> None:
 # ----------------------------------------------------------------------------------------------------------- sharding
 def shard(decoder, device: str) -> None:
     """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings,
-    the last norm and the head, which the losses use at many places, stay whole."""
+    the last norm and the head, which the losses use at many places, stay whole. The decoder is the root, through which
+    its layers know of each other: the next one's weights are fetched while one computes. On GPUs they travel and
+    compute in bfloat16 and their gradients are added in float32, so that autocast keeps no copy of its own."""
     mesh = dist.init_device_mesh(device, (world(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy()
     for layer in decoder.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         layer.set_gradient_divide_factor(1.0)           # gradients are added, not averaged
         layer.set_force_sum_reduction_for_comms(True)
+    in_layers = {p for layer in decoder.layers for p in layer.parameters()}
+    fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if p not in in_layers})
+    register_fsdp_forward_method(decoder, "step")       # generation goes another way than forward
     decoder.to(device)
 
 def share(decoder) -> tuple[int, int]:

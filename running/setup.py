@@ -120,6 +120,7 @@ def load_models(config, run: Run) -> None:
     with_lora = config.lora_rank > 0
     run.student = load(run.last if run.last and not with_lora else run.folders["student"],
                        init="pretrained" if run.last else config.student_init,
+                       dtype=run.dtype if with_lora and not config.shard_student else torch.float32,
                        device="cpu" if config.shard_student else run.device)
     run.student.checkpointing = config.gradient_checkpointing
     if with_lora:

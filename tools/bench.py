@@ -2,7 +2,7 @@
 
     python -m tools.bench                                       # all of it on random models of the real shapes
     python -m tools.bench --teacher DIR --student DIR --data DIR    # on real models and text
-    python -m tools.bench --only step parts     # step, parts, decoder, generation, rouge, tokens, growth
+    python -m tools.bench --only step parts     # step, parts, decoder, generation, rouge, tokens, growth, launches
 
 `step` is one optimizer step of the default method against a plain one built on transformers: rows padded to 512 tokens,
 logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked.
@@ -37,13 +37,13 @@ from methods import heads, plain
 from methods.dual_space import Projectors
 from methods.table import KD_PARTS, METHODS, Options, distill, terms
 from model import load
-from running import pictures
+from running import launches, pictures
 from running.batches import valid_tokens
 from running.cache import TeacherStates, cached_rows
 from running.flops import peak_flops, step_flops
 from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches
 
-SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth")
+SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth", "launches")
 # What is taken away from our step, one at a time.
 PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
          "both of these": {"cached": True, "dtype": "bfloat16"}, "compiled": {"compile": True},
@@ -55,11 +55,20 @@ SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_ac
                num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000,
                tie_word_embeddings=True, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
 GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, eos_token_id=0)
+# Qwen1.5-1.8B, the papers' teacher
+QWEN = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", vocab_size=151936,
+            hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
+            num_key_value_heads=16, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1000000.0,
+            tie_word_embeddings=False, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
+WIDE = dict(vocab_size=40000, eos_token_id=0)               # random tokens are below it
+SHAPES = {"small": (SMOLLM2, GPT2_124M), "papers": (QWEN, GPT2_124M), "tiny": (toy.TEACHER | WIDE, toy.STUDENT | WIDE)}
 
 @dataclass
 class Config:
-    teacher: str = flag("", "name or folder (default: the shape of SmolLM2-135M, random weights)")
-    student: str = flag("", "name or folder, whose weights are drawn anew (default: the shape of GPT-2, 124M)")
+    teacher: str = flag("", "name or folder (default: the shape that --shapes says, random weights)")
+    student: str = flag("", "name or folder, whose weights are drawn anew (default: as --shapes says)")
+    shapes: str = flag("small", "of models that are not named: SmolLM2-135M and GPT-2, the papers' pair, or tiny ones",
+                       choices=("small", "papers", "tiny"))
     data: str = flag("", "rows to measure on (default: random tokens, as long as Dolly's)")
     only: list[str] = flag(list(SECTIONS), "what to measure")
     batch_size: int = flag(4, "rows a step", at_least=1)
@@ -76,7 +85,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------ what is measured on
 def prepare(config: Config, folder: Path) -> None:
     """Write both models, and examples of a few batches made as train.py makes them, into `folder`, for the workers."""
-    for side, shape in (("teacher", SMOLLM2), ("student", GPT2_124M)):
+    for side, shape in zip(("teacher", "student"), SHAPES[config.shapes]):
         name = getattr(config, side)
         torch.manual_seed(0)
         init = "pretrained" if name and side == "teacher" else "random"
@@ -355,6 +364,11 @@ def bench_growth(config: Config, folder: Path) -> list[dict]:
     pictures.save(figure, folder / "growth.png", dpi=150)
     return rows
 
+def bench_launches(config: Config, folder: Path) -> list[dict]:
+    toy.write_data_for(["toy"])
+    return launches.show(read_rows(hub.data_file("toy", "train"))[:8],
+                         [toy.folder(f"{side}-start") for side in ("student", "teacher")])
+
 def small_step(config: Config, folder: Path, batch: int, length: int, vocabulary: int):
     """Forward and backward of dskd_cma, as a function."""
     shapes = (GPT2_124M | dict(n_embd=128, n_layer=2, n_head=4),
@@ -385,14 +399,15 @@ def main() -> None:
     print(f"{config.device}, {dtype}, {machine['threads']} threads, torch {machine['torch']}", flush=True)
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        prepare(config, Path(folder))
+        if config.only != ["launches"]:
+            prepare(config, Path(folder))
         for section in config.only:
             try:
                 rows = globals()[f"bench_{section}"](config, Path(folder))
             except ImportError as error:
                 raise InputError(f"bench: {section} is measured against {error.name}: pip install -r "
                                  "requirements-test.txt") from error
-            for row in rows:
+            for row in rows if section != "launches" else ():
                 more = "   {:.1f} | {:.1f} GB".format(*row["memory"]) if "memory" in row else ""
                 more += f"   MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
                 times = f"{row['ours']:9.3f} s {row['other']:9.3f} s   × {row['ratio']:5.2f}"

@@ -4,8 +4,9 @@
     python -m tools.memory --teacher mistral --student tinyllama --processes 8 --shard_teacher --shard_student
 
 Weights that are trained are float32 and cost 16 bytes a parameter: 4 for the weight, 4 for its gradient, 8 for AdamW's
-two moments. The teacher's are bfloat16 on a GPU, 2 bytes. What a step computes comes on top of it and grows with
---batch_size and --max_length; --gradient_checkpointing makes it smaller."""
+two moments. The teacher's are bfloat16 on a GPU, 2 bytes, and so are the student's beside LoRA, unless it is sharded.
+What a step computes comes on top of it and grows with --batch_size and --max_length; --gradient_checkpointing makes it
+smaller."""
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,11 @@ from methods.dual_space import Projectors
 from model import shape_of
 from running.lora import add_lora
 
-def state_bytes(student, teacher, others: list, teacher_bytes: int, processes: int = 1, shard_student: bool = False,
+def state_bytes(student, teacher, others: list, frozen_bytes: int, processes: int = 1, shard_student: bool = False,
                 shard_teacher: bool = False, cache_teacher: bool = False) -> dict[str, int]:
     """Bytes in the first of `processes`: of the student, of the teacher (or None), and of the other modules that learn.
-    teacher_bytes: of a number in the teacher's weights. Of a sharded model's layers a process has a share of every
-    matrix's rows, rounded up. cache_teacher: only the embedding and the head."""
+    frozen_bytes: of a number in the teacher's weights, and in the student's beside LoRA. Of a sharded model's layers a
+    process has a share of every matrix's rows, rounded up. cache_teacher: only the embedding and the head."""
     def count(module, sharded=False, trained=False, layers=True):
         total = 0
         for name, p in module.named_parameters():
@@ -31,12 +32,14 @@ def state_bytes(student, teacher, others: list, teacher_bytes: int, processes: i
                 total += rows * (p.numel() // p.size(0))
         return total
 
-    trained = count(student, shard_student, trained=True) + sum(count(module, trained=True) for module in others)
-    result = {"student's weights": 4 * count(student, shard_student),
+    learning = count(student, shard_student, trained=True)
+    trained = learning + sum(count(module, trained=True) for module in others)
+    frozen = (4 if shard_student else frozen_bytes) * (count(student, shard_student) - learning)
+    result = {"student's weights": 4 * learning + frozen,
               "projectors and adversary": 4 * sum(map(count, others)),
               "gradients": 4 * trained, "AdamW's moments": 8 * trained}
     if teacher is not None:
-        result["teacher's weights"] = teacher_bytes * count(teacher, shard_teacher, layers=not cache_teacher)
+        result["teacher's weights"] = frozen_bytes * count(teacher, shard_teacher, layers=not cache_teacher)
     return result
 
 @dataclass

@@ -9,12 +9,16 @@ ct, conditional transport (arXiv 2012.14100), which makes it dear to carry the o
     f(v) = unit(Linear LeakyReLU Linear highway(v))      n(v) = unit(Linear LeakyReLU Linear v), the navigator
     c_ij = ‖f(K_i) − f(R(Q_j))‖      d_ij = n(K_i)·n(R(Q_j))
     CT = −½ mean_j Σ_i c_ij softmax_i(d)_ij − ½ mean_i Σ_j c_ij softmax_j(d)_ij, i and j in one example
+energy, no adversary at all but the distance of the two sets (Székely & Rizzo 2013), which has no weights to saturate:
+    ED = 2 E‖K − Q‖ − E‖K − K'‖ − E‖Q − Q'‖, in the keys' root mean square distance from their mean
 
 The adversary is trained here, with its own learning rate. (In the release its weights stay as they were drawn: --ga_lr
 0.)"""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+MOST_PAIRED = 1024      # keys, and queries, in an energy distance
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
@@ -76,6 +80,17 @@ def gan(discriminator: Discriminator, keys: torch.Tensor, queries: torch.Tensor)
     query_logits = discriminator(reverse_gradient(queries)).float()
     return {"adversary_key_loss": F.softplus(-key_logits).sum(), "adversary_key_acc": (key_logits > 0).sum(),
             "adversary_query_loss": F.softplus(query_logits).sum(), "adversary_query_acc": (query_logits <= 0).sum()}
+
+def energy(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The energy distance of keys (N_t, 2 d_t) and queries (N_s, 2 d_t), of at most MOST_PAIRED evenly chosen tokens a
+    side; every pair of them counts. → adversary_query_loss, N_s · ED, so that its mean over tokens is ED, and a key
+    loss of 0. Keys are constants."""
+    with torch.autocast(keys.device.type, enabled=False):
+        some = [x.float()[::-(-len(x) // MOST_PAIRED)] for x in (keys.detach(), queries)]
+        deviation = (some[0] - some[0].mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
+        between, *within = (torch.cdist(a, b).mean() for a, b in ((some[0], some[1]), (some[0],) * 2, (some[1],) * 2))
+        distance = (2 * between - sum(within)) / deviation
+    return {"adversary_key_loss": torch.zeros_like(distance), "adversary_query_loss": len(queries) * distance}
 
 def conditional_transport(transport: Transport, keys: torch.Tensor, queries: torch.Tensor, key_mask: torch.Tensor,
                           query_mask: torch.Tensor) -> dict[str, torch.Tensor]:

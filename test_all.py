@@ -66,7 +66,8 @@ import train
 from files import hub
 from files.config import InputError, parse
 from files.rows import Row, make_prompt, read_rows
-from methods import byte_kd, divergences, dual_space, heads, mined, plain, projector_init, sides, soft_dtw, table
+from methods import (alm, byte_kd, divergences, dual_space, heads, mined, plain, projector_init, sides, soft_dtw,
+                     table)
 from running import (answers, attention, batches, cache, checkpoint, checks, flops, launches, lora, measures,
                      next_bytes, parallel, pictures, report, run_folder, setup, tables)
 from tools import bench, compare, compress, memory, soak
@@ -354,7 +355,8 @@ def stable(records):
 COMBINATIONS = [*((method, []) for method in table.METHODS if method not in ("kd", "dskd")),
                 ("dwa_kd", ["--adversary", "gan", "--divergence", "adaptive_kl"]),
                 ("dskd_cla", ["--align_on", "input", "--dtw_weight", "0.3", "--adversary", "ct"]),
-                ("dskd_clp", ["--weights", "entropy"]), ("dskd_cma", ["--byte_weight", "4"])]
+                ("dskd_clp", ["--weights", "entropy"]), ("dskd_cma", ["--byte_weight", "4"]),
+                ("dskd_cma", ["--adversary", "energy"])]
 
 class Killed(BaseException):
     """What kill -9 is to a program, but for its finally blocks."""
@@ -1573,6 +1575,84 @@ def test_byte_kd_against_every_token(way, lengths, world, monkeypatch):
         close(mine, other, 1e-6)
 
 @pytest.mark.methods
+@pytest.mark.parametrize("way", ((0, 1), (1, 0), (0, 0)))
+@pytest.mark.parametrize("lengths", ((99, 99), (4, 9), (9, 3)))
+@pytest.mark.parametrize("temperature", (1.0, 100.0))
+def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatch):
+    """Chunk by chunk from the text's cuts, values and gradients; also where the two sides are cut at different bytes,
+    and in pieces of any size."""
+    tokenizers = [ta.load_tokenizer(world / ("student", "teacher")[i]) for i in way]
+    texts = ["plums", "Mira eats 12 figs.", "héllo 你 🙂", "  two  spaces", "a"]
+    examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 999, 99)
+    for e in examples:
+        for s, n in zip((e.student, e.teacher), lengths):
+            s.ids, s.spans = s.ids[:s.prompt_length + n], s.spans[:n]
+        e.student.chunks, e.teacher.chunks = ta.chunk_numbers(e.student.spans, e.teacher.spans)
+    batch, sizes, pair = ta.collate(examples, 0, 0), (5, 6), []
+    torch.manual_seed(0)
+    for name, tokenizer, d in zip(("student", "teacher"), tokenizers, sizes):
+        valid, learns = sides.Valid(batch[f"{name}_labels"]), name == "student"
+        head = torch.randn(tokenizer.vocab_size, d, dtype=torch.float64, requires_grad=learns)
+        hidden = torch.randn(*valid.mask.shape, d, dtype=torch.float64, requires_grad=learns)
+        pair.append(sides.Side(valid, None, None, None, None, head, hidden))
+    expected, number = 0.0, 0
+    for row, e in enumerate(examples):
+        log_p = []
+        for side, s in zip(pair, (e.student, e.teacher)):
+            logits = side.hidden[row, :len(s.spans)].double() @ side.head.double().t()
+            log_p.append([logits[k].log_softmax(-1)[s.ids[s.prompt_length + k]] for k in range(len(s.spans))])
+        for of_s, of_t in ta.chunks(e.student.spans, e.teacher.spans):
+            if of_s and of_t and e.student.spans[of_s[-1]][1] == e.teacher.spans[of_t[-1]][1]:
+                a, b = (sum(log_p[i][k] for k in of) / temperature for i, of in ((1, of_t), (0, of_s)))
+                a, number = a.detach(), number + 1
+                kl = a.exp() * (a - b) + (1 - a.exp()) * ((1 - a.exp()).log() - (1 - b.exp()).log())
+                expected = expected + temperature * kl
+    ce = torch.nn.functional.cross_entropy(pair[0].packed.double() @ pair[0].head.double().t(), pair[0].valid.labels,
+                                           reduction="sum")
+    inputs, given = [pair[0].head, pair[0].hidden], {"nll_loss": 0.5, "kd_loss": 0.5}
+    wanted = torch.autograd.grad(0.5 * ce + 0.5 * expected, inputs)
+    for size in (1, 7, 500):
+        monkeypatch.setattr(heads, "CHUNK", size)
+        chunks = alm.ChunkNumbers("cpu").tensors(examples)["text_chunks"]
+        assert chunks.count == number
+        found = alm.alm_loss(*pair, chunks, temperature, given)
+        close(found["kd_loss"].detach(), expected.detach(), 2e-5)
+        close(found["nll_loss"].detach(), ce.detach(), 1e-5)
+        for mine, other in zip(torch.autograd.grad(0.5 * found["nll_loss"] + 0.5 * found["kd_loss"], inputs), wanted):
+            close(mine, other, 1e-4)
+    same = torch.tensor([-3.0, -0.1, -50.0])
+    assert alm.binary_kl(same, same, 1.0).abs().max() == 0
+    assert (alm.binary_kl(same, same - 1, 1.0) > 0).all()
+    assert torch.isfinite(alm.binary_kl(torch.zeros(1), torch.full((1,), -300.0), 1.0)).all()
+
+@pytest.mark.methods
+def test_energy_distance(world, tmp_path, monkeypatch):
+    """0 for one set twice, as measures.distances has it for two, a gradient for the queries alone that brings them
+    nearer, and a run with it that resumes."""
+    torch.manual_seed(0)
+    keys, queries = torch.randn(60, 6, requires_grad=True), (2 * torch.randn(40, 6) + 1).requires_grad_()
+    parts = discriminator.energy(keys, queries)
+    a, b = keys.detach().double(), queries.detach().double()
+    mean = lambda x, y: float(torch.stack([(u - v).norm() for u in x for v in y]).mean())
+    deviation = float((a - a.mean(0)).square().sum(1).mean().sqrt())
+    close(parts["adversary_query_loss"].detach() / 40, (2 * mean(a, b) - mean(a, a) - mean(b, b)) / deviation, 1e-4)
+    assert parts["adversary_key_loss"] == 0
+    assert abs(float(discriminator.energy(keys, keys.detach())["adversary_query_loss"])) < 1e-3
+    gradient, = torch.autograd.grad(parts["adversary_query_loss"], queries)
+    assert discriminator.energy(keys, queries - 0.1 * gradient)["adversary_query_loss"] < parts["adversary_query_loss"]
+    monkeypatch.setattr(discriminator, "MOST_PAIRED", 30)           # every second key, every second query
+    fewer = discriminator.energy(keys, queries)["adversary_query_loss"]
+    expected = (2 * mean(a[::2], b[::2]) - mean(a[::2], a[::2]) - mean(b[::2], b[::2]))
+    deviation = float((a[::2] - a[::2].mean(0)).square().sum(1).mean().sqrt())
+    close(fewer.detach() / 40, expected / deviation, 1e-4)
+    run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--adversary", "energy", "--probe_interval", "4",
+                                        method="dskd_cma"))
+    assert not (tmp_path / "run/best/discriminator.safetensors").exists()
+    found = metrics(tmp_path / "run")
+    assert all(record["adversary_query_loss"] > 0 for record in found)
+    assert "probe_accuracy" in found[-1]
+
+@pytest.mark.methods
 def test_byte_weight_adds_the_kl_of_next_bytes(world, monkeypatch):
     """Beside the dual-space terms, values and gradients are theirs and as many times byte_kd's."""
     monkeypatch.setattr(heads, "CHUNK", 5)
@@ -1667,10 +1747,10 @@ def test_value_and_gate_are_choices():
 
 @pytest.mark.methods
 @pytest.mark.parametrize("method, more",
-                         [*((method, {}) for method in table.METHODS if method != "byte_kd"),
+                         [*((method, {}) for method in table.METHODS if method not in ("byte_kd", "alm")),
                           ("dwa_kd", {"adversary": "gan"}), ("dskd_cla", {"dtw_weight": 0.3})])
 def test_padding_order_and_chunks_change_nothing(method, more, monkeypatch):
-    """Of byte_kd, whose places in the text come with the examples, test_byte_kd_against_every_token says it."""
+    """Of byte_kd and alm, whose places in the text come with the examples, test_…_against_… say it."""
     batch = load_file(GOLDEN / "batch_ragged.safetensors")
     batch = pad_batch(batch | chunk_numbers(batch), 0)
     torch.manual_seed(0)
@@ -1867,7 +1947,7 @@ def test_training_lowers_the_loss(method, more, world, tmp_path, monkeypatch, ca
                          ("kd_loss", method not in ("sft", "seqkd")), ("dtw_hidden_loss", config["dtw_weight"] > 0)):
         assert (part in records[0]) == wanted
         # an untrained teacher's distribution says nothing that could be learned by uld or mined
-        if wanted and not part.startswith("adversary") and method not in ("uld", "mined", "byte_kd"):
+        if wanted and not part.startswith("adversary") and method not in ("uld", "mined", "byte_kd", "alm"):
             assert epoch(part, records[-3:]) < epoch(part, records[:3]), part
     assert all(config[name] == value for name, value in table.METHODS[method].items())
     assert all(config[flag[2:]] == type(config[flag[2:]])(value) for flag, value in zip(more[::2], more[1::2]))
@@ -3844,8 +3924,8 @@ def test_compress(world, tmp_path, monkeypatch, capsys):
 def test_launches_stay_few(world):
     """No step waits for a result, whatever the method; its operations, a token's and an anti-diagonal's have bounds."""
     rows, folders = read_rows(world / "data/train.jsonl")[:8], [world / "student", world / "teacher"]
-    most = dict(sft=1.0, seqkd=1.0, kd=1.5, dskd=2.2, uld=2.7, mined=2.8, byte_kd=3.3, dskd_clp=3.6, dskd_cla=3.7,
-                dskd_cma=3.7, dskd_cma_ga=4.5, dskd_cma_ct=5.5, dwa_kd=9.0)
+    most = dict(sft=1.0, seqkd=1.0, kd=1.5, dskd=2.2, uld=2.7, mined=2.8, byte_kd=3.3, alm=2.2, dskd_clp=3.6,
+                dskd_cla=3.7, dskd_cma=3.7, dskd_cma_ga=4.5, dskd_cma_ct=5.5, dwa_kd=9.0)
     counts = {}
     for method, preset in table.METHODS.items():
         found = launches.of_step(table.Options(method=method, **preset), rows, folders)
@@ -3901,12 +3981,14 @@ def test_card(tmp_path, capsys, monkeypatch):
     assert graphics.measured("toy", tmp_path) == [(
         "toy: 4 steps", "40 tokens/s, MFU 10.0 %, loss 1.0000, dev 0.500 bits a byte, ROUGE-L 40.00")]
     monkeypatch.setattr(graphics, "commands", lambda *args: {"toy": python + ["print('ok')"], "step": python + ["1/0"]})
+    with pytest.raises(InputError, match="not this command's"):
+        run_main(graphics, monkeypatch, "--only", "toy", "--out_dir", tmp_path, "--device", "cpu")
     with pytest.raises(SystemExit):
-        run_main(graphics, monkeypatch, "--only", "toy", "step", "--out_dir", tmp_path, "--device", "cpu")
+        run_main(graphics, monkeypatch, "--only", "toy", "step", "--out_dir", tmp_path / "out", "--device", "cpu")
     printed = capsys.readouterr().out
     assert "no GPU here" in printed
     assert "| step | exit code 1: ZeroDivisionError" in printed
-    parts = json.loads((tmp_path / "card.json").read_text())["parts"]
+    parts = json.loads((tmp_path / "out/card.json").read_text())["parts"]
     assert [part["ended"] for part in parts] == ["good", "exit code 1"]
 
 # ------------------------------------------------------------------------------------------------------------------ toy

@@ -39,18 +39,23 @@ class _KnownGradients(torch.autograd.Function):
                 raise RuntimeError(f"the total weighs its parts by {found}, in_chunks by {ctx.factors}")
         return None, None, None, *(gradient.mul_(scale) for gradient in gradients)
 
+def chunk_size(kind: str) -> int:
+    """Positions whose logits exist at one time on this kind of device."""
+    return CHUNK if kind == "cpu" else 8 * CHUNK
+
 def slices(hidden: torch.Tensor) -> list[slice]:
     """Positions 0 … N − 1 of (N, d), in chunks; no position at all is one empty chunk."""
-    size = CHUNK if hidden.device.type == "cpu" else 8 * CHUNK
+    size = chunk_size(hidden.device.type)
     return [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
 
 def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], factors: dict[str, float],
-              *others: torch.Tensor) -> Parts:
+              *others: torch.Tensor, pieces: list[slice] | None = None) -> Parts:
     """The sums of function(*logits, *others), which is called for CHUNK positions at a time.
     hidden: (N, d) each. heads: (V, d), one for each of hidden or one for all; only the first can learn, and from the
     first of hidden alone. others: (N, ...), what belongs to the positions and needs no gradient, or a function of the
-    positions, a slice. function returns values by name; the sums of those named in `factors` have a gradient, where the
-    total is Σ factor · sum. backward() can run through it once."""
+    positions, a slice. pieces: the positions of every call, in place of CHUNK at a time. function returns values by
+    name; the sums of those named in `factors` have a gradient, where the total is Σ factor · sum. backward() can run
+    through it once."""
     kind = hidden[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden[0].dtype
     matrices = [head.detach().to(dtype) for head in heads]
@@ -59,7 +64,7 @@ def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], f
     of_head = torch.zeros_like(heads[0]) if heads[0].requires_grad else None
     learning = [k for k, h in enumerate(hidden) if h.requires_grad or k == 0 and of_head is not None]
     sums = {}
-    for here in slices(hidden[0]):
+    for here in pieces or slices(hidden[0]):
         states = [h.detach()[here].to(dtype) for h in hidden]
         logits = [x @ matrix.t() for x, matrix in zip(states, matrices)]
         for k in learning:

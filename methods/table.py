@@ -14,6 +14,7 @@ import discriminator
 from cma import ALIGNMENTS, WITH_QUERIES, dskd_cma
 from files.config import InputError, flag
 from methods import heads, soft_dtw
+from methods.alm import alm_loss
 from methods.byte_kd import byte_loss, byte_terms
 from methods.divergences import DIVERGENCES
 from methods.dual_space import Projectors, dskd
@@ -31,6 +32,7 @@ METHODS = {
     "uld": {},                          # distance of sorted probabilities
     "mined": {},                        # positions and vocabularies matched by edit distance
     "byte_kd": dict(temperature=1.0, kd_rate=0.75),       # divergence between the next bytes that the two expect
+    "alm": dict(temperature=100.0),     # the likelihood of every chunk of text, matched
     "dskd_clp": dict(alignment="chunk_mean"),
     "dskd_cla": dict(alignment="chunk_attention"),
     "dskd_cma": dict(alignment="attention"),
@@ -40,9 +42,9 @@ METHODS = {
 }
 WITHOUT_KD = ("sft", "seqkd")           # cross-entropy alone: α is 0
 ONE_VOCABULARY = ("kd", "dskd")         # positions and tokens correspond one to one
-LOGITS_ONLY = ("kd", "uld", "mined", "byte_kd")         # no projectors
+LOGITS_ONLY = ("kd", "uld", "mined", "byte_kd", "alm")         # no projectors
 KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss", "byte_loss")        # what the total multiplies by α
-ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport}
+ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport, "energy": None}
 
 @dataclass
 class Options:
@@ -96,7 +98,7 @@ def check_options(options: Options) -> None:
         refuse(field, not across, "dskd_cma, dskd_cla or dskd_clp")
     refuse("projector_init", not across, "dskd_cma and those after it")
     refuse("align_on", not alignment.startswith("chunk"), "dskd_clp or dskd_cla")
-    refuse("divergence", method in (*WITHOUT_KD, "uld", "mined", "byte_kd"), "kd or one of the dual-space methods")
+    refuse("divergence", method in WITHOUT_KD or method in LOGITS_ONLY[1:], "kd or one of the dual-space methods")
     if across and alignment not in WITH_QUERIES and options.adversary != "none":
         raise InputError(f"--adversary {options.adversary}: --alignment {alignment} has no queries to match with keys")
 
@@ -105,7 +107,8 @@ def make_modules(options: Options, student_size: int, teacher_size: int):
     d_t. options: Options or a run's settings."""
     query = options.alignment in WITH_QUERIES
     projectors = Projectors(student_size, teacher_size, query, dtw_embed=options.dtw_weight > 0)
-    return projectors, None if options.adversary == "none" else ADVERSARIES[options.adversary](2 * teacher_size)
+    adversary = ADVERSARIES.get(options.adversary)
+    return projectors, adversary and adversary(2 * teacher_size)
 
 def distill(options: Options, batch, student, teacher, projectors, adversary, step: int,
             factors: dict[str, float]) -> Parts:
@@ -135,11 +138,13 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
         return heads.sft(learner, factors) | pairs
     if options.method == "byte_kd":
         return byte_loss(learner, guide, batch["next_bytes"], options.temperature, factors)
+    if options.method == "alm":
+        return alm_loss(learner, guide, batch["text_chunks"], options.temperature, factors)
     next_bytes = byte_terms(guide, batch["next_bytes"], 1.0) if options.byte_weight else None
     parts, aligned = dskd_cma(learner, guide, projectors, options, step, factors, next_bytes)
-    if options.adversary == "gan":
+    if options.adversary in ("gan", "energy"):
         keys, queries = guide.valid.pack(aligned.keys), learner.valid.pack(aligned.queries)
-        parts |= discriminator.gan(adversary, keys, queries)
+        parts |= discriminator.gan(adversary, keys, queries) if adversary else discriminator.energy(keys, queries)
     if options.adversary == "ct":
         masks = guide.valid.mask, learner.valid.mask
         parts |= discriminator.conditional_transport(adversary, aligned.keys, aligned.queries, *masks)

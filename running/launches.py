@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from files.rows import Row
+from methods.alm import ChunkNumbers
 from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
 from methods.sides import with_places
@@ -86,6 +87,8 @@ def of_step(options, rows: list[Row], folders: list[Path]) -> dict[str, Launches
     if options.method == "byte_kd" or options.byte_weight:
         texts = {e.row: rows[e.row].outputs[0] for e in examples}
         batch |= BytePaths(*tokenizers, examples, texts, "cpu").tensors(examples)
+    if options.method == "alm":
+        batch |= ChunkNumbers("cpu").tensors(examples)
     if options.method == "mined":
         strings = token_strings(*tokenizers)
         batch |= MinED(strings, torch.arange(len(strings[1])) % len(strings[0])).tensors(examples)

@@ -47,11 +47,11 @@ def started():
             raise InputError(f"--nproc_per_node: this machine has {gpus} GPUs; start no more, or pass --device cpu")
         torch.cuda.set_device(local)
     store, number, several = next(iter(dist.rendezvous("env://")))
-    # a process may answer or score for hours while the others wait; of a dead one torchrun tells
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number,
-                            world_size=several, timeout=datetime.timedelta(hours=24))
     printed = sys.stdout
-    try:
+    try:                # also around joining: another process may have refused its command line and be gone by then
+        # a process may answer or score for hours while the others wait; of a dead one torchrun tells
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
+                                rank=number, world_size=several, timeout=datetime.timedelta(hours=24))
         if number:
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)

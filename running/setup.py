@@ -12,6 +12,7 @@ from files import hub
 from files.config import InputError
 from files.rows import Row, read_rows
 from methods import projector_init
+from methods.alm import ChunkNumbers
 from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
 from methods.table import LOGITS_ONLY, WITHOUT_KD, make_modules
@@ -40,7 +41,7 @@ class Run:
     adversary: torch.nn.Module | None = None
     last: Path | None = None                    # the checkpoint to go on from
     examples: list[Example] = field(default_factory=list)
-    pairing: MinED | BytePaths | None = None    # what else a batch needs to bring the two sides together
+    pairing: MinED | BytePaths | ChunkNumbers | None = None    # what else a batch needs to bring the two sides together
     states: cache.TeacherStates | None = None
     looked_at: list[Example] = field(default_factory=list)      # dev rows for --probe_interval
     steps_per_epoch: int = 0
@@ -168,6 +169,8 @@ def load_examples(config, run: Run) -> None:
     if config.method == "byte_kd" or config.byte_weight:
         texts = {number: row.outputs[0] for number, row in enumerate(rows)}
         run.pairing = BytePaths(student, teacher, run.examples, texts, run.device)
+    if config.method == "alm":
+        run.pairing = ChunkNumbers(run.device)
     if config.cache_teacher:
         run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
                                          run.teacher.config.hidden_size, getattr(torch, config.cache_dtype), run.dtype)

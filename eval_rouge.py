@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy
 from files import hub
 from files.config import InputError, flag, parse
 from files.rows import Row, read_rows
-from methods.heads import slices
+from methods.heads import label_nats
 from model import load
 from running import parallel
 from running.answers import answer_rows, tell_cut_prompts
@@ -92,8 +91,7 @@ def answer_bits(decoder, tokenizer, pairs: list[tuple[str, str]], max_length: in
         batch = collate(part, tokenizer.eos_id, tokenizer.eos_id)
         labels = batch["student_labels"].to(device)
         states, labels = decoder(batch["student_ids"].to(device))[labels != -100], labels[labels != -100]
-        nats = torch.cat([F.cross_entropy(decoder.logits(states[here]).float(), labels[here], reduction="none")
-                          for here in slices(states)]).double().cpu()
+        nats = label_nats(states, decoder.head.weight, labels).double().cpu()
         for example, tokens in zip(part, nats.split([example.student.valid for example in part])):
             bits[example.row] = float(tokens.sum()) / math.log(2), example.student.spans[-1][1]
     decoder.train(training)

@@ -97,11 +97,8 @@ class Decoder(nn.Module):
         """Token ids (B, T) → hidden states (B, T, d) after the final norm, i.e. h with logits = W h.
         mask: (B, T), true on real tokens, for left padding. Right padding needs none: attention is causal, so what
         stands behind a token cannot reach it. Raises ValueError where T exceeds the model's positions."""
-        if mask is None:
-            positions = torch.arange(ids.size(1), device=ids.device)[None]
-        else:
-            positions = mask.long().cumsum(1).sub(1).clamp(min=0)
-        return self._hidden(ids, positions, self._masks(mask, ids.size(1), ids.size(1), ids.device), None)
+        masks = self._masks(mask, ids.size(1), ids.size(1), ids.device)
+        return self._hidden(ids, self._positions(ids, mask), masks, None)
 
     def run(self, layer, *inputs) -> torch.Tensor:
         """One block; with `checkpointing`, its inner results are computed again for the gradient, not kept."""
@@ -112,6 +109,12 @@ class Decoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) → (..., V)"""
         return self.head(hidden)
+
+    def _positions(self, ids, mask) -> torch.Tensor:
+        """Each token's place in its row, (1, T), or (B, T) where the left is padding."""
+        if mask is None:
+            return torch.arange(ids.size(1), device=ids.device)[None]
+        return mask.long().cumsum(1).sub(1).clamp(min=0)
 
     def _masks(self, mask, queries: int, keys: int, device) -> dict[bool, torch.Tensor | None]:
         """For layers without (False) and with (True) a sliding window: None for plain causal attention, or a mask
@@ -148,10 +151,8 @@ class Decoder(nn.Module):
         mask = None if mask is None or mask.all() else mask.bool()
         cache, alive = KVCache(capacity), torch.arange(ids.size(0), device=ids.device)      # rows that are computed
         over, output = torch.zeros_like(alive).bool(), ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
-        new, positions = ids, torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+        new, positions = ids, self._positions(ids, mask).expand_as(ids)
         seen = None if mask is None else F.pad(mask, (0, capacity - ids.size(1)), value=True)
-        if mask is not None:
-            positions = mask.long().cumsum(1).sub(1).clamp(min=0)
         bias = self._bias(seen)
         for length in range(ids.size(1), capacity):
             hidden = self.step(new, positions, self._step_masks(seen, bias, new.size(1), length), cache)
@@ -180,8 +181,7 @@ class Decoder(nn.Module):
         once, in the type that attention computes in."""
         if seen is None:
             return None
-        kind = seen.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
+        dtype = computed_in(self.embed.weight)
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None, None]
 
     def _step_masks(self, seen, bias, queries: int, length: int) -> dict[bool, torch.Tensor | None]:
@@ -239,6 +239,11 @@ class Decoder(nn.Module):
                 residual = isinstance(self, GPT2) and name.endswith("c_proj.weight")
                 std = self.config.initializer_range / ((2 * self.config.num_layers) ** 0.5 if residual else 1)
                 parameter.normal_(0.0, std)
+
+def computed_in(x: torch.Tensor) -> torch.dtype:
+    """The type in which a layer computes with a tensor: autocast's where that is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 def choose_tokens(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
     """Choose one token a row: logits (B, V) → ids (B,)."""
@@ -381,8 +386,8 @@ class Llama(Decoder):
         self.register_buffer("frequencies", config.rope_frequencies(), persistent=False)
 
     def _hidden(self, ids, positions, masks, cache):
-        x, kind = self.embed(ids), ids.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x = self.embed(ids)
+        dtype = computed_in(x)
         angles = positions[:, None, :, None].float() * self.frequencies                         # (B or 1, 1, T, hd / 2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)

@@ -11,10 +11,9 @@ A chunk's tokens stand one after the other, so that logits are computed in piece
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from methods import heads
-from methods.heads import Parts, cross_entropy, in_chunks
+from methods.heads import Parts, cross_entropy, in_chunks, label_nats
 from methods.sides import Side
 
 SMALLEST = 1e-6         # of −a and −b: a chunk that is certain would have a logarithm of 0
@@ -68,11 +67,8 @@ def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) 
 
 def alm_loss(student: Side, teacher: Side, chunks: TextChunks, temperature: float, factors: dict[str, float]) -> Parts:
     """CE(z_s, y_s), and KD summed over the chunks that both sides have → nll_loss, accuracy, kd_loss."""
-    with torch.no_grad():
-        states, labels = teacher.packed, teacher.valid.labels
-        log_p = -torch.cat([F.cross_entropy(F.linear(states[here], teacher.head).float(), labels[here],
-                                            reduction="none") for here in heads.slices(states)])
-        of_teacher = log_p.new_zeros(chunks.count + 1).index_add(0, chunks.numbers["teacher"], log_p)
+    log_p = -label_nats(teacher.packed.detach(), teacher.head.detach(), teacher.valid.labels)
+    of_teacher = log_p.new_zeros(chunks.count + 1).index_add(0, chunks.numbers["teacher"], log_p)
     ranges = {here.start: (first, behind) for here, first, behind in chunks.pieces}
 
     def piece(z_s, y, numbers, here):

@@ -111,6 +111,12 @@ def first_guesses(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """argmax W h at each position: (N, d), (V, d) → (N,)."""
     return torch.cat([F.linear(hidden[here], head).argmax(-1) for here in slices(hidden)])
 
+@torch.no_grad()
+def label_nats(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log p(y) at each position: (N, d), (V, d), (N,) → (N,)."""
+    return torch.cat([F.cross_entropy(F.linear(hidden[here], head).float(), labels[here], reduction="none")
+                      for here in slices(hidden)])
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> Parts:
     """−log p(y), and whether the first guess is right, at each position: (n, V), (n,) → (n,) each."""
     return {"nll_loss": F.cross_entropy(logits, labels, reduction="none"), "accuracy": logits.argmax(-1) == labels}

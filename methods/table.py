@@ -98,7 +98,7 @@ def check_options(options: Options) -> None:
         refuse(field, not across, "dskd_cma, dskd_cla or dskd_clp")
     refuse("projector_init", not across, "dskd_cma and those after it")
     refuse("align_on", not alignment.startswith("chunk"), "dskd_clp or dskd_cla")
-    refuse("divergence", method in WITHOUT_KD or method in LOGITS_ONLY[1:], "kd or one of the dual-space methods")
+    refuse("divergence", method in {*WITHOUT_KD, *LOGITS_ONLY} - {"kd"}, "kd or one of the dual-space methods")
     if across and alignment not in WITH_QUERIES and options.adversary != "none":
         raise InputError(f"--adversary {options.adversary}: --alignment {alignment} has no queries to match with keys")
 

@@ -15,8 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from files.rows import Row
-from methods.alm import ChunkNumbers
-from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
 from methods.sides import with_places
 from methods.soft_dtw import sdtw
@@ -24,7 +22,9 @@ from methods.table import (KD_PARTS, LOGITS_ONLY, METHODS, ONE_VOCABULARY, WITHO
                            terms)
 from methods.uld import common_positions
 from model import load
+from running.batches import valid_tokens
 from running.parallel import clip_gradients
+from running.setup import pairing_of
 from tokenize_align import collate, encode_rows, load_tokenizer
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "item", "equal"}
@@ -74,6 +74,13 @@ class Launches(TorchDispatchMode):
         self.alive -= size
 
 # ----------------------------------------------------------------------------------------------------- what is counted
+def loss_of(options, batch, student, teacher, projectors, adversary, n: dict[str, int]) -> torch.Tensor:
+    """The total of a step, as train.py writes it."""
+    α = 0.0 if options.method in WITHOUT_KD else options.kd_rate
+    factors = {"nll_loss": 1 - α, **dict.fromkeys(KD_PARTS, α)}
+    CE, KD, GA, DTW = terms(distill(options, batch, student, teacher, projectors, adversary, 0, factors), n)
+    return (1 - α) * CE + α * KD + options.ga_weight * GA + options.dtw_weight * DTW
+
 def of_step(options, rows: list[Row], folders: list[Path]) -> dict[str, Launches]:
     """A whole optimizer step of a method, on the CPU: its forward pass, backward pass and update. folders: the
     student's and the teacher's; a method of one vocabulary takes the student's twice. It is the second step: AdamW's
@@ -84,11 +91,8 @@ def of_step(options, rows: list[Row], folders: list[Path]) -> dict[str, Launches
     examples, _, _ = encode_rows(rows, *tokenizers, 96, 72)
     batch = with_places(collate(examples, *(t.eos_id for t in tokenizers), options.align_on))
     batch["common"] = common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
-    if options.method == "byte_kd" or options.byte_weight:
-        texts = {e.row: rows[e.row].outputs[0] for e in examples}
-        batch |= BytePaths(*tokenizers, examples, texts, "cpu").tensors(examples)
-    if options.method == "alm":
-        batch |= ChunkNumbers("cpu").tensors(examples)
+    if pairing := pairing_of(options, *tokenizers, examples, rows, "cpu"):
+        batch |= pairing.tensors(examples)
     if options.method == "mined":
         strings = token_strings(*tokenizers)
         batch |= MinED(strings, torch.arange(len(strings[1])) % len(strings[0])).tensors(examples)
@@ -98,13 +102,10 @@ def of_step(options, rows: list[Row], folders: list[Path]) -> dict[str, Launches
     learners = [p for module in (student.train(), *modules) if module for p in module.parameters()]
     optimizer = torch.optim.AdamW(learners, lr=1e-4, fused=True)
     teacher.requires_grad_(False)
-    α = 0.0 if options.method in WITHOUT_KD else options.kd_rate
-    factors = {"nll_loss": 1 - α, **dict.fromkeys(KD_PARTS, α)}
-    n = {side: int((batch[f"{side}_labels"] != -100).sum()) for side in ("student", "teacher")}
+    n = valid_tokens(examples)
     for _ in range(2):
         with Launches() as forward:
-            CE, KD, GA, DTW = terms(distill(options, batch, student, teacher, *modules, 0, factors), n)
-            loss = (1 - α) * CE + α * KD + options.ga_weight * GA + options.dtw_weight * DTW
+            loss = loss_of(options, batch, student, teacher, *modules, n)
         with Launches() as backward:
             loss.backward()
         with Launches() as update:
@@ -148,5 +149,6 @@ def show(rows: list[Row], folders: list[Path]) -> list[dict]:
         counts.append({"what": method, "peak": peak} | {part: [c.operations, c.waits] for part, c in found.items()})
     tokens = [of_token(folders[1], padded).operations for padded in (False, True)]
     print("one more token of the teacher, four rows: {} operations, left-padded {}".format(*tokens))
-    print("an anti-diagonal of soft-DTW: {:.0f} operations forward, {:.0f} backward".format(*of_diagonal()))
-    return [*counts, {"what": "token", "operations": tokens}, {"what": "anti-diagonal", "operations": of_diagonal()}]
+    diagonal = of_diagonal()
+    print("an anti-diagonal of soft-DTW: {:.0f} operations forward, {:.0f} backward".format(*diagonal))
+    return [*counts, {"what": "token", "operations": tokens}, {"what": "anti-diagonal", "operations": diagonal}]

@@ -166,11 +166,7 @@ def load_examples(config, run: Run) -> None:
               f"rows dropped, because no response token fits into {config.max_length}")
     if not run.examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
-    if config.method == "byte_kd" or config.byte_weight:
-        texts = {number: row.outputs[0] for number, row in enumerate(rows)}
-        run.pairing = BytePaths(student, teacher, run.examples, texts, run.device)
-    if config.method == "alm":
-        run.pairing = ChunkNumbers(run.device)
+    run.pairing = run.pairing or pairing_of(config, student, teacher, run.examples, rows, run.device)
     if config.cache_teacher:
         run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
                                          run.teacher.config.hidden_size, getattr(torch, config.cache_dtype), run.dtype)
@@ -179,6 +175,13 @@ def load_examples(config, run: Run) -> None:
             return load(run.teacher.source, dtype=run.dtype, device=run.device)
         with run.autocast():
             run.states.fill(whole_teacher, config.batch_size, run.pads[1], run.device)
+
+def pairing_of(options, student, teacher, examples: list[Example], rows: list[Row], device: str):
+    """What a batch needs beside itself for a method that meets in the text's bytes or chunks, or None. student,
+    teacher: tokenizers."""
+    if options.method == "byte_kd" or options.byte_weight:
+        return BytePaths(student, teacher, examples, {e.row: rows[e.row].outputs[0] for e in examples}, device)
+    return ChunkNumbers(device) if options.method == "alm" else None
 
 def go_on(config, run: Run, optimizer) -> dict | None:
     """Put back what the last checkpoint holds, if there is one → the record of a step taken but not finished."""

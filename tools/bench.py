@@ -35,7 +35,7 @@ from files.config import InputError, flag, parse
 from files.rows import read_rows
 from methods import heads, plain
 from methods.dual_space import Projectors
-from methods.table import KD_PARTS, METHODS, Options, distill, terms
+from methods.table import METHODS, Options
 from model import load
 from running import launches, pictures
 from running.batches import valid_tokens
@@ -142,19 +142,12 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
         if cached:
             batch["teacher_hidden"] = states.grid(part, teacher.embed.weight.dtype).to(device)
         with hub.autocast(device, dtype):
-            loss = loss_of(options, batch, student, teacher, projectors, adversary, valid_tokens(part))
+            loss = launches.loss_of(options, batch, student, teacher, projectors, adversary, valid_tokens(part))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
     return step, lambda part: step_flops(options, student, teacher, part, cached)
-
-def loss_of(options, batch, student, teacher, projectors, adversary, n) -> torch.Tensor:
-    """The total, as train.py writes it."""
-    α, λ_GA = options.kd_rate, options.ga_weight
-    factors = {"nll_loss": 1 - α, **dict.fromkeys(KD_PARTS, α)}
-    CE, KD, GA, _ = terms(distill(options, batch, student, teacher, projectors, adversary, 0, factors), n)
-    return (1 - α) * CE + α * KD + λ_GA * GA
 
 def modules_and_optimizer(student, teacher, device: str, fused: bool | None = None):
     """The same projectors and adversary for both steps, and AdamW."""
@@ -380,7 +373,7 @@ def small_step(config: Config, folder: Path, batch: int, length: int, vocabulary
     tensors = {f"{side}_{kind}": ids for side in ("student", "teacher") for kind in ("ids", "labels")}
     options, n = Options(method="dskd_cma", alignment="attention"), {"student": ids.numel(), "teacher": ids.numel()}
     models = student.train(), teacher.requires_grad_(False)
-    return lambda: loss_of(options, tensors, *models, projectors, None, n).backward()
+    return lambda: launches.loss_of(options, tensors, *models, projectors, None, n).backward()
 
 def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":

@@ -9,6 +9,7 @@ of requirements-test.txt are needed for `tests` and `step`."""
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -77,7 +78,7 @@ def measured(name: str, out_dir: Path) -> list[tuple[str, str]]:
     if (path := out_dir / name / "metrics.jsonl").exists():
         steps = [json.loads(line) for line in path.read_text().splitlines()]
         half = steps[len(steps) // 2:]
-        middle = {what: sorted(step[what] for step in half)[len(half) // 2] for what in ("tokens_per_second", "mfu")}
+        middle = {what: statistics.median_high(step[what] for step in half) for what in ("tokens_per_second", "mfu")}
         last = next((step for step in reversed(steps) if "dev_bits_per_byte" in step), {})
         scores = f", dev {last['dev_bits_per_byte']:.3f} bits a byte, ROUGE-L {last['dev_rouge_l']:.2f}" if last else ""
         return [(f"{name}: {len(steps)} steps", f"{middle['tokens_per_second']:.0f} tokens/s, MFU "

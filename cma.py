@@ -101,7 +101,7 @@ def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step
         w_s = w_s * (min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0)
     return both_spaces(
         student_space(student, student.valid.pack(t2s), options, factors, options.gate, w_s, met_s, byte_terms),
-        teacher_space(teacher, teacher.valid.pack(s2t), options, factors, w_t * met_t)), found
+        teacher_space(teacher, teacher.valid.pack(s2t), options, factors, w_t * met_t), factors), found
 
 def entropy_weights(student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:
     """DWA-KD's w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t: (N_s,), (N_t,), with mean 1 in a sequence."""

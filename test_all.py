@@ -24,6 +24,7 @@ golden/ holds reference values on tiny models (GOLDEN_DIR names another folder o
 vocabularies and real text find them in NANODSKD_FIXTURES (default ../shared) and are skipped where that is not there.
 """
 import ast
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -1675,6 +1676,59 @@ def test_byte_weight_adds_the_kl_of_next_bytes(world, monkeypatch):
     for alone, of_bytes, both, of_sft in zip(*(gradients for _, gradients in found)):
         close(both, alone + 3 * (of_bytes - 0.5 * of_sft), 1e-4)
 
+ON_POLICY = [("byte_kd", {}), ("alm", {}), ("uld", {}), ("mined", {}), ("kd", {}), ("dskd", {}),
+             *((method, {"value": "hidden", "gate": "always"}) for method in ("dskd_clp", "dskd_cma_ga")),
+             ("dskd_cma", {"value": "hidden", "gate": "always", "byte_weight": 2.0})]
+
+@pytest.mark.methods
+@pytest.mark.parametrize("method, more", ON_POLICY)
+def test_answers_teach_all_but_what_labels_do(method, more, world, tmp_path):
+    """From a text of its own the student gets the whole loss's gradient but for its cross-entropy, from the data that
+    cross-entropy alone; what only labels can teach a projector, an answer does not."""
+    config = train.Config(method=method, **{**table.METHODS[method], **more}, device="cpu", dtype="float32",
+                          teacher=str(world / ("student" if method in table.ONE_VOCABULARY else "teacher")),
+                          student=str(world / "student"), data=str(world / "data"), out_dir=str(tmp_path / "run"))
+    config.max_length, config.max_prompt_length = 128, 100
+    with contextlib.ExitStack() as stack:
+        run = setup.set_up(config, stack)
+    batch, found = batches.tensors(config, run, run.examples[:5]), {}
+    projectors = list(run.projectors.parameters()) if run.projectors else []
+    for learns in ("all", "labels", "answers"):
+        parts = table.distill(config, batch, run.student, run.teacher, run.projectors, run.adversary, 0,
+                              factors(config), learns)
+        loss = total(config, parts, {"student": 3, "teacher": 2})
+        found[learns] = torch.autograd.grad(loss, [*run.student.parameters(), *projectors], allow_unused=True)
+    assert ("accuracy" in parts, "nll_loss" in parts, "t2s_ce_loss" in parts) == (False, False, False)
+    student = len(list(run.student.parameters()))
+    whole, of_labels, of_answers = (torch.cat([x.flatten() for x in of[:student]]) for of in found.values())
+    assert (whole - of_labels - of_answers).norm() < 1e-4 * of_answers.norm() + 1e-6 * whole.norm() > 0
+    if projectors:
+        names = [name for name, _ in run.projectors.named_parameters()]
+        of = {name: [found[learns][student:][k] for learns in found] for k, name in enumerate(names)}
+        assert all(x is None or not x.any() for name in names for x in of[name][1:] if name.startswith("t2s"))
+        assert all(torch.equal(of[name][0], of[name][2]) for name in names if name.startswith("s2t"))
+
+@pytest.mark.methods
+def test_own_answers_are_cut_by_both_tokenizers(world):
+    """What the student samples is the text that both sides learn from; the same seed samples the same."""
+    student = model.load(world / "student")
+    tokenizers = [ta.load_tokenizer(world / side) for side in ("student", "teacher")]
+    rows = [Row(f"say {'it ' * k}", ["plums"]) for k in (1, 9, 4)]
+    examples, _, _ = ta.encode_rows(rows, *tokenizers, 60, 50)
+
+    def ask(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return answers.own_answers(student, tokenizers, examples[::-1], rows, 60, 50, generator)
+    (cut, texts), again, other = ask(3), ask(3), ask(4)
+    assert texts == again[1] and texts != other[1] and [e.row for e in cut] == [-1, -2, -3] == list(texts)
+    for example, row in zip(cut, rows[::-1]):
+        for side, tokenizer in zip((example.student, example.teacher), tokenizers):
+            text = texts[example.row]
+            whole = ta.encode_prompt(row.prompt, tokenizer, 50)[0] + tokenizer.encode(text) + [tokenizer.eos_id]
+            assert side.ids == whole[:60]
+    limits = [len(e.student.ids) for e in cut]
+    assert max(limits) <= 60 and min(limits) > 10               # random weights: EOS is rare, the limit ends it
+
 @pytest.mark.methods
 @real_vocabularies
 @pytest.mark.parametrize("names", (("gpt2", "qwen1.5"), ("qwen1.5", "llama2"), ("mistral", "gpt2")))
@@ -2132,6 +2186,9 @@ def test_bfloat16(method, more, world, tmp_path, monkeypatch):
     (["--data", "none"], "none"),
     (["--device", "cuda"], "no CUDA"), (["--max_length", "1000"], "256 positions"), (["--kd_rate", "2"], "at most 1"),
     (["--method", "sft"], "no teacher"), (["--resume"], "no run in"), (["--resume", "--overwrite"], "one of them"),
+    (["--on_policy", "0.5"], "--value hidden --gate always"), (["--on_policy", "2"], "at most 1"),
+    (["--method", "byte_kd", "--on_policy", "1", "--cache_teacher"], "new at every step"),
+    (["--method", "seqkd", "--on_policy", "1"], "has no teacher that could judge"),
     (["--data", "vicuna"], "no train split")])
 def test_command_lines_that_are_wrong(change, message, world, tmp_path, monkeypatch):
     if change == ["--device", "cuda"] and torch.cuda.is_available():
@@ -2346,7 +2403,8 @@ def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monk
 @pytest.mark.running
 @pytest.mark.parametrize("method, more",
                          (("dskd_cma_ga", ()), ("dskd_cma_ct", ("--ga_lr", "0")),
-                          ("dwa_kd", ("--projector_init", "shared")), ("mined", ())))
+                          ("dwa_kd", ("--projector_init", "shared")), ("mined", ()),
+                          ("byte_kd", ("--on_policy", "0.6"))))
 def test_resume_is_exact(method, more, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch,
              *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4", *more, method=method))
@@ -2364,9 +2422,9 @@ def test_resume_is_exact(method, more, world, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "cut/last.previous")
     (tmp_path / "cut/last").rename(tmp_path / "cut/last.previous")      # as if it had died while renaming
     steps, real_distill = [], train.distill
-    monkeypatch.setattr(train, "distill", lambda *args: steps.append(1) or real_distill(*args))
+    monkeypatch.setattr(train, "distill", lambda *args: steps.append(args[-1]) or real_distill(*args))
     run_main(train, monkeypatch, "--out_dir", tmp_path / "cut", "--resume")
-    assert len(steps) == len(metrics(tmp_path / "whole")) - 6
+    assert len(steps) - steps.count("answers") == len(metrics(tmp_path / "whole")) - 6
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 @pytest.mark.running

@@ -24,7 +24,7 @@ from files import hub
 from files.config import InputError, flag
 from methods.table import KD_PARTS, WITHOUT_KD, Options, distill, terms
 from running import parallel, report
-from running.batches import steps_of, valid_tokens
+from running.batches import steps_of
 from running.checkpoint import save_checkpoint
 from running.checks import read_settings
 from running.flops import peak_flops
@@ -52,6 +52,8 @@ class Config(Options):
     clip_grad: float = flag(1.0, "largest gradient norm", at_least=1e-6)
     max_length: int = flag(512, "prompt, response and EOS together, in tokens", at_least=2)
     max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
+    on_policy: float = flag(0.0, "share of the steps in which the teacher judges what the student itself answers",
+                            at_least=0, at_most=1)
     eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
     select: str = flag("rouge", "the best checkpoint: by ROUGE-L, or by bits a byte of dev", choices=("rouge", "bits"))
     eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
@@ -115,13 +117,13 @@ def train(config: Config, stack: contextlib.ExitStack) -> tuple[Config, Run]:
     peak = peak_flops(run.device, run.dtype) * parallel.world()
     bar = stack.enter_context(tqdm(total=run.total_steps, initial=run.state["step"], unit="step", dynamic_ncols=True))
     started = time.perf_counter()
-    for step, examples, forward_passes in steps_of(config, run, run.state["step"]):
-        n, sums = valid_tokens(examples), {}                            # of all processes; over the step's tokens
+    for step, examples, n, forward_passes in steps_of(config, run, run.state["step"]):     # n: of all processes
+        sums = {}                                                       # over the step's tokens
         student.train()
-        for batch, weight in forward_passes:
+        for batch, weight, learns in forward_passes:
             batch = {name: x.to(run.device, non_blocking=True) for name, x in batch.items()}
             with run.autocast():
-                parts = distill(config, batch, student, teacher, projectors, adversary, step, factors)
+                parts = distill(config, batch, student, teacher, projectors, adversary, step, factors, learns)
                 CE, KD, GA, DTW = terms(parts, n)
                 loss = (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
             (weight * loss).backward()

@@ -104,13 +104,18 @@ class BytePaths:
     """Where both models stand at the bytes of every response; computed once a row. texts: row → the response."""
 
     def __init__(self, student, teacher, examples, texts: dict[int, str], device):
-        sides = {"student": Prefixes(student), "teacher": Prefixes(teacher)}
+        self.sides, self.device = {"student": Prefixes(student), "teacher": Prefixes(teacher)}, device
         self.paths = {}
+        self.add(examples, texts)
+
+    def add(self, examples, texts: dict[int, str]) -> None:
+        """More rows, or others under the same numbers."""
         for example in examples:
             text = texts[example.row].encode()
-            both = zip(*(sides[side].of_response(getattr(example, side), text) for side in sides))      # up to a cut
-            self.paths[example.row] = torch.tensor([(*s, *t) for s, t in both if min(s[1], t[1]) >= 0]).view(-1, 4)
-        self.tables = {side: prefixes.tables(device) for side, prefixes in sides.items()}
+            both = zip(*(found.of_response(getattr(example, side), text) for side, found in self.sides.items()))
+            both = [(*s, *t) for s, t in both if min(s[1], t[1]) >= 0]          # up to where one side is cut
+            self.paths[example.row] = torch.tensor(both, dtype=torch.long).view(-1, 4)
+        self.tables = {side: prefixes.tables(self.device) for side, prefixes in self.sides.items()}
 
     def tensors(self, examples) -> dict[str, NextBytes]:
         """next_bytes of a batch."""

@@ -39,6 +39,7 @@ def student_space(student: Side, t2s: torch.Tensor, options, factors: dict[str, 
             "t2s_ce_loss": met * -log_t2s.gather(1, y[:, None]).squeeze(1),
             "t2s_kd_loss": met * g * divergence(options.divergence, z_s, z_t2s.detach(), options.temperature),
             "t2s_acc": right * met, "max_t2s_prob": confidence * met}
+    t2s = t2s if "t2s_ce_loss" in factors else t2s.detach()         # what its labels alone teach
     return in_chunks(chunk, [student.packed, t2s], [student.head], factors, student.valid.labels, weights, met,
                      lambda here: here)
 
@@ -50,15 +51,14 @@ def teacher_space(teacher: Side, s2t: torch.Tensor, options, factors: dict[str, 
     return in_chunks(chunk, [s2t, teacher.packed.detach()], [teacher.head.detach()], factors, teacher.valid.labels,
                      weights)
 
-def both_spaces(at_student: Parts, at_teacher: Parts) -> Parts:
-    """All parts of both, and kd_loss, their sum but for the student's own cross-entropy."""
-    return at_student | at_teacher | {
-        "kd_loss": (at_student["t2s_ce_loss"] + at_student["t2s_kd_loss"] + at_student.get("byte_loss", 0.0)
-                    + at_teacher["s2t_kd_loss"])}
+def both_spaces(at_student: Parts, at_teacher: Parts, factors: dict[str, float]) -> Parts:
+    """All parts of both, and kd_loss, the sum of those that have a factor, but for the student's own cross-entropy."""
+    parts = at_student | at_teacher
+    return parts | {"kd_loss": sum(parts[name] for name in factors if name in parts and name != "nll_loss")}
 
 def dskd(student: Side, teacher: Side, projectors: Projectors, options, factors: dict[str, float]) -> Parts:
     """DSKD over one vocabulary, where positions correspond one to one."""
     ones = torch.ones_like(student.valid.labels, dtype=torch.float32)
     t2s, s2t = projectors.t2s(teacher.packed), projectors.s2t(student.packed)
     return both_spaces(student_space(student, t2s, options, factors, "always", ones, ones),
-                       teacher_space(teacher, s2t, options, factors, ones))
+                       teacher_space(teacher, s2t, options, factors, ones), factors)

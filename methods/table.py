@@ -4,7 +4,7 @@
     --method dwa_kd --adversary gan    and any other combination that makes sense
 
 A new divergence is a name and a branch in divergences.py. A new method is a line of METHODS, its name in the groups
-below it where it belongs to one, its loss in a file of its own here, and two lines in `distill`; what α multiplies
+below it where it belongs to one, its loss in a file of its own here, and two lines in `both_sides`; what α multiplies
 comes back as "kd_loss"."""
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from methods.divergences import DIVERGENCES
 from methods.dual_space import Projectors, dskd
 from methods.heads import Parts
 from methods.mined import mined_loss
-from methods.sides import side_of
+from methods.sides import Side, side_of
 from methods.uld import uld_loss
 
 # method → its options; the teacher-less and the older methods have none of them
@@ -44,6 +44,7 @@ WITHOUT_KD = ("sft", "seqkd")           # cross-entropy alone: α is 0
 ONE_VOCABULARY = ("kd", "dskd")         # positions and tokens correspond one to one
 LOGITS_ONLY = ("kd", "uld", "mined", "byte_kd", "alm")         # no projectors
 KD_PARTS = ("kd_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss", "byte_loss")        # what the total multiplies by α
+OF_LABELS = ("nll_loss", "accuracy", "t2s_ce_loss", "t2s_acc", "s2t_acc", "teacher_acc")    # what only the data teaches
 ADVERSARIES = {"gan": discriminator.Discriminator, "ct": discriminator.Transport, "energy": None}
 
 @dataclass
@@ -111,31 +112,42 @@ def make_modules(options: Options, student_size: int, teacher_size: int):
     return projectors, adversary and adversary(2 * teacher_size)
 
 def distill(options: Options, batch, student, teacher, projectors, adversary, step: int,
-            factors: dict[str, float]) -> Parts:
+            factors: dict[str, float], learns: str = "all") -> Parts:
     """Forward both models and compute the method's loss parts, each a SUM over valid positions (of which side: see
     `terms`).
 
     student and teacher have .embed, .head and forward(ids) → hidden; where the batch holds teacher_hidden (B, T, d_t),
     on the grid of valid positions, the teacher's forward is not called. step: optimizer steps done so far. factors:
-    what the total multiplies nll_loss and the parts of kd_loss by, see methods/heads.py."""
+    what the total multiplies nll_loss and the parts of kd_loss by, see methods/heads.py. learns: "all" of the method;
+    with --on_policy from the data's "labels" cross-entropy alone, from the student's own "answers" what needs none."""
     learner = side_of(batch, "student", student.embed)
     learner.hidden, learner.head = learner.valid.grid(student(batch["student_ids"])), student.head.weight
-    if options.method in WITHOUT_KD:
+    if options.method in WITHOUT_KD or learns == "labels":
         return heads.sft(learner, factors)
     guide = side_of(batch, "teacher", teacher.embed)
     guide.head, guide.hidden = teacher.head.weight, batch.get("teacher_hidden")
     if guide.hidden is None:
         with torch.no_grad():
             guide.hidden = guide.valid.grid(teacher(batch["teacher_ids"]))
+    if learns == "all":
+        return both_sides(options, batch, learner, guide, projectors, adversary, step, factors)
+    factors = {name: factor for name, factor in factors.items() if name not in OF_LABELS}
+    parts = both_sides(options, batch, learner, guide, projectors, adversary, step, factors)
+    return {name: part for name, part in parts.items() if name not in OF_LABELS}
+
+def both_sides(options: Options, batch, learner: Side, guide: Side, projectors, adversary, step: int,
+               factors: dict[str, float]) -> Parts:
+    """A method's parts, from the student's side of a batch and the teacher's."""
     if options.method == "kd":
         return heads.kd(learner, guide, options, factors)
     if options.method == "dskd":
         return dskd(learner, guide, projectors, options, factors)
-    if options.method == "uld":
-        return heads.sft(learner, factors) | uld_loss(learner, guide, factors, batch.get("common"))
-    if options.method == "mined":
-        pairs = mined_loss(learner, guide, batch["pairs"], batch["vocabulary_map"], options.temperature, factors)
-        return heads.sft(learner, factors) | pairs
+    if options.method in ("uld", "mined"):
+        labels = heads.sft(learner, factors) if "nll_loss" in factors else {}
+        if options.method == "uld":
+            return labels | uld_loss(learner, guide, factors, batch.get("common"))
+        mapping = batch["pairs"], batch["vocabulary_map"]
+        return labels | mined_loss(learner, guide, *mapping, options.temperature, factors)
     if options.method == "byte_kd":
         return byte_loss(learner, guide, batch["next_bytes"], options.temperature, factors)
     if options.method == "alm":
@@ -153,9 +165,10 @@ def distill(options: Options, batch, student, teacher, projectors, adversary, st
     return parts
 
 def terms(parts: Parts, n: dict[str, int]):
-    """CE, KD, GA and DTW of the total, from the parts and the step's numbers of valid tokens; 0 where a method has no
-    such term. Keys are the teacher's positions, everything else is divided by the number of the student's."""
-    ce, kd = parts["nll_loss"] / n["student"], parts.get("kd_loss", 0.0) / n["student"]
+    """CE, KD, GA and DTW of the total, from the parts and the step's numbers of valid tokens; 0 where a pass has no
+    such term. Keys are the teacher's positions, everything else is divided by the number of the student's; where it
+    answers for itself, n["labels"] are the data's."""
+    ce, kd = parts.get("nll_loss", 0.0) / n.get("labels", n["student"]), parts.get("kd_loss", 0.0) / n["student"]
     ga = dtw = 0.0
     if "adversary_key_loss" in parts:
         ga = parts["adversary_key_loss"] / n["teacher"] + parts["adversary_query_loss"] / n["student"]

@@ -1,4 +1,5 @@
-"""A model answers the prompts of some rows: the student where it is scored, the teacher for SeqKD.
+"""A model answers the prompts of some rows: the student where it is scored, and to be judged by the teacher with
+--on_policy; the teacher for SeqKD.
 
 SeqKD (sequence-level distillation, Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts and the
 student learns its answers by cross-entropy. They are greedy (the paper's beam search with one beam); one that reached
@@ -9,6 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from files.rows import Row, read_rows
 from model import Decoder
 from running import parallel
 from running.run_folder import Interrupted
-from tokenize_align import Tokenizer, encode_prompt, left_pad
+from tokenize_align import Example, Tokenizer, encode_prompt, encode_rows, left_pad
 
 def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
                    batch_size: int, temperature: float, seed: int = 0, desc: str = "answering",
@@ -66,6 +68,20 @@ def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_len
         raise Interrupted
     answers = {i: text for part in parts for i, text in part.items()}
     return [answers[i] for i in range(len(rows))]
+
+def own_answers(student: Decoder, tokenizers, examples: list[Example], rows: list[Row], max_length: int,
+                max_prompt_length: int, generator) -> tuple[list[Example], dict[int, str]]:
+    """On-policy distillation (GKD, arXiv 2306.13649): the examples with answers that the student samples, at
+    temperature 1 and until EOS or max_length, in place of the data's, cut anew by both tokenizers. No gradient goes
+    through the sampling. → examples with the numbers −1, −2, … in place of rows', and their answers' texts."""
+    device, eos = student.embed.weight.device, tokenizers[0].eos_id
+    prompts = [example.student.ids[:example.student.prompt_length] for example in examples]
+    ids, mask = left_pad(prompts, eos)
+    new = student.generate(ids.to(device), mask.to(device), max_length - ids.size(1), eos_id=eos, generator=generator)
+    texts = [tokenizers[0].decode(tokens[:tokens.index(eos)] if eos in tokens else tokens) for tokens in new.tolist()]
+    answered = [Row(rows[example.row].prompt, [text]) for example, text in zip(examples, texts)]
+    cut, _, _ = encode_rows(answered, *tokenizers, max_length, max_prompt_length)
+    return [replace(example, row=-1 - example.row) for example in cut], {-1 - i: text for i, text in enumerate(texts)}
 
 def tell_cut_prompts(name: str, rows: list[Row], tokenizer: Tokenizer, limit: int) -> None:
     """Say how many prompts of a set exceed the limit, in tokens, where any does."""

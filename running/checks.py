@@ -53,6 +53,15 @@ def check_flags(config) -> None:
         raise InputError("--compile: not together with --shard_student, --shard_teacher or --gradient_checkpointing")
     if config.cache_teacher and config.shard_teacher:
         raise InputError("--cache_teacher: trains without the layers that --shard_teacher deals out: pass one of them")
+    if config.on_policy:
+        if method in WITHOUT_KD:
+            raise InputError(f"--on_policy: --method {method} has no teacher that could judge an answer")
+        if config.alignment != "none" and (config.value, config.gate) != ("hidden", "always"):
+            raise InputError("--on_policy: what a student answers is no label; dual-space methods need --value hidden "
+                             "--gate always for it")
+        if config.cache_teacher or config.shard_student:
+            raise InputError("--on_policy: the student's answers are new at every step, and of different lengths in "
+                             "every process: not together with --cache_teacher or --shard_student")
     if method == "sft" and config.teacher:
         raise InputError("--method sft has no teacher: pass the model that learns as --student, and no --teacher")
 

@@ -12,7 +12,8 @@ from files.config import InputError
 from running import parallel
 from running.flops import step_flops
 
-# means over the teacher's tokens
+# means over the data's labels, and over the teacher's tokens; the others are over the student's
+OF_LABELS = ("nll_loss", "accuracy")
 OF_TEACHER = ("s2t_acc", "teacher_acc", "adversary_key_loss", "adversary_key_acc")
 
 def recommend_sft(config, teacher) -> None:
@@ -40,20 +41,28 @@ def bad_step(config, record: dict, loss: float, norms: list[float]) -> str:
 def step_record(config, run, totals: dict[str, float], grad_norm: float, lr: float, examples, n: dict[str, int],
                 seconds: float, peak: float) -> dict:
     """A step's line of metrics.jsonl, but for its number: means over tokens of what was summed in totals; what is not
-    finite is left out. peak: FLOP/s of all processes."""
+    finite is left out. peak: FLOP/s of all processes. Of a step in which the student answers for itself, the tokens of
+    its answers stand in place of the operations."""
     tokens = sum(len(example.student.ids) for example in examples)
-    rate = step_flops(config, run.student, run.teacher, examples, cached=run.states is not None) / seconds
-    values = {name: value / n["teacher" if name in OF_TEACHER else "student"] for name, value in totals.items()}
+    n_l = n.get("labels", n["student"])
+    values = {name: value / (n["teacher"] if name in OF_TEACHER else n_l if name in OF_LABELS else n["student"])
+              for name, value in totals.items()}
     values["grad_norm"] = grad_norm
+    if "labels" in n:
+        values["answer_tokens"] = n["student"]
+    else:
+        rate = step_flops(config, run.student, run.teacher, examples, cached=run.states is not None) / seconds
+        values |= {"tflops": rate / 1e12, "mfu": rate / peak}
     if "t2s_acc" in values:
         values["leak"] = values["t2s_acc"] - values["teacher_acc"]          # above 0, z_t2s has seen what it predicts
     return {name: value for name, value in values.items() if math.isfinite(value)} | {
-        "lr": lr, "tokens_per_second": tokens / seconds, "tflops": rate / 1e12, "mfu": rate / peak, "seconds": seconds}
+        "lr": lr, "tokens_per_second": tokens / seconds, "seconds": seconds}
 
 def show(bar, record: dict) -> None:
     """A step more on the progress bar."""
-    bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", tok_s=f"{record['tokens_per_second']:.0f}",
-                    mfu=f"{100 * record['mfu']:.0f}%", refresh=False)
+    mfu = {"mfu": f"{100 * record['mfu']:.0f}%"} if "mfu" in record else {}
+    bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", tok_s=f"{record['tokens_per_second']:.0f}", **mfu,
+                    refresh=False)
     bar.update()
 
 @contextlib.contextmanager

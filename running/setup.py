@@ -35,6 +35,7 @@ class Run:
     scored: dict[str, list[Row]]                # of dev and test what --eval_num leaves
     folders: dict[str, Path]                    # "student" and, where there is one, "teacher"
     tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
+    cut_by: tuple[Tokenizer, ...] = ()          # the two that cut what is learned from; one twice for one vocabulary
     student: Decoder | None = None
     teacher: Decoder | None = None
     projectors: torch.nn.Module | None = None
@@ -154,12 +155,12 @@ def load_examples(config, run: Run) -> None:
                 config.max_prompt_length, config.batch_size)
     rows = run.rows["train"]
     one_tokenizer = config.method in WITHOUT_KD or same_vocabulary(student, teacher)
+    run.cut_by = student, student if one_tokenizer else teacher
     with parallel.first_goes_first():
         if config.method == "mined":
             strings = token_strings(student, teacher)
             run.pairing = MinED(strings, cache.kept_vocabulary_map(hub.DATA_DIR, strings))
-        run.examples, cut, dropped = cache.cached_rows(hub.DATA_DIR / "tokens", rows, student,
-                                                       student if one_tokenizer else teacher,
+        run.examples, cut, dropped = cache.cached_rows(hub.DATA_DIR / "tokens", rows, *run.cut_by,
                                                        config.max_length, config.max_prompt_length)
     if cut or dropped:
         print(f"{config.data}, train: {cut} of {len(rows)} prompts cut to {config.max_prompt_length} tokens, {dropped} "

@@ -87,11 +87,16 @@ class Decoder(nn.Module):
         self.source: Path | None = None     # the folder it was loaded from; save() copies the tokenizer from there
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tie()
 
     def tie(self) -> None:
+        """What is not in the files: a head that is the embedding, and a subclass's constants."""
         if self.config.tie_head:
             self.head.weight = self.embed.weight
+
+    def allocate(self, device: str | torch.device) -> None:
+        """Memory for the weights of a Decoder that has none (shape_of); they are arbitrary."""
+        self.to_empty(device=device)
+        self.tie()
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids (B, T) → hidden states (B, T, d) after the final norm, i.e. h with logits = W h.
@@ -307,6 +312,7 @@ class GPT2(Decoder):
         self.dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(GPT2Block(config, i) for i in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.tie()
 
     def _hidden(self, ids, positions, masks, cache):
         x = self.dropout(self.embed(ids) + self.position_embed(positions))
@@ -383,7 +389,12 @@ class Llama(Decoder):
         super().__init__(config)
         self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.register_buffer("frequencies", config.rope_frequencies(), persistent=False)
+        self.register_buffer("frequencies", None, persistent=False)
+        self.tie()
+
+    def tie(self):
+        super().tie()
+        self.frequencies = self.config.rope_frequencies().to(self.embed.weight.device)
 
     def _hidden(self, ids, positions, masks, cache):
         x = self.embed(ids)
@@ -398,10 +409,13 @@ class Llama(Decoder):
 # ------------------------------------------------------------------------------------------------------------ files
 def shape_of(name_or_dir: str | Path, layers: bool = True) -> Decoder:
     """A Decoder without memory for its weights; only config.json is read."""
-    config = read_config(hub.model_dir(name_or_dir, weights=False) / "config.json")
+    folder = hub.model_dir(name_or_dir, weights=False)
+    config = read_config(folder / "config.json")
     with torch.device("meta"):
         config = config if layers else dataclasses.replace(config, num_layers=0)
-        return (GPT2 if config.family == "gpt2" else Llama)(config)
+        decoder = (GPT2 if config.family == "gpt2" else Llama)(config).eval()
+    decoder.source = folder
+    return decoder
 
 def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu", layers: bool = True) -> Decoder:
@@ -417,17 +431,13 @@ def load(name_or_dir: str | Path, init: str = "pretrained", dtype: torch.dtype =
         parameters = sum(p.numel() for p in decoder.parameters())
         if 4 * parameters > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise InputError(f"{folder}: a model of {parameters:,} parameters does not fit into memory")
-        decoder.to_empty(device="cpu")
-        decoder.tie()
+        decoder.allocate("cpu")
         decoder.initialize()
         decoder.to(dtype)
     else:
         decoder.load_state_dict(_our_state(decoder, folder, dtype), assign=True)
-        decoder.tie()
-    if isinstance(decoder, Llama):
-        decoder.frequencies = config.rope_frequencies()
-    decoder.source = folder
-    return decoder.to(device).eval()
+    decoder.tie()
+    return decoder.to(device)
 
 def _our_state(decoder: Decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The folder's tensors under our names, checked one by one against what the config asks for."""

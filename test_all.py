@@ -2462,7 +2462,7 @@ def test_killed_at_every_disk_operation_of_a_checkpoint(quick_run, world, tmp_pa
 
     real_distill = train.distill
     with monkeypatch.context() as patch:
-        patch.setattr(train, "distill", lambda *args: state.update(counting=args[-2] == 1) or real_distill(*args))
+        patch.setattr(train, "distill", lambda *args: state.update(counting=args[6] == 1) or real_distill(*args))
         patch.setattr(checkpoint, "save_file", counted(checkpoint.save_file, half_a_file))
         patch.setattr(model, "save_file", counted(model.save_file, half_a_file))
         patch.setattr(Path, "rename", counted(Path.rename))
@@ -2576,7 +2576,7 @@ def test_a_signal_saves_and_leaves(where, number, quick_run, world, tmp_path, mo
 
     def caught(*args, **more):
         calls.append(1)
-        if where == "step" and args[-2] == 2 or where == "scoring" and len(calls) == 1:
+        if where == "step" and args[6] == 2 or where == "scoring" and len(calls) == 1:
             signal.raise_signal(number)
             assert where == "step"              # a scoring does not go on
         return real(*args, **more)
@@ -3155,12 +3155,14 @@ def test_a_process_of_torchrun_ends_without_taking_the_interpreter_down(ending, 
     assert (one_of_several.returncode, one_of_several.stdout) == (code, "saved\n")
 
 @pytest.mark.processes
-def test_sharded_from_the_start(world, odd_world, tmp_path, monkeypatch):
-    """Each process keeps its part of every layer: the same run, and the memory that memory.py says."""
+@pytest.mark.parametrize("processes", (2, 4))
+def test_sharded_from_the_start(processes, world, odd_world, tmp_path, monkeypatch):
+    """Each process keeps its part of every layer: the same run, and the memory that memory.py says. The first process
+    alone reads the models."""
     script = tmp_path / "counted.py"
     script.write_text("""
 import json, sys, torch, train
-from running import parallel
+from running import parallel, setup
 from torch.distributed.tensor import DTensor
 local = lambda x: x.to_local() if isinstance(x, DTensor) else x
 size = lambda tensors: sum(local(x).nbytes for x in tensors)
@@ -3175,9 +3177,11 @@ def distill(options, batch, student, teacher, *rest):
                           for decoder in (student, teacher)]
     return parts
 parallel.clip_gradients, train.distill = clip, distill
-real_save = train.save_checkpoint
+loads, real_load, real_save = [], setup.load, train.save_checkpoint
+setup.load = lambda *args, **how: loads.append(1) or real_load(*args, **how)
 def save(folder, student, projectors, discriminator, optimizer, state):
     if optimizer is not None:
+        counts["loads"] = [len(all) for all in parallel.gather(loads)]
         moments = [x for values in optimizer.state.values() for name, x in values.items() if name != "step"]
         counts["moments"] = size(moments)
         if parallel.is_first():
@@ -3186,20 +3190,72 @@ def save(folder, student, projectors, discriminator, optimizer, state):
 train.save_checkpoint = save
 train.hub.run(train.main)
 """)
-    argv = lambda out: [*flags(world, out, *TWO, method="dskd_cma"), "--data", str(odd_world)]
+    rows = ["--batch_size", str(8 // processes), "--grad_accum", str(processes)]
+    argv = lambda out: [*flags(world, out, *TWO[4:], *rows, method="dskd_cma"), "--data", str(odd_world)]
     run_main(train, monkeypatch, *argv(tmp_path / "one"))
-    torchrun(2, script, *argv(tmp_path / "two"), "--shard_student", "--shard_teacher")
+    torchrun(processes, script, *argv(tmp_path / "two"), "--shard_student", "--shard_teacher")
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "last/resume.safetensors") for name in ("one", "two"))
+    assert {n for n in one if "rng" not in n} == {n for n in two if "rng" not in n}
+    for name in {n for n in one if "exp_avg_sq" in n}:              # the same parameter has the same number
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-9)
     counts = json.loads(script.with_name("counted.py.json").read_text())
     student, teacher = (model.shape_of(str(world / side)) for side in ("student", "teacher"))
     projectors = dual_space.Projectors(student.config.hidden_size, teacher.config.hidden_size, query=True)
-    expected = memory.state_bytes(student, teacher, [projectors], 4, 2, shard_student=True, shard_teacher=True)
+    expected = memory.state_bytes(student, teacher, [projectors], 4, processes, shard_student=True, shard_teacher=True)
+    assert counts.pop("loads") == [2] + (processes - 1) * [0]
     assert counts.pop("contexts") == [1, 1]         # all layers fetch through one, so that the next is fetched ahead
     assert counts == {"student": expected["student's weights"], "teacher": expected["teacher's weights"],
                       "gradients": expected["gradients"], "moments": expected["AdamW's moments"]}
     alone = memory.state_bytes(student, teacher, [projectors], 4)
     assert expected["student's weights"] < alone["student's weights"]
     assert expected["teacher's weights"] < alone["teacher's weights"]
+
+@pytest.mark.processes
+def test_a_sharded_layer_more_costs_its_share(tmp_path):
+    """Bytes that are alive at once, in the backward pass of four and of eight layers on two processes: of a layer more
+    there is half a gradient more; whole layers and whole gradients come and go."""
+    script = tmp_path / "live.py"
+    script.write_text("""
+import json, pathlib, sys, torch, weakref, model
+from running import parallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+class Alive(TorchDispatchMode):             # FSDP lets go of a layer by giving its storage no bytes
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = weakref.WeakValueDictionary(), 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if type(x) is torch.Tensor:
+                self.storages[x.untyped_storage()._cdata] = x.untyped_storage()
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages.values()))
+        return result
+peaks = []
+with parallel.started():
+    for folder in sys.argv[1:]:
+        decoder = model.load(folder, "random")
+        parallel.shard(decoder, "cpu")
+        for _ in range(2):                  # in the second pass everything is set up
+            loss = decoder(torch.ones(1, 4, dtype=torch.long)).square().sum()
+            with Alive() as alive:
+                loss.backward()
+            decoder.zero_grad()
+        peaks.append(alive.peak)
+    if parallel.is_first():
+        pathlib.Path(sys.argv[0] + ".json").write_text(json.dumps(peaks))
+""")
+    folders = [tmp_path / str(layers) for layers in (4, 8)]
+    for folder in folders:
+        folder.mkdir()
+        shape = toy.TEACHER | dict(vocab_size=50, num_hidden_layers=int(folder.name))
+        (folder / "config.json").write_text(json.dumps(shape))
+    torchrun(2, script, *folders)
+    less, more = json.loads(script.with_name("live.py.json").read_text())
+    layer = 4 * sum(p.numel() for p in model.shape_of(folders[0]).layers[0].parameters())
+    assert (more - less) / 4 < 0.55 * layer
+    assert less > 2 * layer                 # and there is something to be measured
 
 @pytest.mark.processes
 def test_several_processes_refuse(world, tmp_path, monkeypatch):
@@ -3231,7 +3287,7 @@ def save(*args):
     time.sleep(2)
     return real_save(*args)
 def distill(*args):
-    if args[-2] == 2 and where == "step":
+    if args[6] == 2 and where == "step":
         terminate()
     return real_distill(*args)
 def batches(*args):
@@ -3264,7 +3320,7 @@ def test_a_dead_process_ends_the_others(world, odd_world, tmp_path):
 import os, train
 real = train.distill
 def distill(*args):
-    if args[-2] == 2 and os.environ["RANK"] == "1":
+    if args[6] == 2 and os.environ["RANK"] == "1":
         raise train.InputError("the second process dies here")
     return real(*args)
 train.distill = distill

@@ -11,6 +11,7 @@
 Every term is a sum over valid tokens divided by their number in the whole optimizer step. The papers' settings are the
 defaults; the toy has its own (TRAINING in toy.py)."""
 import contextlib
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -77,14 +78,18 @@ class Config(Options):
     overwrite: bool = flag(False, "delete the run in --out_dir first")
 
 def parameter_groups(config: Config, student, projectors, adversary) -> list[dict]:
-    """AdamW's groups: each module's matrices (decayed) and its vectors (not)."""
-    groups = []
+    """AdamW's groups: each module's matrices (decayed) and its vectors (not); what is sharded apart from what is whole,
+    because one kernel takes either. numbers: the parameters' in checkpoints, which know nothing of shards."""
+    groups, number = [], itertools.count()
     for module, lr in ((student, config.lr), (projectors, config.projector_lr), (adversary, config.ga_lr)):
         parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
         for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            if chosen:
-                groups.append(dict(params=chosen, lr=lr, peak_lr=lr, weight_decay=decay))
+            numbered = list(zip(chosen, number))
+            for part in (False, True):
+                if some := [(p, k) for p, k in numbered if parallel.is_part(p) == part]:
+                    parameters, numbers = zip(*some)
+                    groups.append(dict(params=parameters, numbers=numbers, lr=lr, peak_lr=lr, weight_decay=decay))
     return groups
 
 def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
@@ -100,7 +105,7 @@ def train(config: Config, stack: contextlib.ExitStack) -> tuple[Config, Run]:
     stack.enter_context(report.memory_told(config, run))
     student, teacher, projectors, adversary = run.student, run.teacher, run.projectors, run.adversary
     groups = parameter_groups(config, student, projectors, adversary)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=not config.shard_student)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     unfinished = go_on(config, run, optimizer)
     probe.choose_rows(config, run)
     report.announce(config, run)

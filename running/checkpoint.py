@@ -67,13 +67,18 @@ def save_checkpoint(folder: Path, student, projectors, adversary, optimizer, sta
 
 def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
     """AdamW's moments by parameter number, and the state of every process's random number generators."""
+    parameters = sorted(numbered(optimizer).items())
     tensors = {f"{number}.{name}": parallel.whole(value)
-               for number, values in optimizer.state_dict()["state"].items() for name, value in values.items()}
+               for number, p in parameters for name, value in optimizer.state.get(p, {}).items()}
     states = {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available()
                                                    else {})
     for rank, of_rank in enumerate(parallel.gather(states)):
         tensors |= {f"{name}.{rank}": value for name, value in of_rank.items()}
     return tensors
+
+def numbered(optimizer) -> dict[int, torch.Tensor]:
+    """The parameters by the numbers that train.parameter_groups gave them."""
+    return {number: p for group in optimizer.param_groups for number, p in zip(group["numbers"], group["params"])}
 
 def check(folder: Path) -> None:
     """Raise InputError where a file of a checkpoint to go on from is missing or not what was written."""
@@ -136,10 +141,10 @@ def _load_optimizer(folder: Path, optimizer) -> None:
         torch.set_rng_state(states[f"rng.cpu.{parallel.rank()}"])
     if f"rng.cuda.{parallel.rank()}" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[f"rng.cuda.{parallel.rank()}"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = optimizer.state_dict()
+    parameters, state = numbered(optimizer), optimizer.state_dict()
+    place = {number: k for k, number in enumerate(n for group in optimizer.param_groups for n in group["numbers"])}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         value = parallel.like(value, parameters[int(number)]) if value.dim() else value
-        state["state"].setdefault(int(number), {})[name] = value
+        state["state"].setdefault(place[int(number)], {})[name] = value
     optimizer.load_state_dict(state)

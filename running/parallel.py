@@ -129,10 +129,13 @@ def add_gradients(parameters) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- sharding
 def shard(decoder, device: str) -> None:
-    """Keep of every layer of a Decoder, which may still lie in the CPU's memory, only this process's part. Embeddings,
-    the last norm and the head, which the losses use at many places, stay whole. The decoder is the root, through which
-    its layers know of each other: the next one's weights are fetched while one computes. On GPUs they travel and
-    compute in bfloat16 and their gradients are added in float32, so that autocast keeps no copy of its own."""
+    """Keep of every layer of a Decoder only this process's part. The first process has its weights, in the CPU's
+    memory, and gives the others theirs, who have its shape alone. Embeddings, the last norm and the head, which the
+    losses use at many places, stay whole. The decoder is the root, through which its layers know of each other: the
+    next one's weights are fetched while one computes. On GPUs they travel and compute in bfloat16 and their gradients
+    are added in float32, so that autocast keeps no copy of its own."""
+    given = {name: p.detach() for name, p in decoder.named_parameters()}
+    decoder.to("meta").tie()
     mesh = dist.init_device_mesh(device, (world(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy()
     for layer in decoder.layers:
@@ -142,15 +145,27 @@ def shard(decoder, device: str) -> None:
     in_layers = {p for layer in decoder.layers for p in layer.parameters()}
     fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if p not in in_layers})
     register_fsdp_forward_method(decoder, "step")       # generation goes another way than forward
-    decoder.to(device)
+    decoder.allocate(device)
+    for name, parameter in decoder.named_parameters():
+        whole = given.pop(name)
+        whole = whole.to(device) if is_first() else torch.empty_like(whole, device=device)
+        if isinstance(parameter, DTensor):
+            parameter.detach().copy_(like(whole, parameter))            # each is sent no more than its part
+        else:
+            dist.broadcast(whole, 0)
+            parameter.detach().copy_(whole)
 
 def share(decoder) -> tuple[int, int]:
     """(first, every): of a list this process does every so many from the first on. A sharded model needs its processes
     in step, so that each does all."""
     return (0, 1) if is_sharded(decoder) else (rank(), world())
 
+def is_part(tensor: torch.Tensor) -> bool:
+    """Whether this process has only a part of it."""
+    return isinstance(tensor, DTensor)
+
 def is_sharded(module) -> bool:
-    return any(isinstance(p, DTensor) for p in module.parameters())
+    return any(map(is_part, module.parameters()))
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
     """A sharded tensor as a whole one in the CPU's memory, for the first process; every process must ask for it, one
@@ -175,11 +190,9 @@ def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tens
     if not any(isinstance(p, DTensor) for p in parameters):
         return torch.nn.utils.clip_grad_norm_(parameters, largest)
     gradients = [p.grad for p in parameters if p.grad is not None]
-
-    def square(some):
-        return sum(g.square().sum() for g in some)
-    norm = (square(g for g in gradients if not isinstance(g, DTensor))
-            + add(square(g.to_local() for g in gradients if isinstance(g, DTensor)))).sqrt()
-    for g in gradients:
-        (g.to_local() if isinstance(g, DTensor) else g).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    squares = [torch.nn.utils.get_total_norm(some, foreach=True).square() for some in (whole, parts)]
+    norm = (squares[0] + add(squares[1])).sqrt()
+    torch._foreach_mul_(whole + parts, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm

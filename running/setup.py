@@ -16,7 +16,7 @@ from methods.alm import ChunkNumbers
 from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
 from methods.table import LOGITS_ONLY, WITHOUT_KD, make_modules
-from model import Decoder, load
+from model import Decoder, load, shape_of
 from running import cache, lora, parallel, report
 from running.answers import teacher_rows, tell_cut_prompts
 from running.checkpoint import last_checkpoint, load_checkpoint
@@ -84,7 +84,7 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(run.out_dir))
         start_run(config, run.out_dir)
-    parallel.equal_weights(run.student, run.projectors, run.adversary)
+    parallel.equal_weights(None if config.shard_student else run.student, run.projectors, run.adversary)
     if config.shard_student:
         parallel.shard(run.student, device)
     if config.shard_teacher:
@@ -120,30 +120,35 @@ def load_models(config, run: Run) -> None:
     torch.manual_seed(config.seed)
     run.tokenizers["student"] = load_tokenizer(run.folders["student"])
     with_lora = config.lora_rank > 0
-    run.student = load(run.last if run.last and not with_lora else run.folders["student"],
-                       init="pretrained" if run.last else config.student_init,
-                       dtype=run.dtype if with_lora and not config.shard_student else torch.float32,
-                       device="cpu" if config.shard_student else run.device)
+    run.student = load_or_receive(run.last if run.last and not with_lora else run.folders["student"],
+                                  run.dtype if with_lora and not config.shard_student else torch.float32, run.device,
+                                  config.shard_student, init="pretrained" if run.last else config.student_init)
     run.student.checkpointing = config.gradient_checkpointing
     if with_lora:
         lora.add_lora(run.student, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        if run.last:
+        if run.last and not run.student.embed.weight.is_meta:
             lora.load_adapter(run.last / "adapter", run.student)
     if config.method != "sft":
-        run.teacher = load(run.folders["teacher"], dtype=run.dtype,
-                           device="cpu" if config.shard_teacher else run.device,
-                           layers=not config.cache_teacher).requires_grad_(False)
+        run.teacher = load_or_receive(run.folders["teacher"], run.dtype, run.device, config.shard_teacher,
+                                      layers=not config.cache_teacher).requires_grad_(False)
         run.tokenizers["teacher"] = load_tokenizer(run.folders["teacher"])
         report.recommend_sft(config, run.teacher)
     check_pair(config, run.student, run.teacher, run.tokenizers)
     if config.method not in (*WITHOUT_KD, *LOGITS_ONLY):
         modules = make_modules(config, run.student.config.hidden_size, run.teacher.config.hidden_size)
         run.projectors, run.adversary = (module and module.to(run.device) for module in modules)
-        if config.projector_init == "shared" and not run.last:
+        if config.projector_init == "shared" and not run.last and parallel.is_first():
             pairs = projector_init.shared_tokens(run.tokenizers["student"], run.tokenizers["teacher"])
             projector_init.init_from_shared(run.projectors, run.student, run.teacher, pairs)
     if run.adversary is not None:
         run.adversary.requires_grad_(config.ga_lr > 0)
+
+def load_or_receive(folder: Path, dtype: torch.dtype, device: str, sharded: bool, **how) -> Decoder:
+    """load(), but of a model that is going to be dealt out (parallel.shard) the first process alone reads the weights,
+    into the CPU's memory; the others have its shape. how: load's init or layers."""
+    if sharded and not parallel.is_first():
+        return shape_of(folder).to(dtype)
+    return load(folder, dtype=dtype, device="cpu" if sharded else device, **how)
 
 def load_examples(config, run: Run) -> None:
     """The training rows in both tokenizations, and what is computed once for all of them."""
@@ -210,7 +215,7 @@ def to_score(config, run: Run) -> Iterator[tuple[str, Decoder]]:
 def load_best(config, run: Run) -> Decoder:
     """The best checkpoint, in parts where the student is, which gives way to it."""
     run.student = run.projectors = run.adversary = None
-    decoder = load(run.out_dir / "best", device="cpu" if config.shard_student else run.device)
+    decoder = load_or_receive(run.out_dir / "best", torch.float32, run.device, config.shard_student)
     if config.shard_student:
         parallel.shard(decoder, run.device)
     return decoder

@@ -67,7 +67,7 @@ import train
 from files import hub
 from files.config import InputError, parse
 from files.rows import Row, make_prompt, read_rows
-from methods import (alm, byte_kd, divergences, dual_space, heads, mined, plain, projector_init, sides, soft_dtw,
+from methods import (alm, byte_kd, divergences, dual_space, fused, heads, mined, plain, projector_init, sides, soft_dtw,
                      table)
 from running import (answers, attention, batches, cache, checkpoint, checks, flops, launches, lora, measures,
                      next_bytes, parallel, pictures, report, run_folder, setup, tables)
@@ -633,7 +633,14 @@ def test_golden_losses_and_gradients(batch_name, method, name):
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("method", ("dskd_cma", "dwa_kd"))
 def test_golden_with_every_speed_up(method, monkeypatch):
+    """Also the losses are compiled, which on CPUs they are not by themselves."""
     monkeypatch.setattr(heads, "CHUNK", heads.CHUNK)
+    monkeypatch.setattr(fused, "compiling", True)
+    names, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda what, **how: names.append(what.__name__) or real(what, **how))
+    for module, name in ((heads, "cross_entropy"), (heads, "divergence"), (dual_space, "cross_entropy"),
+                         (dual_space, "divergence")):                   # anew, whatever was compiled before
+        monkeypatch.setattr(module, name, fused.fused(getattr(module, name).__wrapped__))
     chosen, _, student, projectors, parts, n = golden_run("ragged", method, fast=True)
     total(chosen, parts, n).backward()
     key = f"ragged/{method}" + ("" if method == "dwa_kd" else "/forward_kl")
@@ -642,6 +649,30 @@ def test_golden_with_every_speed_up(method, monkeypatch):
     for name, parameter in (("student.wte", student.embed.weight), ("t2s.weight", projectors.t2s.weight),
                             ("query.weight", projectors.query.weight)):
         close(parameter.grad, stored[f"{key}/{name}"])
+    assert {"cross_entropy", "divergence"} <= set(names)
+
+@pytest.mark.methods
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_next_bytes_are_the_same(monkeypatch):
+    """The terms of byte_kd, compiled, and their gradients; of chunks of several sizes, which take one compilation more
+    and not one each."""
+    torch.manual_seed(0)
+    tables = torch.randperm(50), torch.randint(0, 50, (9, 257)).sort(-1).values, torch.zeros(9, dtype=torch.long), 3
+    results = {}
+    for on in (False, True):
+        monkeypatch.setattr(fused, "compiling", on)
+        torch.manual_seed(1)
+        for size in (7, 12, 9, 17):
+            logits = torch.randn(size, 50, requires_grad=True)
+            positions, prefixes = torch.randint(0, size, (2 * size,)), torch.randint(0, 9, (2 * size,))
+            mine, other = (byte_kd.next_byte_masses(x, tables, positions, prefixes, 1.0)
+                           for x in (logits, torch.randn(size, 50)))
+            terms = byte_kd.next_byte_kl(mine, other)
+            found = [terms, *torch.autograd.grad(terms.sum(), logits)]
+            results.setdefault(on, []).extend(x.detach() for x in found)
+    assert all(a.abs().sum() > 0 for a in results[False])
+    for plain_values, compiled in zip(results[False], results[True]):
+        close(compiled, plain_values, 1e-4)
 
 @pytest.mark.golden
 @pytest.mark.parametrize("batch_name", BATCHES)

@@ -73,7 +73,7 @@ def alm_loss(student: Side, teacher: Side, chunks: TextChunks, temperature: floa
 
     def piece(z_s, y, numbers, here):
         first, behind = ranges[here.start]
-        parts = cross_entropy(z_s.float(), y)
+        parts = cross_entropy(z_s, y)
         numbers = (numbers - first).clamp(max=behind - first)           # what only the student has is put behind them
         of_student = parts["nll_loss"].new_zeros(behind - first + 1).index_add(0, numbers, -parts["nll_loss"])
         return parts | {"kd_loss": binary_kl(of_teacher[first:behind], of_student[:-1], temperature)}

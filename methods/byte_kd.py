@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from methods.fused import fused
 from methods.heads import Parts, cross_entropy, in_chunks, slices
 from methods.sides import Side
 
@@ -130,6 +131,7 @@ class BytePaths:
         return {"next_bytes": NextBytes({"student": k_s, "teacher": k_t}, {"student": b_s, "teacher": b_t}, before,
                                         self.tables)}
 
+@fused
 def next_byte_masses(logits: torch.Tensor, tables, positions: torch.Tensor, prefixes: torch.Tensor, temperature: float):
     """m(b·c) for every byte c, and of EOS where b is empty, (M, 257), and m(b) with EOS in it, (M,). logits (n, V);
     positions (M,): whose; prefixes (M,): b. In float64 on the way: small masses are differences of sums near 1."""
@@ -141,6 +143,7 @@ def next_byte_masses(logits: torch.Tensor, tables, positions: torch.Tensor, pref
     masses = torch.cat([at[:, 1:] - at[:, :-1], ends[:, None]], 1)
     return masses.float(), (at[:, -1] - sums[positions, start[prefixes]] + ends).float()
 
+@fused
 def next_byte_kl(student, teacher) -> torch.Tensor:
     """w · KL(p_t ‖ p_s) at every byte, (M,); each side's (masses, whole) of next_byte_masses."""
     (m_s, whole_s), (m_t, whole_t) = student, teacher

@@ -4,10 +4,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from methods.fused import fused
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
 SKEW = 0.1              # λ of the two skewed divergences (DistiLLM, arXiv 2402.03898)
 TAIL_MASS = 0.5         # adaptive_kl's tail: the least likely tokens with that much probability together (2404.02657)
 
+@fused
 def divergence(name: str, student_logits: torch.Tensor, target_logits: torch.Tensor, temperature: float):
     """D at each position: (N, V), (N, V) → (N,), in nats, without a factor T². Raises KeyError for an unknown name."""
     p_log = F.log_softmax(target_logits.float() / temperature, -1)

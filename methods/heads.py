@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from methods.divergences import divergence
+from methods.fused import fused
 from methods.sides import Side
 
 CHUNK = 128         # positions whose logits exist at one time; 8 times as many on a GPU
@@ -117,14 +118,16 @@ def label_nats(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -
     return torch.cat([F.cross_entropy(F.linear(hidden[here], head).float(), labels[here], reduction="none")
                       for here in slices(hidden)])
 
+@fused
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> Parts:
     """−log p(y), and whether the first guess is right, at each position: (n, V), (n,) → (n,) each."""
+    logits = logits.float()
     return {"nll_loss": F.cross_entropy(logits, labels, reduction="none"), "accuracy": logits.argmax(-1) == labels}
 
 def sft(student: Side, factors: dict[str, float]) -> Parts:
     """CE(z_s, y_s) → nll_loss, accuracy (a count)."""
     def chunk(z_s, y):
-        return cross_entropy(z_s.float(), y)
+        return cross_entropy(z_s, y)
     return in_chunks(chunk, [student.packed], [student.head], factors, student.valid.labels)
 
 def kd(student: Side, teacher: Side, options, factors: dict[str, float]) -> Parts:

@@ -11,7 +11,7 @@ import toy
 from files import hub
 from files.config import InputError
 from files.rows import Row, read_rows
-from methods import projector_init
+from methods import fused, projector_init
 from methods.alm import ChunkNumbers
 from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
@@ -77,6 +77,7 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
         run.last = parallel.gather(run.last)[0]
     load_models(config, run)
     load_examples(config, run)
+    fused.compiling = config.compile and device == "cuda"
     if config.compile:
         for decoder in filter(None, (run.student, run.teacher)):
             decoder.compile(dynamic=True)

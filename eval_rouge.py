@@ -31,7 +31,9 @@ from files.rows import Row, read_rows
 from methods.heads import label_nats
 from model import load
 from running import parallel
-from running.answers import answer_rows, tell_cut_prompts
+from running.answers import answer_rows, rows_that_fit, tell_cut_prompts
+from running.checks import check_compiler
+from running.generation import compile_steps
 from tokenize_align import collate, encode_rows, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -215,7 +217,9 @@ class Config:
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     greedy: bool = flag(False, "take the likeliest token instead of sampling; one pass")
     temperature: float = flag(1.0, "sampling temperature", at_least=1e-6)
-    batch_size: int = flag(32, "prompts answered together", at_least=1)
+    batch_size: int = flag(32, "prompts answered together (0: on a GPU as many as its memory takes; the answers change "
+                               "with it)", at_least=0)
+    compile: bool = flag(False, "compile the step to one more token; pays where a set is large")
     max_length: int = flag(0, "prompt and answer in tokens (0: 512, or all positions of a smaller model)", at_least=0)
     max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
     out_dir: str = flag("", "where the results go (default: the checkpoint folder, or out/eval for a name)")
@@ -241,10 +245,14 @@ def evaluate(config: Config) -> None:
     device, dtype = hub.pick_device(config.device, config.dtype)
     decoder, tokenizer = load(config.model, dtype=dtype, device=device), load_tokenizer(config.model)
     hub.check_vocabulary(config.model, decoder.config.vocab_size, tokenizer.vocab_size)
+    if config.compile:
+        check_compiler(device)
+        compile_steps(decoder)
     positions = decoder.config.max_positions
     config.max_length = config.max_length or min(512, positions)
     if not 2 <= config.max_length <= positions:
         raise InputError(f"--max_length {config.max_length}: {config.model} has {positions} positions; the least is 2")
+    config.batch_size = config.batch_size or rows_that_fit(decoder, config.max_length)
     trained_on = hub.trained_on(decoder.source)
     labels = {name: hub.label(name) for name in sets}
     if len(set(labels.values())) < len(labels):

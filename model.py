@@ -12,7 +12,6 @@ Notable here:
 import copy
 import dataclasses
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -27,24 +26,6 @@ from files import hub
 from files.config import InputError
 from files.model_config import ModelConfig, read_config
 from files.weights import weights_for
-
-class KVCache:
-    """Keys and values of the tokens seen so far: a layer's lie in one (B, kv_heads, capacity, head_dim) buffer."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.layers = capacity, []       # [keys, values] of each layer
-        self.length = 0                                 # tokens stored before the current forward pass
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        if layer == len(self.layers):
-            self.layers.append([x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (k, v)])
-        end = self.length + k.size(2)
-        for stored, new in zip(self.layers[layer], (k, v)):
-            stored[:, :, self.length:end] = new
-        return [stored[:, :, :end] for stored in self.layers[layer]]
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        self.layers = [[stored[rows] for stored in layer] for layer in self.layers]
 
 class Attention(nn.Module):
     """softmax(q kᵀ / √head_dim) v under a mask; the subclasses differ in how they make q, k, v."""
@@ -72,7 +53,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (count, self.config.head_dim)).transpose(1, 2)
 
 class Decoder(nn.Module):
-    """What GPT2 and Llama share: embeddings, masks, generation, files. `.embed` and `.head` may be one tensor."""
+    """What GPT2 and Llama share: embeddings, masks, files. `.embed` and `.head` may be one tensor."""
 
     hub_names: dict[str, str]               # prefix of our parameter names → prefix in the hub's files
     transposed = ()                         # endings of weights that the hub stores as (in, out)
@@ -81,6 +62,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.fixed_step = None              # one more token, compiled (running/generation.py)
         self.source: Path | None = None     # the folder it was loaded from; save() copies the tokenizer from there
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -99,8 +81,8 @@ class Decoder(nn.Module):
         """Token ids (B, T) → hidden states (B, T, d) after the final norm, i.e. h with logits = W h.
         mask: (B, T), true on real tokens, for left padding. Right padding needs none: attention is causal, so what
         stands behind a token cannot reach it. Raises ValueError where T exceeds the model's positions."""
-        masks = self._masks(mask, ids.size(1), ids.size(1), ids.device)
-        return self._hidden(ids, self._positions(ids, mask), masks, None)
+        masks = self.masks(mask, ids.size(1), ids.size(1), ids.device)
+        return self._hidden(ids, self.positions(ids, mask), masks, None)
 
     def run(self, layer, *inputs) -> torch.Tensor:
         """One block; with `checkpointing`, its inner results are computed again for the gradient, not kept."""
@@ -112,13 +94,17 @@ class Decoder(nn.Module):
         """(..., d) → (..., V)"""
         return self.head(hidden)
 
-    def _positions(self, ids, mask) -> torch.Tensor:
+    def step(self, new, positions, masks, cache) -> torch.Tensor:
+        """New ids (B, T), behind what a cache (running/generation.py) holds → the last one's hidden state (B, d)."""
+        return self._hidden(new, positions, masks, cache)[:, -1]
+
+    def positions(self, ids, mask) -> torch.Tensor:
         """Each token's place in its row, (1, T), or (B, T) where the left is padding."""
         if mask is None:
             return torch.arange(ids.size(1), device=ids.device)[None]
         return mask.long().cumsum(1).sub(1).clamp(min=0)
 
-    def _masks(self, mask, queries: int, keys: int, device) -> dict[bool, torch.Tensor | None]:
+    def masks(self, mask, queries: int, keys: int, device) -> dict[bool, torch.Tensor | None]:
         """For layers without (False) and with (True) a sliding window: None for plain causal attention, or a mask
         (B or 1, 1, queries, keys) that is true where attention is allowed. The queries are the last of the keys."""
         if keys > self.config.max_positions:
@@ -135,71 +121,6 @@ class Decoder(nn.Module):
         # a padding position sees itself, so that no row of the softmax is empty (its result is never used)
         seen, itself = mask.bool()[:, None, None, :], distance == 0
         return {False: full & seen | itself, True: sliding & seen | itself}
-
-    @torch.no_grad()
-    def stream(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
-        """Yield one (B,) tensor of new ids a step, as `generate` returns them; ends when every row has ended."""
-        training = self.training
-        self.eval()
-        try:
-            yield from self._steps(ids, mask, max_new_tokens, (temperature, top_p, top_k, generator), eos_id)
-        finally:
-            self.train(training)
-
-    def _steps(self, ids, mask, max_new_tokens, sampling, eos_id):
-        if ids.size(1) > self.config.max_positions:
-            raise ValueError(f"{ids.size(1)} tokens, but this model has {self.config.max_positions} positions")
-        capacity = min(ids.size(1) + max_new_tokens, self.config.max_positions)
-        mask = None if mask is None or mask.all() else mask.bool()
-        cache, alive = KVCache(capacity), torch.arange(ids.size(0), device=ids.device)      # rows that are computed
-        over, output = torch.zeros_like(alive).bool(), ids.new_full((ids.size(0),), 0 if eos_id is None else eos_id)
-        new, positions = ids, self._positions(ids, mask).expand_as(ids)
-        seen = None if mask is None else F.pad(mask, (0, capacity - ids.size(1)), value=True)
-        bias = self._bias(seen)
-        for length in range(ids.size(1), capacity):
-            hidden = self.step(new, positions, self._step_masks(seen, bias, new.size(1), length), cache)
-            cache.length = length
-            chosen = choose_tokens(self.logits(hidden).float(), *sampling)
-            if eos_id is not None:
-                chosen = chosen.masked_fill(over, eos_id)
-                over = chosen == eos_id
-            yield output.index_copy(0, alive, chosen)
-            left = len(over) if eos_id is None else len(over) - int(over.sum())
-            if not left:
-                break
-            if 2 * left <= len(over):           # rows that have ended are only let go of when they are half of all
-                keep = (~over).nonzero().squeeze(1)
-                cache.keep_rows(keep)
-                alive, over, chosen, positions = (x[keep] for x in (alive, over, chosen, positions))
-                seen, bias = (None if x is None else x[keep] for x in (seen, bias))
-            new, positions = chosen[:, None], positions[:, -1:] + 1
-
-    def step(self, new, positions, masks, cache: KVCache) -> torch.Tensor:
-        """New ids (B, T), behind what the cache holds → the last one's hidden state (B, d)."""
-        return self._hidden(new, positions, masks, cache)[:, -1]
-
-    def _bias(self, seen: torch.Tensor | None) -> torch.Tensor | None:
-        """What is added to one new token's scores: (B, 1, 1, capacity), −∞ on padding; None where there is none. Made
-        once, in the type that attention computes in."""
-        if seen is None:
-            return None
-        dtype = computed_in(self.embed.weight)
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)[:, None, None]
-
-    def _step_masks(self, seen, bias, queries: int, length: int) -> dict[bool, torch.Tensor | None]:
-        """_masks of a prompt, or of one new token, which needs none but where rows are padded or a window slides."""
-        window = self.config.sliding_window
-        if queries > 1 or window is not None and length > window and any(self.config.sliding_layers):
-            return self._masks(None if seen is None else seen[:, :length], queries, length, self.embed.weight.device)
-        return dict.fromkeys((False, True), None if bias is None else bias[..., :length])
-
-    def generate(self, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None, generator=None):
-        """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N), N ≤ max_new_tokens.
-        temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability, top_k (0 = all) the
-        k likeliest. A row ends at its first eos_id and is filled up with it. `generator` makes sampling repeatable.
-        Ends early at the model's last position; raises ValueError where the prompt alone exceeds it."""
-        steps = list(self.stream(ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator))
-        return torch.stack(steps, 1) if steps else ids.new_empty(ids.size(0), 0)
 
     def save(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write the hub's layout: config.json, model.safetensors and, copied from `self.source`, the tokenizer's files.
@@ -246,21 +167,6 @@ def computed_in(x: torch.Tensor) -> torch.dtype:
     """The type in which a layer computes with a tensor: autocast's where that is on, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-def choose_tokens(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
-    """Choose one token a row: logits (B, V) → ids (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probability = ordered.softmax(-1)
-        beyond = probability.cumsum(-1) - probability >= top_p      # the first token past the mass still counts
-        logits = ordered.masked_fill(beyond, float("-inf")).gather(-1, index.argsort(-1))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 # ----------------------------------------------------------------------------------------------------------- GPT-2
 class GPT2Attention(Attention):

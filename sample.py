@@ -15,6 +15,7 @@ from files import hub
 from files.config import InputError, flag, parse
 from files.rows import make_prompt
 from model import load
+from running.generation import stream
 from tokenize_align import encode_prompt, left_pad, load_tokenizer
 
 @dataclass
@@ -42,8 +43,8 @@ def tell(decoder, tokenizer, config: Config, instruction: str, generator: torch.
         print(f"(the prompt is cut to {limit} tokens)", file=sys.stderr)
     ids, mask = left_pad([prompt], tokenizer.eos_id)
     tokens, shown = [], ""
-    for new in decoder.stream(ids.to(device), mask.to(device), config.max_new_tokens, config.temperature, config.top_p,
-                              config.top_k, tokenizer.eos_id, generator):
+    for new in stream(decoder, ids.to(device), mask.to(device), config.max_new_tokens, config.temperature, config.top_p,
+                      config.top_k, tokenizer.eos_id, generator):
         if int(new) == tokenizer.eos_id:
             break
         tokens.append(int(new))

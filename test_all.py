@@ -69,8 +69,9 @@ from files.config import InputError, parse
 from files.rows import Row, make_prompt, read_rows
 from methods import (alm, byte_kd, divergences, dual_space, fused, heads, mined, plain, projector_init, sides, soft_dtw,
                      table)
-from running import (answers, attention, batches, cache, checkpoint, checks, flops, launches, lora, measures,
-                     next_bytes, parallel, pictures, report, run_folder, setup, tables)
+from running import (answers, attention, batches, cache, checkpoint, checks, flops, generation, launches, lora,
+                     measures, next_bytes, parallel, pictures, report, run_folder, setup, tables)
+from running.generation import generate
 from tools import bench, compare, compress, memory, soak
 from tools import card as graphics
 
@@ -1085,7 +1086,7 @@ def test_fuzz_tokenizer_files(data, world, tmp_path_factory):
 @pytest.mark.model
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_models_equal_transformers(family, tmp_path):
+def test_models_equal_transformers(family, tmp_path, monkeypatch):
     reference = reference_model(family, tmp_path / "theirs")
     ours = model.load(tmp_path / "theirs")
     ids, mask = torch.randint(3, 97, (3, 20)), torch.ones(3, 20, dtype=torch.long)
@@ -1096,7 +1097,13 @@ def test_models_equal_transformers(family, tmp_path):
           reference(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()])
     greedy = reference.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=2,
                                 eos_token_id=2)[:, 20:]
-    assert torch.equal(ours.generate(ids, mask, 30, temperature=0, eos_id=2), greedy)
+    assert torch.equal(generate(ours, ids, mask, 30, temperature=0, eos_id=2), greedy)
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    generation.compile_steps(ours)                                      # every step alike, but not compiled
+    for some in (mask, None):
+        expected = greedy if some is mask else reference.generate(ids, max_new_tokens=30, do_sample=False,
+                                                                  pad_token_id=2, eos_token_id=2)[:, 20:]
+        assert torch.equal(generate(ours, ids, some, 30, temperature=0, eos_id=2)[:, :expected.size(1)], expected)
     ours.save(tmp_path / "ours")
     import transformers
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
@@ -1164,9 +1171,34 @@ def test_random_init_has_the_config_and_its_own_weights(tmp_path):
     assert abs(a.layers[0].attn.c_proj.weight.std().item() - 0.02 / 2) < 0.002
 
 @pytest.mark.model
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_give_the_same_text(tmp_path):
+    """Of several batches, padded or not; what is compiled for one is not compiled for the next of its size again, and
+    sampling draws the same. Rows that have ended stay ended."""
+    reference_model("llama3", tmp_path)
+    plain, compiled = model.load(tmp_path), model.load(tmp_path)
+    generation.compile_steps(compiled)
+    counters = torch._dynamo.utils.counters["stats"]
+    before, seen = counters["unique_graphs"], []
+    for length, padded in ((5, False), (9, False), (12, True), (7, True), (11, True)):
+        ids, mask = torch.randint(3, 97, (4, length)), torch.ones(4, length, dtype=torch.long)
+        mask[1, :3] = 0 if padded else 1
+        eos = int(generate(plain, ids, mask, 12, temperature=0)[2, 3])
+        for temperature in (0, 1.0):
+            draw = dict(temperature=temperature, eos_id=eos)
+            a, b = (generate(decoder, ids, mask, 40, **draw, generator=torch.Generator().manual_seed(1))
+                    for decoder in (plain, compiled))
+            if temperature == 0:
+                assert torch.equal(a, b[:, :a.size(1)]) and set(b[:, a.size(1):].flatten().tolist()) <= {eos}
+            else:                           # a row that is let go of takes its random numbers with it
+                assert torch.equal(a[:, :3], b[:, :3])
+        seen.append(counters["unique_graphs"] - before)
+    assert 1 <= seen[0] and seen[-1] == seen[2] <= 3
+
+@pytest.mark.model
 def test_sampling():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
-    draw = lambda **k: torch.bincount(model.choose_tokens(logits, k.get("t", 1.0), k.get("p", 1.0), k.get("k", 0),
+    draw = lambda **k: torch.bincount(generation.choose_tokens(logits, k.get("t", 1.0), k.get("p", 1.0), k.get("k", 0),
                                                           torch.Generator().manual_seed(0)), minlength=4) / 4000
     assert (draw() - logits[0].softmax(-1)).abs().max() < 0.03
     assert draw(k=2)[2:].sum() == 0
@@ -1181,16 +1213,16 @@ def test_sampling():
 def test_rows_end_at_eos_and_leave(tmp_path):
     reference_model("gpt2", tmp_path)
     decoder, ids = model.load(tmp_path), torch.randint(3, 97, (6, 5))
-    free = decoder.generate(ids, None, 12, temperature=0)
+    free = generate(decoder, ids, None, 12, temperature=0)
     eos = int(free[0, 3])
-    ended = decoder.generate(ids, None, 12, temperature=0, eos_id=eos)
+    ended = generate(decoder, ids, None, 12, temperature=0, eos_id=eos)
     for row, whole in zip(ended.tolist(), free.tolist()):
         cut = whole[:whole.index(eos) + 1] if eos in whole else whole
         assert row[:len(cut)] == cut[:len(row)]
         assert set(row[len(cut):]) <= {eos}
-    assert decoder.generate(ids, None, 999, temperature=0).size(1) == 64 - 5        # the last position ends it
+    assert generate(decoder, ids, None, 999, temperature=0).size(1) == 64 - 5        # the last position ends it
     with pytest.raises(ValueError, match="64 positions"):
-        decoder.generate(torch.zeros(1, 65, dtype=torch.long), None, 1)
+        generate(decoder, torch.zeros(1, 65, dtype=torch.long), None, 1)
 
 @pytest.mark.model
 @pytest.mark.parametrize("change, message", [
@@ -2062,7 +2094,7 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     data = tmp_path / "data"
     shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*"))
     argv = flags(world, tmp_path / "run", "--data", data, "--max_steps", "2", "--overwrite", method="seqkd")
-    asked, real_generate = [], model.Decoder.generate
+    asked, real_generate = [], answers.generate
 
     def dies(self, ids, mask, new_tokens, *rest, **named):
         if len(asked) == 3:
@@ -2070,7 +2102,7 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
         asked.append(len(ids))
         return real_generate(self, ids, mask, new_tokens, *rest, **named)
 
-    monkeypatch.setattr(model.Decoder, "generate", dies)
+    monkeypatch.setattr(answers, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         run_main(train, monkeypatch, *argv)
     partial, = data.glob("train-by-teacher-*.partial")
@@ -2078,7 +2110,7 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
     partial.write_text(partial.read_text() + '[40, "half a li]')
     asked.clear()
-    monkeypatch.setattr(model.Decoder, "generate", lambda self, ids, *rest,
+    monkeypatch.setattr(answers, "generate", lambda self, ids, *rest,
                         **named: asked.append(len(ids)) or real_generate(self, ids, *rest, **named))
     run_main(train, monkeypatch, *argv, "--eval_num", "1")
     assert asked == [8, 8, 8] + [1] * 5
@@ -3581,7 +3613,7 @@ def test_sample(world, monkeypatch, capsys):
     printed = capsys.readouterr().out
     decoder, tokenizer = model.load(world / "student"), ta.load_tokenizer(world / "student")
     ids, mask = ta.left_pad([tokenizer.encode(make_prompt("Spell the word plums."))], 0)
-    assert printed == tokenizer.decode(decoder.generate(ids, mask, 20, temperature=0,
+    assert printed == tokenizer.decode(generate(decoder, ids, mask, 20, temperature=0,
                                                         eos_id=tokenizer.eos_id)[0].tolist()) + "\n"
     run_main(sample, monkeypatch, world / "student", "Spell the word plums.", "--max_new_tokens", "20", "--top_k", "1",
              "--seed", "4")
@@ -4549,10 +4581,15 @@ def test_cuda_decoders(side, card, world):
         with hub.autocast(card, torch.bfloat16):
             decoder.to(card)
             found = decoder.logits(decoder(ids.to(card), mask.to(card)))[mask.to(card)].float().cpu()
-            new = decoder.generate(ids.to(card), mask.to(card), 12, temperature=0)
+            new = generate(decoder, ids.to(card), mask.to(card), 12, temperature=0)
     close(found, expected, 5e-2)
     assert new.shape == (8, 12)
     assert new.device.type == card
+    plain = generate(decoder, ids.to(card), mask.to(card), 40, temperature=0)           # float32, as it was loaded
+    generation.compile_steps(decoder)
+    for _ in range(2):                          # the second time from a CUDA graph
+        compiled = generate(decoder, ids.to(card), mask.to(card), 40, temperature=0)
+        assert (compiled == plain).float().mean() > 0.95
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("method, more", COMBINATIONS)

@@ -21,8 +21,19 @@ from files.config import InputError
 from files.rows import Row, read_rows
 from model import Decoder
 from running import parallel
+from running.generation import generate
 from running.run_folder import Interrupted
 from tokenize_align import Example, Tokenizer, encode_prompt, encode_rows, left_pad
+
+def rows_that_fit(decoder: Decoder, max_length: int) -> int:
+    """Rows of max_length tokens that can be answered together: on a GPU as many as take half of its free memory with
+    keys, values, what a layer computes of a prompt, and logits; on a CPU, which gains nothing by more, 32."""
+    if decoder.embed.weight.device.type != "cuda":
+        return 32
+    shape, size = decoder.config, decoder.embed.weight.element_size()
+    cached = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    a_row = max_length * size * (cached + 4 * shape.hidden_size + 3 * shape.intermediate_size) + 16 * shape.vocab_size
+    return max(1, torch.cuda.mem_get_info()[0] // 2 // a_row)
 
 def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
                    batch_size: int, temperature: float, seed: int = 0, desc: str = "answering",
@@ -40,8 +51,8 @@ def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_
         for start in range(0, len(order), batch_size):
             part = order[start:start + batch_size]
             ids, mask = left_pad([prompts[i] for i in part], tokenizer.eos_id)
-            new = decoder.generate(ids.to(device), mask.to(device), new_tokens, temperature, eos_id=tokenizer.eos_id,
-                                   generator=generator)
+            new = generate(decoder, ids.to(device), mask.to(device), new_tokens, temperature, eos_id=tokenizer.eos_id,
+                           generator=generator)
             answers = [tokens[:tokens.index(tokenizer.eos_id)] if tokenizer.eos_id in tokens else tokens
                        for tokens in new.tolist()]
             yield [(i, tokenizer.decode(tokens).strip(), len(tokens) < new.size(1)) for i, tokens in zip(part, answers)]
@@ -77,7 +88,7 @@ def own_answers(student: Decoder, tokenizers, examples: list[Example], rows: lis
     device, eos = student.embed.weight.device, tokenizers[0].eos_id
     prompts = [example.student.ids[:example.student.prompt_length] for example in examples]
     ids, mask = left_pad(prompts, eos)
-    new = student.generate(ids.to(device), mask.to(device), max_length - ids.size(1), eos_id=eos, generator=generator)
+    new = generate(student, ids.to(device), mask.to(device), max_length - ids.size(1), eos_id=eos, generator=generator)
     texts = [tokenizers[0].decode(tokens[:tokens.index(eos)] if eos in tokens else tokens) for tokens in new.tolist()]
     answered = [Row(rows[example.row].prompt, [text]) for example, text in zip(examples, texts)]
     cut, _, _ = encode_rows(answered, *tokenizers, max_length, max_prompt_length)

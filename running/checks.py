@@ -73,8 +73,13 @@ def check_machine(config, device: str) -> None:
                          f"{rows} rows a step --batch_size {max(1, rows // several)} --grad_accum {several}")
     if (config.shard_student or config.shard_teacher) and several == 1:
         raise InputError("--shard_student, --shard_teacher: start with torchrun --nproc_per_node=N train.py …")
+    if config.compile:
+        check_compiler(device)
+
+def check_compiler(device: str) -> None:
+    """Raise InputError where --compile has no compiler."""
     variable, compiler = ("CXX", "g++") if device == "cpu" else ("CC", "gcc")
-    if config.compile and not shutil.which(os.environ.get(variable, compiler)):
+    if not shutil.which(os.environ.get(variable, compiler)):
         raise InputError(f"--compile: torch.compile needs a compiler ({compiler}, or ${variable}), and there is none")
 
 def check_pair(config, student, teacher, tokenizers: dict) -> None:

@@ -23,6 +23,7 @@ from methods.table import (KD_PARTS, LOGITS_ONLY, METHODS, ONE_VOCABULARY, WITHO
 from methods.uld import common_positions
 from model import load
 from running.batches import valid_tokens
+from running.generation import stream
 from running.parallel import clip_gradients
 from running.setup import pairing_of
 from tokenize_align import collate, encode_rows, load_tokenizer
@@ -119,7 +120,7 @@ def of_token(folder: Path, padded: bool) -> Launches:
     ids = torch.ones(4, 12, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0 if padded else 1
-    steps = load(folder, "random").stream(ids, mask, 8, temperature=0)
+    steps = stream(load(folder, "random"), ids, mask, 8, temperature=0)
     next(steps), next(steps)
     with Launches() as count:
         next(steps)

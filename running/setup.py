@@ -21,6 +21,7 @@ from running import cache, lora, parallel, report
 from running.answers import teacher_rows, tell_cut_prompts
 from running.checkpoint import last_checkpoint, load_checkpoint
 from running.checks import check_machine, check_pair, same_vocabulary
+from running.generation import compile_steps
 from running.run_folder import Stop, check_out_dir, keep_metrics, locked, start_run
 from tokenize_align import Example, Tokenizer, load_tokenizer
 
@@ -81,6 +82,8 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
     if config.compile:
         for decoder in filter(None, (run.student, run.teacher)):
             decoder.compile(dynamic=True)
+            if device == "cuda":
+                compile_steps(decoder)
     if not config.resume and parallel.is_first():
         run.out_dir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(run.out_dir))

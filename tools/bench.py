@@ -41,6 +41,7 @@ from running import launches, pictures
 from running.batches import valid_tokens
 from running.cache import TeacherStates, cached_rows
 from running.flops import peak_flops, step_flops
+from running.generation import compile_steps, generate
 from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches
 
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth", "launches")
@@ -307,10 +308,15 @@ def bench_generation(config: Config, folder: Path) -> list[dict]:
         text = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                                pad_token_id=0)
         results.append(text[:, ids.size(1):])
-    times = in_turn(config.repeats, lambda: results.append(ours.generate(ids, mask, new, temperature=0)), reference)
+    times = in_turn(config.repeats, lambda: results.append(generate(ours, ids, mask, new, temperature=0)), reference)
     if config.dtype == "float32" and (results[0] != results[1]).float().mean() > 0.02:      # a tie may fall either way
         raise InputError("bench: the two generations differ")
-    return [_row(f"generation, 16 prompts, {new} new tokens, greedy", *times)]
+    rows = [_row(f"generation, 16 prompts, {new} new tokens, greedy", *times)]
+    if config.device == "cuda":
+        compile_steps(ours)
+        times = in_turn(config.repeats, lambda: generate(ours, ids, mask, new, temperature=0), reference)
+        rows.append(_row("… with --compile", *times))
+    return rows
 
 def bench_rouge(config: Config, folder: Path) -> list[dict]:
     from rouge_score.rouge_scorer import RougeScorer

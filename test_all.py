@@ -68,7 +68,7 @@ from files import hub
 from files.config import InputError, parse
 from files.rows import Row, make_prompt, read_rows
 from methods import (alm, byte_kd, divergences, dual_space, fused, heads, mined, plain, projector_init, sides, soft_dtw,
-                     table)
+                     table, uld)
 from running import (answers, attention, batches, cache, checkpoint, checks, flops, generation, launches, lora,
                      measures, next_bytes, parallel, pictures, report, run_folder, setup, tables)
 from running.generation import generate
@@ -2907,7 +2907,7 @@ def test_too_little_memory(quick_run, world, tmp_path, monkeypatch, capsys):
     out, real = tmp_path / "run", train.distill
     for error, where in ((lambda: torch.empty(1 << 50), 2), (lambda: np.empty(1 << 50), 3)):
         def too_large(options, batch, *rest):
-            return real(options, batch, *rest) if rest[-2] < where else error()
+            return real(options, batch, *rest) if rest[4] < where else error()
         with monkeypatch.context() as patch, pytest.raises(InputError) as told:
             patch.setattr(train, "distill", too_large)
             run_main(train, patch, *(["--out_dir", out, "--resume"] if out.exists() else flags(world, out, *QUICK)))
@@ -4239,7 +4239,7 @@ def test_memory_of_one_process(world, tmp_path, monkeypatch, capsys):
             run_main(train, patch, *flags(world, tmp_path / f"run{lora_rank}{len(more)}{more[:1]}", "--max_steps", "1",
                                           *more))
         run_main(memory, monkeypatch, "--student", world / "student", "--teacher", world / "teacher", "--dtype",
-                 "float32", *(more if "--cache_teacher" in more else []),
+                 "float32", "--max_length", "128", "--batch_size", "4", *(more if "--cache_teacher" in more else []),
                  *(["--lora_rank", lora_rank] if lora_rank else []))
         student, teacher = model.shape_of(str(world / "student")), model.shape_of(str(world / "teacher"))
         if lora_rank:
@@ -4252,6 +4252,46 @@ def test_memory_of_one_process(world, tmp_path, monkeypatch, capsys):
         loaded = model.load(world / "teacher", layers="--cache_teacher" not in more)
         assert counts | {"teacher's weights": size(loaded.parameters())} == expected
         assert f"{sum(expected.values()) / 1e9:8.2f} GB" in capsys.readouterr().out
+
+@pytest.mark.tools
+@pytest.mark.parametrize("method", ("sft", "dskd_cma_ga", "dwa_kd", "byte_kd", "mined", "alm", "uld"))
+def test_memory_of_a_step_is_what_is_allocated(method, world, monkeypatch):
+    """The bytes counted on tensors without content are those that a real step asks the allocator for at once, with and
+    without layers that are computed again; the command prints them."""
+    monkeypatch.setattr(heads, "CHUNK", 40)
+    chosen, found = options(method), {}
+
+    def shapes(again):
+        student, teacher = model.shape_of(world / "student"), model.shape_of(world / "teacher")
+        student.checkpointing = again
+        with torch.device("meta"):
+            sizes = student.config.hidden_size, teacher.config.hidden_size
+            modules = table.make_modules(chosen, *sizes) if method not in (
+                *table.WITHOUT_KD, *table.LOGITS_ONLY) else (None, None)
+        return student, teacher.requires_grad_(False), modules
+
+    def allocated(dtype, student, teacher, modules):
+        for module in filter(None, (student, teacher, *modules)):
+            memory._allocate(module, dtype)
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, 0, 0.02)
+        batch = memory.full_batch(6, 80)
+        if method == "uld":
+            batch["common"] = uld.common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
+        batch |= memory.pairing_like(chosen, student, teacher, 6, 40)
+        student.train()
+        gc.collect()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            with hub.autocast("cpu", dtype):
+                loss = launches.loss_of(chosen, batch, student, teacher, *modules, {"student": 1, "teacher": 1})
+            loss.backward()
+        steps = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return np.cumsum(steps).max()
+    for dtype, again in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        found[dtype, again] = memory.step_bytes(chosen, *shapes(again), 6, 80, dtype)
+        real = allocated(dtype, *shapes(again))
+        assert 0.9 < found[dtype, again] / real < 1.1, (method, dtype, again, found[dtype, again], real)
+    assert found[torch.float32, True] < 0.95 * found[torch.float32, False]
 
 @pytest.mark.tools
 def test_compare(whole_table, world, tmp_path, monkeypatch, capsys):

@@ -33,7 +33,8 @@ class _KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None          # let go of them, so that they need no copy
         strongest = max(range(len(ctx.factors)), key=lambda k: abs(ctx.factors[k]))
         scale = upstream[strongest] / (ctx.factors[strongest] or 1.0)
-        found = upstream.tolist() if upstream.device.type == "cpu" else []      # a GPU would have to be waited for
+        known = upstream.device.type == "cpu" and type(upstream) is torch.Tensor    # no wait for a GPU; no fake tensor
+        found = upstream.tolist() if known else []
         if found and all(map(math.isfinite, found)):
             expected = [found[strongest] / (ctx.factors[strongest] or 1.0) * factor for factor in ctx.factors]
             if not all(math.isclose(*both, rel_tol=1e-3, abs_tol=1e-8) for both in zip(found, expected)):

@@ -57,6 +57,7 @@ class Launches(TorchDispatchMode):
             self.waited[name] += 1
         if not function.is_view and name not in FREE:
             self.by_name[name] += 1
+        if not function.is_view and (name not in FREE or "empty" in name):
             for made in result if isinstance(result, tuple | list) else (result,):
                 self._made(made)
         return result

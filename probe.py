@@ -39,6 +39,7 @@ from running.attention import (BATCH, DIRECTIONS, Response, adversary_numbers, a
                                matching_values, training_numbers)
 from running.checkpoint import load_modules
 from running.measures import MEASURES, RESAMPLES, SHARES, distances, evenly, interval, resample
+from running.run_folder import read_metrics
 from tokenize_align import Example, Sequence, encode_rows, load_tokenizer
 
 SIDES = "student", "teacher"
@@ -264,8 +265,9 @@ def draw_all(run: Checkpoint, responses: list[Response], result: dict, out_dir: 
         pictures.scatter(out_dir / "keys_queries.png", scatter_title(run.name, result), *points(responses))
 
 def compare_pictures(runs: list[Checkpoint], every: list[list[Response]], results: list[dict], path: Path) -> None:
-    """Two checkpoints' keys and queries, and one response's attention in both."""
-    chosen, columns = every[0].index(readable(every[0])), []
+    """Two checkpoints' keys and queries, over training where --probe_interval looked at them, and one response's
+    attention in both."""
+    chosen, columns, over_training = every[0].index(readable(every[0])), [], {}
     for mark, run, responses, result in zip("AB", runs, every, results):
         response = responses[chosen]
         labels = [token_labels(getattr(response, side), t) for side, t in zip(("student", "teacher"), run.tokenizers)]
@@ -275,7 +277,10 @@ def compare_pictures(runs: list[Checkpoint], every: list[list[Response]], result
         if "keys_and_queries" in result:
             keys, queries = points(responses)
             columns[-1] |= dict(keys=keys, queries=queries, title=scatter_title(columns[-1]["title"], result))
-    pictures.comparison(path, columns)
+        looks = [(r["step"], 100 * r["probe_accuracy"]) for r in read_metrics(folder_of_run(run.name))
+                 if "probe_accuracy" in r]
+        over_training |= {f"{mark}: {run.name}": looks} if looks else {}
+    pictures.comparison(path, columns, over_training)
 
 def scatter_title(name: str, result: dict) -> str:
     q = result["keys_and_queries"]
@@ -294,17 +299,7 @@ def readable(responses: list[Response]) -> Response:
 
 def draw_curves(out_dir: Path) -> Path:
     """out_dir/curves.png from out_dir/metrics.jsonl. Raises InputError where there is no line to draw."""
-    records = []
-    for number, line in enumerate((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True), 1):
-        if line.endswith("\n"):             # the last line of a run that is going on may be half-written
-            try:
-                record = json.loads(line)
-                records.append({"step": record["step"], **record})
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{out_dir}/metrics.jsonl:{number}: not what train.py writes ({error!r})") from error
-    if not records:
-        raise InputError(f"{out_dir}/metrics.jsonl: no step is recorded yet")
-    return pictures.curves(out_dir / "curves.png", str(out_dir), records)
+    return pictures.curves(out_dir / "curves.png", str(out_dir), read_metrics(out_dir))
 
 # --------------------------------------------------------------------------------------------------------------- main
 @dataclass

@@ -3878,7 +3878,13 @@ def test_a_look_changes_nothing(two_runs, world, tmp_path, monkeypatch):
 @pytest.mark.probe
 def test_two_checkpoints_are_compared(two_runs, world, monkeypatch, capsys):
     a, b = two_runs / "dskd_cma", two_runs / "dskd_cma_ga"
+    drawn, real = [], pictures.comparison
+    monkeypatch.setattr(pictures, "comparison", lambda *args: drawn.append(args) or real(*args))
     run_main(probe, monkeypatch, a, b / "last")
+    assert drawn[0][2] == {f"{mark}: {name}": [(r["step"], 100 * r["probe_accuracy"]) for r in metrics(run)
+                                               if "probe_accuracy" in r]
+                           for mark, name, run in (("A", a, a), ("B", b / "last", b))
+                           if any("probe_accuracy" in r for r in metrics(run))} != {}
     report = json.loads(next(a.glob("probe-with-*/probe.json")).read_text())["checkpoints"]
     assert [r["method"] for r in report] == ["dskd_cma", "dskd_cma_ga"]
     assert "adversary" in report[1]

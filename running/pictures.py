@@ -163,14 +163,25 @@ def scatter(path: Path, title: str, keys: torch.Tensor, queries: torch.Tensor) -
     _scatter(figure.subplots(), title, keys, queries)
     return save(figure, path)
 
-def comparison(path: Path, columns: list[dict]) -> Path:
+def comparison(path: Path, columns: list[dict], over_training: dict[str, list[tuple[int, float]]]) -> Path:
     """Checkpoints side by side, each with: title, keys, queries (absent for an alignment without them), and one
-    sample's heading, student_labels, teacher_labels, weights, blocks."""
+    sample's heading, student_labels, teacher_labels, weights, blocks. over_training: name → (step, how often a probe
+    tells keys from queries, in percent), above all else where there are any."""
     rows, teacher_tokens = (max(min(len(c[name]), MOST_TOKENS) for c in columns)
                             for name in ("student_labels", "teacher_labels"))
     size = max(5.5, CELL * teacher_tokens + 1.8), max(3.0, CELL * rows + 1.8)
-    figure = Figure(figsize=(len(columns) * size[0], 5 + size[1]), layout="constrained")
-    strongest = max(float(c["weights"].max()) for c in columns)
+    top, strongest = 2.5 if over_training else 0.0, max(float(c["weights"].max()) for c in columns)
+    figure = Figure(figsize=(len(columns) * size[0], top + 5 + size[1]), layout="constrained")
+    whole = figure
+    if over_training:
+        first, figure = whole.subfigures(2, 1, height_ratios=(top, 5 + size[1]))
+        axes = first.subplots()
+        for (name, looks), style in zip(over_training.items(), ("-o", "--s")):
+            axes.plot(*zip(*looks), style, markersize=3, linewidth=1.2, label=name)
+        axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title="key or query? a probe on dev rows that it has not seen, % right (50: nothing tells them apart)",
+                 xlabel="step")
+        axes.legend()
     grid = figure.subplots(2, len(columns), height_ratios=(5, size[1]), squeeze=False)
     for (above, below), column in zip(grid.T, columns):
         if "queries" in column:
@@ -183,7 +194,7 @@ def comparison(path: Path, columns: list[dict]) -> Path:
         _attention(below, column["weights"][cut, cut], blocks, 1.0, strongest)
         _labels(below, column["student_labels"][cut], column["teacher_labels"][cut])
         below.set_xlabel(column["heading"])
-    return save(figure, path, dpi=110)
+    return save(whole, path, dpi=110)
 
 # ---------------------------------------------------------------------------------------------------------- next bytes
 MOST_CANDIDATES, LIKELY = 24, 0.03          # rows of a panel: bytes that a model gives at least so much anywhere

@@ -60,6 +60,21 @@ def is_run(folder: Path) -> bool:
         return False
     return all(type(step) is int for step in steps) and settings_in(folder) is not None
 
+def read_metrics(out_dir: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. Raises InputError for a line that train.py did not write, or where there is
+    none."""
+    records = []
+    for number, line in enumerate((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True), 1):
+        if line.endswith("\n"):             # the last line of a run that is going on may be half-written
+            try:
+                record = json.loads(line)
+                records.append({"step": record["step"], **record})
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{out_dir}/metrics.jsonl:{number}: not what train.py writes ({error!r})") from error
+    if not records:
+        raise InputError(f"{out_dir}/metrics.jsonl: no step is recorded yet")
+    return records
+
 def saved_config(cls, out_dir: Path, given: dict) -> dict:
     """The settings, fields of cls, of a run; one that an earlier version did not have is left out, and named. Raises
     InputError where there is no run, where it has a setting that is no more, or a given flag says otherwise."""

@@ -4430,6 +4430,11 @@ def test_compare_costs(world, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert not (tmp_path / "x").exists()
     assert printed.count("python train.py --method") == 6
+    assert "# scoring a cell: 6 answers in batches of 32, at the most " in printed
+    steps, milliseconds = re.search(r"most ([\d,]+) steps to one more token, [\d.]+ h at (\S+) ms", printed).groups()
+    prompts = [ta.encode_prompt(row.prompt, ta.load_tokenizer(world / "student"), 100)[0]
+               for row in read_rows(world / "data/test.jsonl")[:3]]
+    assert int(steps) == 2 * (128 - max(map(len, prompts))) and float(milliseconds) == 5
     # the estimate against what a run's own metrics say it took
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--epochs", "2", method="dskd_cma"))
     config = checks.read_settings(train.Config, train.__doc__,

@@ -37,7 +37,7 @@ from model import shape_of
 from running import flops, parallel, pictures, tables
 from running.checks import read_settings
 from running.run_folder import FREE, append_line, locked, saved_config
-from tokenize_align import encode_rows, load_tokenizer
+from tokenize_align import encode_prompt, encode_rows, load_tokenizer
 
 DEFAULT_BASELINES = ("sft", "dskd_cma")
 PAPER_TEACHER = "out/paper-teacher"
@@ -47,8 +47,9 @@ PRESETS = {
         first=f"--method sft --student qwen --data dolly --lr 2e-5 --epochs 3 --out_dir {PAPER_TEACHER}",
         flags=f"--teacher {PAPER_TEACHER} --student gpt2", data="dolly",
         baseline=["sft", "dskd_cma --divergence forward_kl"],
-        methods=["sft", "seqkd", "uld", "mined", *(f"{method} --divergence {name}" for method in
-                                                   ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES)]),
+        methods=["sft", "seqkd", "uld", "mined", "alm", "byte_kd", *(f"{method} --divergence {name}" for method in
+                                                   ("dskd_cma", "dskd_cma_ga", "dwa_kd") for name in DIVERGENCES),
+                 "dskd_cma --adversary energy --ga_weight 1"]),
     # on the toy, what the release leaves open: λ_GA (its own is 1/n, n = 175 tokens a step), adversary, its training
     "ablation": dict(
         first="", flags="--epochs 24 --probe_interval 0 --cache_teacher", data="toy", baseline=["dskd_cma"],
@@ -70,6 +71,7 @@ class Config:
     dry_run: bool = flag(False, "print every command and its estimated cost, and run nothing")
     peak: float = flag(989.0, "for --dry_run: the machine's peak (TFLOP/s; an H100 in bfloat16: 989)", at_least=1e-3)
     mfu: float = flag(0.4, "for --dry_run: the share of the peak that is reached", at_least=1e-3, at_most=1)
+    token_ms: float = flag(5.0, "for --dry_run: milliseconds to one more token of 32 answers", at_least=0)
 
 @dataclass
 class Cell:
@@ -223,9 +225,9 @@ def read_results(path: Path) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------ what it would cost
 
-def dry_run(cells: list[Cell], first: list[str], config: Config) -> None:
+def dry_run(cells: list[Cell], first: list[str], config: Config, sets: list[str]) -> None:
     """Print every command with its tokens, operations and hours. Only config.json, tokenizers and data are read."""
-    print(f"# hours at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}; training only")
+    print(f"# hours of training at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}")
     total, commands = 0.0, [first] if first else []
     for argv in commands + [[*cell.flags, "--out_dir", str(cell.folder)] for cell in cells]:
         teacher = "qwen" if first and argv != first else None
@@ -234,7 +236,23 @@ def dry_run(cells: list[Cell], first: list[str], config: Config) -> None:
         total += hours
         print(f"python train.py {shlex.join(argv)}\n"
               f"    # {tokens / 1e6:.1f}M student tokens, {operations:.2e} FLOPs, {hours:.2f} h")
-    print(f"# together {total:.1f} h")
+    answers, steps = scoring_cost(cells[0].settings, config, sets)
+    scoring = steps * config.token_ms / 3.6e6
+    print(f"# scoring a cell: {answers:,} answers in batches of 32, at the most {steps:,} steps to one more token, "
+          f"{scoring:.2f} h at {config.token_ms:g} ms\n"
+          f"# together {total:.1f} h of training and {len(cells) * scoring:.1f} h of scoring")
+
+def scoring_cost(options, config: Config, sets: list[str]) -> tuple[int, int]:
+    """Answers that a cell's scoring samples, and its batches' steps if each has an answer that reaches the limit."""
+    student = options.student if options.student != "toy" else toy.folder(
+        "student" if toy.folder("student").exists() else "student-start")
+    tokenizer, answers, steps = load_tokenizer(student), 0, 0
+    for name in sets:
+        rows = read_rows(hub.data_file(name, "test"))[:config.num or None]
+        longest = max(len(encode_prompt(row.prompt, tokenizer, options.max_prompt_length)[0]) for row in rows)
+        answers += len(rows) * len(config.scoring_seeds)
+        steps += math.ceil(len(rows) / 32) * (options.max_length - longest) * len(config.scoring_seeds)
+    return answers, steps
 
 def cost(options, teacher_shape: str | None) -> tuple[int, int]:
     """Student tokens and operations of a whole run. teacher_shape: a name for a teacher that is only to be trained."""
@@ -275,7 +293,7 @@ def run_table(config: Config, argv: list[str]) -> None:
     with parallel.first_goes_first():
         toy.write_data_for([config.data, *sets])
     if config.dry_run:
-        dry_run(cells, first, config)
+        dry_run(cells, first, config, sets)
         return
     if first and not (Path(PAPER_TEACHER) / "results.json").exists():
         raise InputError(f"--preset {config.preset}: the teacher learns the data first:  python train.py "

@@ -106,7 +106,7 @@ class BytePaths:
 
     def __init__(self, student, teacher, examples, texts: dict[int, str], device):
         self.sides, self.device = {"student": Prefixes(student), "teacher": Prefixes(teacher)}, device
-        self.paths = {}
+        self.paths, self.tables, self.known = {}, {}, 0
         self.add(examples, texts)
 
     def add(self, examples, texts: dict[int, str]) -> None:
@@ -116,7 +116,10 @@ class BytePaths:
             both = zip(*(found.of_response(getattr(example, side), text) for side, found in self.sides.items()))
             both = [(*s, *t) for s, t in both if min(s[1], t[1]) >= 0]          # up to where one side is cut
             self.paths[example.row] = torch.tensor(both, dtype=torch.long).view(-1, 4)
-        self.tables = {side: prefixes.tables(self.device) for side, prefixes in self.sides.items()}
+        known = sum(len(prefixes.numbers) for prefixes in self.sides.values())
+        if known > self.known:
+            self.known = known
+            self.tables = {side: prefixes.tables(self.device) for side, prefixes in self.sides.items()}
 
     def tensors(self, examples) -> dict[str, NextBytes]:
         """next_bytes of a batch."""

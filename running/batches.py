@@ -92,7 +92,8 @@ def is_on_policy(config, step: int) -> bool:
 def with_own_answers(config, run: Run, step: int, examples: list[Example]) -> tuple[list[Pass], dict[str, int]]:
     """The student answers the prompts of this process's rows → forward passes over its answers, and all processes'
     valid tokens of both sides."""
-    generator = torch.Generator(run.device).manual_seed(((config.seed << 20) + step) * 1024 + parallel.rank())
+    seed = random.Random(f"{config.seed}, {step}, {parallel.rank()}").getrandbits(63)
+    generator = torch.Generator(run.device).manual_seed(seed)
     passes, counts = [], torch.zeros(2)
     for part, weight in shares(config, examples):
         with run.autocast():

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        self.fixed_step = None              # one more token, compiled (running/generation.py)
+        self.fixed_step = self.fixed = None         # one more token, compiled, and its cache (running/generation.py)
         self.source: Path | None = None     # the folder it was loaded from; save() copies the tokenizer from there
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -2251,7 +2251,8 @@ def test_bfloat16(method, more, world, tmp_path, monkeypatch):
     (["--method", "sft"], "no teacher"), (["--resume"], "no run in"), (["--resume", "--overwrite"], "one of them"),
     (["--on_policy", "0.5"], "--value hidden --gate always"), (["--on_policy", "2"], "at most 1"),
     (["--method", "byte_kd", "--on_policy", "1", "--cache_teacher"], "new at every step"),
-    (["--method", "seqkd", "--on_policy", "1"], "has no teacher that could judge"),
+    (["--method", "seqkd", "--on_policy", "1"], "does not train with a teacher"),
+    (["--method", "dskd_cma", "--on_policy", "1", "--value", "hidden", "--gate", "always"], "pass less than 1"),
     (["--data", "vicuna"], "no train split")])
 def test_command_lines_that_are_wrong(change, message, world, tmp_path, monkeypatch):
     if change == ["--device", "cuda"] and torch.cuda.is_available():
@@ -2467,7 +2468,7 @@ def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monk
 @pytest.mark.parametrize("method, more",
                          (("dskd_cma_ga", ()), ("dskd_cma_ct", ("--ga_lr", "0")),
                           ("dwa_kd", ("--projector_init", "shared")), ("mined", ()),
-                          ("byte_kd", ("--on_policy", "0.6"))))
+                          ("byte_kd", ("--on_policy", "0.6")), ("mined", ("--on_policy", "0.6"))))
 def test_resume_is_exact(method, more, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch,
              *flags(world, tmp_path / "whole", "--save_interval", "2", "--eval_interval", "4", *more, method=method))
@@ -3319,6 +3320,17 @@ with parallel.started():
     layer = 4 * sum(p.numel() for p in model.shape_of(folders[0]).layers[0].parameters())
     assert (more - less) / 4 < 0.55 * layer
     assert less > 2 * layer                 # and there is something to be measured
+
+@pytest.mark.processes
+def test_two_processes_sample_what_one_does(world, tmp_path, monkeypatch):
+    """--on_policy: what a part of a step answers does not depend on which process has it."""
+    argv = lambda out: flags(world, out, *TWO[:4], "--max_steps", "2", "--eval_num", "1", "--on_policy", "1",
+                             method="byte_kd")
+    run_main(train, monkeypatch, *argv(tmp_path / "one"))
+    torchrun(2, HERE / "train.py", *argv(tmp_path / "two"))
+    one, two = (metrics(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["answer_tokens"] == two["answer_tokens"] > 100
+    assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["kd_loss"] - two["kd_loss"]) < 1e-5
 
 @pytest.mark.processes
 def test_several_processes_refuse(world, tmp_path, monkeypatch):

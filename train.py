@@ -65,7 +65,7 @@ class Config(Options):
     dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     cache_teacher: bool = flag(False, "write the teacher's hidden states to disk once; train without its layers")
     cache_dtype: str = flag("bfloat16", "their type", choices=("bfloat16", "float32"))
-    compile: bool = flag(False, "torch.compile the two decoders and, on a GPU, the losses")
+    compile: bool = flag(False, "torch.compile the two decoders and, on a GPU, losses and generation")
     gradient_checkpointing: bool = flag(False, "compute the student's layers again for their gradients; keep nothing")
     lora_rank: int = flag(0, "train matrices of this rank beside the student's frozen ones (0: all; the paper: 256)",
                           at_least=0)

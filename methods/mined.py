@@ -89,7 +89,7 @@ class MinED:
         A path of least summed edit distance aligns the two responses; a pair on it counts where each is the other's
         only partner and the teacher's token is, or maps to, the student's (elsewhere FuseLLM uses the label itself)."""
         for example in examples:
-            if example.row not in self.aligned:
+            if example.row < 0 or example.row not in self.aligned:          # below 0: the student's own, new every time
                 responses = [s.ids[s.prompt_length:] for s in (example.student, example.teacher)]
                 self.aligned[example.row] = self._align(*responses)
         rows = [torch.tensor(self.aligned[example.row]) for example in examples]

@@ -92,10 +92,10 @@ def is_on_policy(config, step: int) -> bool:
 def with_own_answers(config, run: Run, step: int, examples: list[Example]) -> tuple[list[Pass], dict[str, int]]:
     """The student answers the prompts of this process's rows → forward passes over its answers, and all processes'
     valid tokens of both sides."""
-    seed = random.Random(f"{config.seed}, {step}, {parallel.rank()}").getrandbits(63)
-    generator = torch.Generator(run.device).manual_seed(seed)
     passes, counts = [], torch.zeros(2)
     for part, weight in shares(config, examples):
+        seed = random.Random(f"{config.seed}, {step}, {part[0].row}").getrandbits(63)      # whichever process has it
+        generator = torch.Generator(run.device).manual_seed(seed)
         with run.autocast():
             answered, texts = own_answers(run.student, run.cut_by, part, run.rows["train"], config.max_length,
                                           config.max_prompt_length, generator)

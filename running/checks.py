@@ -6,7 +6,7 @@ from pathlib import Path
 import toy
 from files import hub
 from files.config import InputError, parse
-from methods.table import METHODS, ONE_VOCABULARY, WITHOUT_KD, check_options
+from methods.table import LOGITS_ONLY, METHODS, ONE_VOCABULARY, WITHOUT_KD, check_options
 from running import parallel
 from running.run_folder import newest_run, saved_config
 
@@ -55,10 +55,12 @@ def check_flags(config) -> None:
         raise InputError("--cache_teacher: trains without the layers that --shard_teacher deals out: pass one of them")
     if config.on_policy:
         if method in WITHOUT_KD:
-            raise InputError(f"--on_policy: --method {method} has no teacher that could judge an answer")
+            raise InputError(f"--on_policy: --method {method} does not train with a teacher, who could judge an answer")
         if config.alignment != "none" and (config.value, config.gate) != ("hidden", "always"):
             raise InputError("--on_policy: what a student answers is no label; dual-space methods need --value hidden "
                              "--gate always for it")
+        if config.on_policy == 1 and method not in LOGITS_ONLY:
+            raise InputError(f"--on_policy 1: the projectors of {method} learn from labels alone; pass less than 1")
         if config.cache_teacher or config.shard_student:
             raise InputError("--on_policy: the student's answers are new at every step, and of different lengths in "
                              "every process: not together with --cache_teacher or --shard_student")

@@ -36,14 +36,14 @@ class KVCache:
 
 class FixedCache:
     """What a KVCache holds, for steps that are all alike. The new token's place is a tensor, `at` (1,); keys and values
-    are read to the capacity, under a mask. seen: (B or 1, capacity), false on padding; window: of sliding attention."""
+    are read to the capacity, under a mask. seen: (B, capacity), false on padding; window: of sliding attention."""
 
     def __init__(self, cache: KVCache, seen: torch.Tensor, window: int | None):
         self.layers, self.seen, self.window = cache.layers, seen, window or cache.capacity
         self.at = torch.full((1,), cache.length, device=seen.device)
         self.keys = torch.arange(cache.capacity, device=seen.device)
-        for written in (self.at, *(stored for layer in self.layers for stored in layer)):
-            torch._dynamo.mark_static_address(written)          # a CUDA graph writes where they lie
+        for written in (self.at, self.seen, *(stored for layer in self.layers for stored in layer)):
+            torch._dynamo.mark_static_address(written)          # a CUDA graph reads and writes where they lie
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         for stored, new in zip(self.layers[layer], (k, v)):
@@ -141,18 +141,29 @@ def compile_steps(decoder: Decoder) -> None:
         cache.at.add_(1)
         return hidden
     graphs = decoder.embed.weight.device.type == "cuda"
-    decoder.fixed_step = torch.compile(step, mode="reduce-overhead" if graphs else None)
+    decoder.fixed_step, decoder.fixed = torch.compile(step, mode="reduce-overhead" if graphs else None), (None, None)
 
 def _fixed_steps(decoder, ids, mask, end, sampling, eos_id):
-    """_steps where no row is let go of, and the GPU is waited for only now and then."""
-    length, cache = ids.size(1), KVCache(-(-end // ROOM) * ROOM)
+    """_steps where no row is let go of, and the GPU is waited for only now and then. The FixedCache stays for the next
+    prompts of its size, whose graph is there."""
+    (rows, length), cache = ids.shape, KVCache(-(-end // ROOM) * ROOM)
+    size, fixed = (rows, cache.capacity, computed_in(decoder.embed.weight), ids.device), None
+    if decoder.fixed[0] == size:
+        fixed = decoder.fixed[1]
+        cache.layers = fixed.layers
     positions = decoder.positions(ids, mask).expand_as(ids)
     hidden = decoder.step(ids, positions, decoder.masks(mask, length, length, ids.device), cache)
     cache.length = length
-    seen = torch.ones(1, cache.capacity, dtype=torch.bool, device=ids.device)
+    seen = torch.ones(rows, cache.capacity, dtype=torch.bool, device=ids.device)
     if mask is not None:
-        seen = F.pad(mask, (0, cache.capacity - length), value=True)
-    fixed, over = FixedCache(cache, seen, decoder.config.sliding_window), torch.zeros_like(ids[:, 0]).bool()
+        seen[:, :length] = mask
+    if fixed is None:
+        fixed = FixedCache(cache, seen, decoder.config.sliding_window)
+        decoder.fixed = size, fixed
+    else:
+        fixed.seen.copy_(seen)
+        fixed.at.fill_(length)
+    over = torch.zeros_like(ids[:, 0]).bool()
     for place in range(length, end):
         chosen = choose_tokens(decoder.logits(hidden).float(), *sampling)
         if eos_id is not None:

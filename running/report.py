@@ -13,7 +13,7 @@ from running import parallel
 from running.flops import step_flops
 
 # means over the data's labels, and over the teacher's tokens; the others are over the student's
-OF_LABELS = ("nll_loss", "accuracy")
+OF_DATA = ("nll_loss", "accuracy")
 OF_TEACHER = ("s2t_acc", "teacher_acc", "adversary_key_loss", "adversary_key_acc")
 
 def recommend_sft(config, teacher) -> None:
@@ -45,7 +45,7 @@ def step_record(config, run, totals: dict[str, float], grad_norm: float, lr: flo
     its answers stand in place of the operations."""
     tokens = sum(len(example.student.ids) for example in examples)
     n_l = n.get("labels", n["student"])
-    values = {name: value / (n["teacher"] if name in OF_TEACHER else n_l if name in OF_LABELS else n["student"])
+    values = {name: value / (n["teacher"] if name in OF_TEACHER else n_l if name in OF_DATA else n["student"])
               for name, value in totals.items()}
     values["grad_norm"] = grad_norm
     if "labels" in n:
@@ -77,7 +77,8 @@ def memory_told(config, run):
                               for name, (rows, tokens) in run.shapes.items())
         less = [f"--batch_size {config.batch_size // 2} --grad_accum {2 * config.grad_accum}"] * (config.batch_size > 1)
         less += ["--gradient_checkpointing"] * (not config.gradient_checkpointing)
-        less += ["--cache_teacher"] * bool(config.teacher and not config.cache_teacher and config.method != "seqkd")
+        less += ["--cache_teacher"] * bool(config.teacher and config.method != "seqkd"
+                                           and not (config.cache_teacher or config.on_policy))
         less += ["--lora_rank 64"] * (not config.lora_rank)
         raise InputError(f"out of memory on {run.device} in step {run.state.get('step', 0) + 1} with {shapes}; less is "
                          f"needed with {', '.join(less) or 'a shorter --max_length'}. {run.out_dir / 'last'}, where it "

@@ -40,6 +40,7 @@ from running.run_folder import FREE, append_line, locked, saved_config
 from tokenize_align import encode_prompt, encode_rows, load_tokenizer
 
 DEFAULT_BASELINES = ("sft", "dskd_cma")
+LATER = ("on_policy",)              # settings that tables of before know nothing of: a default has no part in a key
 PAPER_TEACHER = "out/paper-teacher"
 PRESETS = {
     # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say already
@@ -86,6 +87,9 @@ class Cell:
         """What a finished cell is known by: settings that its scores depend on. without "seed": those of its row."""
         settings = dataclasses.asdict(self.settings)
         kept = {name: value for name, value in settings.items() if name not in {*FREE, *without} - {"dtype"}}
+        for name in LATER:
+            if kept[name] == getattr(train.Config, name):
+                del kept[name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
@@ -227,7 +231,7 @@ def read_results(path: Path) -> list[dict]:
 
 def dry_run(cells: list[Cell], first: list[str], config: Config, sets: list[str]) -> None:
     """Print every command with its tokens, operations and hours. Only config.json, tokenizers and data are read."""
-    print(f"# hours of training at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}")
+    print(f"# hours of training at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}, but for --on_policy's answers")
     total, commands = 0.0, [first] if first else []
     for argv in commands + [[*cell.flags, "--out_dir", str(cell.folder)] for cell in cells]:
         teacher = "qwen" if first and argv != first else None

@@ -2211,7 +2211,7 @@ def test_options_reach_the_loss(world, tmp_path, monkeypatch):
     """train.py hands the step, the options and the chunks on."""
     seen, real_distill = [], train.distill
     monkeypatch.setattr(train, "distill", lambda options, batch,
-                        *rest: seen.append((options, batch, rest[-2])) or real_distill(options, batch, *rest))
+                        *rest: seen.append((options, batch, rest[4])) or real_distill(options, batch, *rest))
     for align_on in ("label", "input"):
         run_main(train, monkeypatch,
                  *flags(world, tmp_path / align_on, "--align_on", align_on, "--grad_accum", "2", "--max_steps", "2",
@@ -2788,7 +2788,7 @@ def test_steps_that_are_not_finite(world, tmp_path, monkeypatch, capsys):
     def poisoned(bad):
         def spy(options, batch, *rest):
             parts = real(options, batch, *rest)
-            return parts | {"nll_loss": parts["nll_loss"] * float("nan")} if rest[-2] in bad else parts
+            return parts | {"nll_loss": parts["nll_loss"] * float("nan")} if rest[4] in bad else parts
         return spy
     seen = []
     real_step_flops = report.step_flops

@@ -4461,15 +4461,22 @@ def test_preset_paper(monkeypatch, capsys):
     """Every command is one that train.py accepts, and has the papers' settings."""
     seen = []
     monkeypatch.setattr(compare, "cost", lambda options, shape: seen.append(options) or (1, 1))
+    monkeypatch.setattr(compare, "scoring_cost", lambda options, config, sets: (len(sets), 720_000))
     run_main(compare, monkeypatch, "--preset", "paper", "--dry_run", "--seeds", "1", "2")
     first, *others = seen
     assert (first.method, first.student, first.data) == ("sft", "qwen", "dolly")
     assert {o.seed for o in others} == {1, 2}
     assert {o.divergence for o in others if o.method == "dskd_cma_ga"} == set(divergences.DIVERGENCES)
     for o in others:
-        assert (o.student, o.data, o.epochs, o.lr, o.projector_lr, o.batch_size, o.max_length, o.temperature,
-                o.kd_rate) == ("gpt2", "dolly", 20, 5e-4, 1e-3, 32, 512, 2.0, 0.5)
+        assert (o.student, o.data, o.epochs, o.lr, o.projector_lr, o.batch_size, o.max_length) == (
+            "gpt2", "dolly", 20, 5e-4, 1e-3, 32, 512)
+        own = {"byte_kd": (1.0, 0.75), "alm": (100.0, 0.5)}             # these methods' own
+        assert (o.temperature, o.kd_rate) == own.get(o.method, (2.0, 0.5))
         assert o.teacher == ("" if o.method == "sft" else "out/paper-teacher")
+    assert {"alm", "byte_kd"} <= {o.method for o in others} and "energy" in {o.adversary for o in others}
+    printed = capsys.readouterr().out
+    assert "5 answers in batches of 32, at the most 720,000 steps" in printed
+    assert f"{len(others)}.0 h of scoring" in printed
     with pytest.raises(InputError, match="the teacher learns the data first"):
         run_main(compare, monkeypatch, "--preset", "paper")
 

@@ -125,7 +125,7 @@ def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu", lay
     student, frozen = (load(name, device=device, layers=side in layers) for side, name in zip(SIDES, (folder, teacher)))
     modules = None, None
     if alignment != "none":
-        modules = make_modules(settings, student.config.hidden_size, frozen.config.hidden_size)
+        modules = make_modules(settings, student, frozen)
         modules = [module and module.to(device) for module in modules]
         load_modules(folder, *modules)
     tokenizers = load_tokenizer(folder), load_tokenizer(teacher)

@@ -68,7 +68,7 @@ from files import hub
 from files.config import InputError, parse
 from files.rows import Row, make_prompt, read_rows
 from methods import (alm, byte_kd, divergences, dual_space, fused, heads, mined, plain, projector_init, sides, soft_dtw,
-                     table, uld)
+                     table)
 from running import (answers, attention, batches, cache, checkpoint, checks, flops, generation, launches, lora,
                      measures, next_bytes, parallel, pictures, report, run_folder, setup, tables)
 from running.generation import generate
@@ -1726,8 +1726,7 @@ def test_byte_weight_adds_the_kl_of_next_bytes(world, monkeypatch):
     examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 99, 50)
     batch = ta.collate(examples, 0, 0)
     batch |= byte_kd.BytePaths(*tokenizers, examples, dict(enumerate(texts)), "cpu").tensors(examples)
-    projectors, adversary = table.make_modules(options("dskd_cma"), student.config.hidden_size,
-                                               teacher.config.hidden_size)
+    projectors, adversary = table.make_modules(options("dskd_cma"), student, teacher)
     found = []
     for chosen in (options("dskd_cma"), options("byte_kd", kd_rate=0.5), options("dskd_cma", byte_weight=3.0),
                    options("sft")):
@@ -3301,12 +3300,14 @@ with parallel.started():
     for folder in sys.argv[1:]:
         decoder = model.load(folder, "random")
         parallel.shard(decoder, "cpu")
-        for _ in range(2):                  # in the second pass everything is set up
+        seen = []
+        for _ in range(5):                  # gloo's threads may let go of a message later than need be: the least
             loss = decoder(torch.ones(1, 4, dtype=torch.long)).square().sum()
             with Alive() as alive:
                 loss.backward()
             decoder.zero_grad()
-        peaks.append(alive.peak)
+            seen.append(alive.peak)
+        peaks.append(min(seen[1:]))         # in the second pass everything is set up
     if parallel.is_first():
         pathlib.Path(sys.argv[0] + ".json").write_text(json.dumps(peaks))
 """)
@@ -4283,9 +4284,7 @@ def test_memory_of_a_step_is_what_is_allocated(method, world, monkeypatch):
         student, teacher = model.shape_of(world / "student"), model.shape_of(world / "teacher")
         student.checkpointing = again
         with torch.device("meta"):
-            sizes = student.config.hidden_size, teacher.config.hidden_size
-            modules = table.make_modules(chosen, *sizes) if method not in (
-                *table.WITHOUT_KD, *table.LOGITS_ONLY) else (None, None)
+            modules = table.make_modules(chosen, student, teacher)
         return student, teacher.requires_grad_(False), modules
 
     def allocated(dtype, student, teacher, modules):
@@ -4294,8 +4293,6 @@ def test_memory_of_a_step_is_what_is_allocated(method, world, monkeypatch):
             for parameter in module.parameters():
                 torch.nn.init.normal_(parameter, 0, 0.02)
         batch = memory.full_batch(6, 80)
-        if method == "uld":
-            batch["common"] = uld.common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
         batch |= memory.pairing_like(chosen, student, teacher, 6, 40)
         student.train()
         gc.collect()

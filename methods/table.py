@@ -103,13 +103,14 @@ def check_options(options: Options) -> None:
     if across and alignment not in WITH_QUERIES and options.adversary != "none":
         raise InputError(f"--adversary {options.adversary}: --alignment {alignment} has no queries to match with keys")
 
-def make_modules(options: Options, student_size: int, teacher_size: int):
-    """What learns beside the student in the dual-space methods: the projectors, and the adversary or None. Sizes: d_s,
-    d_t. options: Options or a run's settings."""
-    query = options.alignment in WITH_QUERIES
-    projectors = Projectors(student_size, teacher_size, query, dtw_embed=options.dtw_weight > 0)
+def make_modules(options: Options, student, teacher):
+    """What learns beside the student in the dual-space methods: the projectors, and the adversary or None; (None, None)
+    in all others. student, teacher: decoders. options: Options or a run's settings."""
+    if options.method in (*WITHOUT_KD, *LOGITS_ONLY):
+        return None, None
+    sizes, query = (student.config.hidden_size, teacher.config.hidden_size), options.alignment in WITH_QUERIES
     adversary = ADVERSARIES.get(options.adversary)
-    return projectors, adversary and adversary(2 * teacher_size)
+    return Projectors(*sizes, query, dtw_embed=options.dtw_weight > 0), adversary and adversary(2 * sizes[1])
 
 def distill(options: Options, batch, student, teacher, projectors, adversary, step: int,
             factors: dict[str, float], learns: str = "all") -> Parts:

@@ -35,13 +35,20 @@ def rows_that_fit(decoder: Decoder, max_length: int) -> int:
     a_row = max_length * size * (cached + 4 * shape.hidden_size + 3 * shape.intermediate_size) + 16 * shape.vocab_size
     return max(1, torch.cuda.mem_get_info()[0] // 2 // a_row)
 
+def answer(decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]], new_tokens: int, temperature: float,
+           generator) -> list[tuple[str, bool]]:
+    """One batch of prompts, token ids → each one's answer and whether it ended before the limit, new_tokens."""
+    (ids, mask), eos, device = left_pad(prompts, tokenizer.eos_id), tokenizer.eos_id, decoder.embed.weight.device
+    new = generate(decoder, ids.to(device), mask.to(device), new_tokens, temperature, eos_id=eos, generator=generator)
+    return [(tokenizer.decode(tokens[:tokens.index(eos)] if eos in tokens else tokens), eos in tokens)
+            for tokens in new.tolist()]
+
 def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
                    batch_size: int, temperature: float, seed: int = 0, desc: str = "answering",
                    done=()) -> Iterator[list[tuple[int, str, bool]]]:
     """Generate answers, prompts of like length together → lists of (the row's number, answer, whether it ended before
     the limit). Limits in tokens; temperature 0 is greedy. done: rows that need no answer."""
-    device = decoder.embed.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(decoder.embed.weight.device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
     prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
     new_tokens = max_length - max(map(len, prompts))            # what the longest prompt leaves, for every row
@@ -50,12 +57,8 @@ def answer_batches(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_
               dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start:start + batch_size]
-            ids, mask = left_pad([prompts[i] for i in part], tokenizer.eos_id)
-            new = generate(decoder, ids.to(device), mask.to(device), new_tokens, temperature, eos_id=tokenizer.eos_id,
-                           generator=generator)
-            answers = [tokens[:tokens.index(tokenizer.eos_id)] if tokenizer.eos_id in tokens else tokens
-                       for tokens in new.tolist()]
-            yield [(i, tokenizer.decode(tokens).strip(), len(tokens) < new.size(1)) for i, tokens in zip(part, answers)]
+            answers = answer(decoder, tokenizer, [prompts[i] for i in part], new_tokens, temperature, generator)
+            yield [(i, text.strip(), ended) for i, (text, ended) in zip(part, answers)]
             bar.update(len(part))
 
 def answer_rows(decoder: Decoder, tokenizer: Tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
@@ -85,11 +88,8 @@ def own_answers(student: Decoder, tokenizers, examples: list[Example], rows: lis
     """On-policy distillation (GKD, arXiv 2306.13649): the examples with answers that the student samples, at
     temperature 1 and until EOS or max_length, in place of the data's, cut anew by both tokenizers. No gradient goes
     through the sampling. → examples with the numbers −1, −2, … in place of rows', and their answers' texts."""
-    device, eos = student.embed.weight.device, tokenizers[0].eos_id
     prompts = [example.student.ids[:example.student.prompt_length] for example in examples]
-    ids, mask = left_pad(prompts, eos)
-    new = generate(student, ids.to(device), mask.to(device), max_length - ids.size(1), eos_id=eos, generator=generator)
-    texts = [tokenizers[0].decode(tokens[:tokens.index(eos)] if eos in tokens else tokens) for tokens in new.tolist()]
+    texts, _ = zip(*answer(student, tokenizers[0], prompts, max_length - max(map(len, prompts)), 1.0, generator))
     answered = [Row(rows[example.row].prompt, [text]) for example, text in zip(examples, texts)]
     cut, _, _ = encode_rows(answered, *tokenizers, max_length, max_prompt_length)
     return [replace(example, row=-1 - example.row) for example in cut], {-1 - i: text for i, text in enumerate(texts)}

@@ -9,7 +9,6 @@ import torch
 
 from methods.byte_kd import BytePaths
 from methods.sides import with_places
-from methods.uld import common_positions
 from running import parallel
 from running.answers import own_answers
 from running.setup import Run
@@ -68,8 +67,6 @@ def tensors(config, run: Run, examples: list[Example]) -> dict[str, torch.Tensor
     """One forward pass's batch, with what its method needs beside ids and labels."""
     batch = collate(examples, *run.pads, config.align_on if config.alignment not in ("none", "attention") else None)
     batch = with_places(batch)
-    if config.method == "uld":
-        batch["common"] = common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
     if run.pairing:
         batch |= run.pairing.tensors(examples)
     if run.states:

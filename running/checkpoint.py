@@ -142,7 +142,7 @@ def _load_optimizer(folder: Path, optimizer) -> None:
     if f"rng.cuda.{parallel.rank()}" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[f"rng.cuda.{parallel.rank()}"])
     parameters, state = numbered(optimizer), optimizer.state_dict()
-    place = {number: k for k, number in enumerate(n for group in optimizer.param_groups for n in group["numbers"])}
+    place = {number: k for k, number in enumerate(parameters)}              # state_dict's own numbers follow the groups
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         value = parallel.like(value, parameters[int(number)]) if value.dim() else value

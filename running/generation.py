@@ -51,7 +51,7 @@ class FixedCache:
         return self.layers[layer]
 
     def masks(self) -> dict[bool, torch.Tensor]:
-        """As Decoder.masks gives them, (B or 1, 1, 1, capacity)."""
+        """As Decoder.masks gives them, (B, 1, 1, capacity)."""
         full = self.seen & (self.keys <= self.at)
         sliding = full & (self.keys > self.at - self.window)
         return {False: full[:, None, None], True: sliding[:, None, None]}
@@ -88,10 +88,7 @@ def _steps(decoder, ids, mask, end, sampling, eos_id):
     for length in range(ids.size(1), end):
         hidden = decoder.step(new, positions, _step_masks(decoder, seen, bias, new.size(1), length), cache)
         cache.length = length
-        chosen = choose_tokens(decoder.logits(hidden).float(), *sampling)
-        if eos_id is not None:
-            chosen = chosen.masked_fill(over, eos_id)
-            over = chosen == eos_id
+        chosen, over = _choose(decoder, hidden, over, sampling, eos_id)
         yield output.index_copy(0, alive, chosen)
         left = len(over) if eos_id is None else len(over) - int(over.sum())
         if not left:
@@ -102,6 +99,14 @@ def _steps(decoder, ids, mask, end, sampling, eos_id):
             alive, over, chosen, positions = (x[keep] for x in (alive, over, chosen, positions))
             seen, bias = (None if x is None else x[keep] for x in (seen, bias))
         new, positions = chosen[:, None], positions[:, -1:] + 1
+
+def _choose(decoder, hidden, over, sampling, eos_id) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of every row, EOS where it is over, and which rows are over now: (B,) each."""
+    chosen = choose_tokens(decoder.logits(hidden).float(), *sampling)
+    if eos_id is None:
+        return chosen, over
+    chosen = chosen.masked_fill(over, eos_id)
+    return chosen, chosen == eos_id
 
 def _bias(decoder, seen: torch.Tensor | None) -> torch.Tensor | None:
     """What is added to one new token's scores: (B, 1, 1, capacity), −∞ on padding; None where there is none. Made once,
@@ -141,15 +146,14 @@ def compile_steps(decoder: Decoder) -> None:
         cache.at.add_(1)
         return hidden
     graphs = decoder.embed.weight.device.type == "cuda"
-    decoder.fixed_step, decoder.fixed = torch.compile(step, mode="reduce-overhead" if graphs else None), (None, None)
+    decoder.fixed_step, decoder.fixed = torch.compile(step, mode="reduce-overhead" if graphs else None), {}
 
 def _fixed_steps(decoder, ids, mask, end, sampling, eos_id):
     """_steps where no row is let go of, and the GPU is waited for only now and then. The FixedCache stays for the next
     prompts of its size, whose graph is there."""
     (rows, length), cache = ids.shape, KVCache(-(-end // ROOM) * ROOM)
-    size, fixed = (rows, cache.capacity, computed_in(decoder.embed.weight), ids.device), None
-    if decoder.fixed[0] == size:
-        fixed = decoder.fixed[1]
+    size = rows, cache.capacity, computed_in(decoder.embed.weight), ids.device
+    if fixed := decoder.fixed.get(size):
         cache.layers = fixed.layers
     positions = decoder.positions(ids, mask).expand_as(ids)
     hidden = decoder.step(ids, positions, decoder.masks(mask, length, length, ids.device), cache)
@@ -159,16 +163,13 @@ def _fixed_steps(decoder, ids, mask, end, sampling, eos_id):
         seen[:, :length] = mask
     if fixed is None:
         fixed = FixedCache(cache, seen, decoder.config.sliding_window)
-        decoder.fixed = size, fixed
+        decoder.fixed = {size: fixed}           # the one before goes
     else:
         fixed.seen.copy_(seen)
         fixed.at.fill_(length)
     over = torch.zeros_like(ids[:, 0]).bool()
     for place in range(length, end):
-        chosen = choose_tokens(decoder.logits(hidden).float(), *sampling)
-        if eos_id is not None:
-            chosen = chosen.masked_fill(over, eos_id)
-            over = chosen == eos_id
+        chosen, over = _choose(decoder, hidden, over, sampling, eos_id)
         yield chosen
         if place + 1 == end or eos_id is not None and (place - length) % LOOK == 0 and over.all():
             break

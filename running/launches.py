@@ -18,9 +18,7 @@ from files.rows import Row
 from methods.mined import MinED, token_strings
 from methods.sides import with_places
 from methods.soft_dtw import sdtw
-from methods.table import (KD_PARTS, LOGITS_ONLY, METHODS, ONE_VOCABULARY, WITHOUT_KD, Options, distill, make_modules,
-                           terms)
-from methods.uld import common_positions
+from methods.table import KD_PARTS, METHODS, ONE_VOCABULARY, WITHOUT_KD, Options, distill, make_modules, terms
 from model import load
 from running.batches import valid_tokens
 from running.generation import stream
@@ -30,8 +28,8 @@ from tokenize_align import collate, encode_rows, load_tokenizer
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "item", "equal"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-FREE = {"detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh",
-        "_unsafe_view", "set_data"}
+ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+FREE = ALLOCATES | {"detach", "alias", "lift_fresh", "_unsafe_view", "set_data"}
 
 class Launches(TorchDispatchMode):
     """Counts what is computed while it is on. by_name: operation → how often; waited: the same of the waits."""
@@ -57,7 +55,7 @@ class Launches(TorchDispatchMode):
             self.waited[name] += 1
         if not function.is_view and name not in FREE:
             self.by_name[name] += 1
-        if not function.is_view and (name not in FREE or "empty" in name):
+        if not function.is_view and name not in FREE - ALLOCATES:
             for made in result if isinstance(result, tuple | list) else (result,):
                 self._made(made)
         return result
@@ -92,15 +90,12 @@ def of_step(options, rows: list[Row], folders: list[Path]) -> dict[str, Launches
     tokenizers = [load_tokenizer(folder) for folder in folders]
     examples, _, _ = encode_rows(rows, *tokenizers, 96, 72)
     batch = with_places(collate(examples, *(t.eos_id for t in tokenizers), options.align_on))
-    batch["common"] = common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
     if pairing := pairing_of(options, *tokenizers, examples, rows, "cpu"):
         batch |= pairing.tensors(examples)
     if options.method == "mined":
         strings = token_strings(*tokenizers)
         batch |= MinED(strings, torch.arange(len(strings[1])) % len(strings[0])).tensors(examples)
-    modules = None, None
-    if options.method not in (*WITHOUT_KD, *LOGITS_ONLY):
-        modules = make_modules(options, student.config.hidden_size, teacher.config.hidden_size)
+    modules = make_modules(options, student, teacher)
     learners = [p for module in (student.train(), *modules) if module for p in module.parameters()]
     optimizer = torch.optim.AdamW(learners, lr=1e-4, fused=True)
     teacher.requires_grad_(False)

@@ -15,7 +15,8 @@ from methods import fused, projector_init
 from methods.alm import ChunkNumbers
 from methods.byte_kd import BytePaths
 from methods.mined import MinED, token_strings
-from methods.table import LOGITS_ONLY, WITHOUT_KD, make_modules
+from methods.table import WITHOUT_KD, make_modules
+from methods.uld import CommonPositions
 from model import Decoder, load, shape_of
 from running import cache, lora, parallel, report
 from running.answers import teacher_rows, tell_cut_prompts
@@ -43,7 +44,8 @@ class Run:
     adversary: torch.nn.Module | None = None
     last: Path | None = None                    # the checkpoint to go on from
     examples: list[Example] = field(default_factory=list)
-    pairing: MinED | BytePaths | ChunkNumbers | None = None    # what else a batch needs to bring the two sides together
+    # what else a batch needs to bring the two sides together
+    pairing: MinED | BytePaths | ChunkNumbers | CommonPositions | None = None
     states: cache.TeacherStates | None = None
     looked_at: list[Example] = field(default_factory=list)      # dev rows for --probe_interval
     steps_per_epoch: int = 0
@@ -138,12 +140,11 @@ def load_models(config, run: Run) -> None:
         run.tokenizers["teacher"] = load_tokenizer(run.folders["teacher"])
         report.recommend_sft(config, run.teacher)
     check_pair(config, run.student, run.teacher, run.tokenizers)
-    if config.method not in (*WITHOUT_KD, *LOGITS_ONLY):
-        modules = make_modules(config, run.student.config.hidden_size, run.teacher.config.hidden_size)
-        run.projectors, run.adversary = (module and module.to(run.device) for module in modules)
-        if config.projector_init == "shared" and not run.last and parallel.is_first():
-            pairs = projector_init.shared_tokens(run.tokenizers["student"], run.tokenizers["teacher"])
-            projector_init.init_from_shared(run.projectors, run.student, run.teacher, pairs)
+    modules = make_modules(config, run.student, run.teacher)
+    run.projectors, run.adversary = (module and module.to(run.device) for module in modules)
+    if config.projector_init == "shared" and not run.last and parallel.is_first():
+        pairs = projector_init.shared_tokens(run.tokenizers["student"], run.tokenizers["teacher"])
+        projector_init.init_from_shared(run.projectors, run.student, run.teacher, pairs)
     if run.adversary is not None:
         run.adversary.requires_grad_(config.ga_lr > 0)
 
@@ -187,11 +188,13 @@ def load_examples(config, run: Run) -> None:
             run.states.fill(whole_teacher, config.batch_size, run.pads[1], run.device)
 
 def pairing_of(options, student, teacher, examples: list[Example], rows: list[Row], device: str):
-    """What a batch needs beside itself for a method that meets in the text's bytes or chunks, or None. student,
-    teacher: tokenizers."""
+    """What a batch needs beside itself for a method that meets in bytes, chunks or ranks, or None. student, teacher:
+    tokenizers."""
     if options.method == "byte_kd" or options.byte_weight:
         return BytePaths(student, teacher, examples, {e.row: rows[e.row].outputs[0] for e in examples}, device)
-    return ChunkNumbers(device) if options.method == "alm" else None
+    if options.method == "alm":
+        return ChunkNumbers(device)
+    return CommonPositions() if options.method == "uld" else None
 
 def go_on(config, run: Run, optimizer) -> dict | None:
     """Put back what the last checkpoint holds, if there is one → the record of a step taken but not finished."""

@@ -20,8 +20,7 @@ from methods import heads
 from methods.alm import TextChunks
 from methods.byte_kd import NextBytes
 from methods.sides import with_places
-from methods.table import LOGITS_ONLY, METHODS, WITHOUT_KD, Options, make_modules
-from methods.uld import common_positions
+from methods.table import METHODS, Options, make_modules
 from model import shape_of
 from running.launches import Launches, loss_of
 from running.lora import add_lora
@@ -56,8 +55,6 @@ def step_bytes(options: Options, student, teacher, modules, rows: int, length: i
     """The most bytes that a forward and a backward pass have alive at once, gradients among them. student, teacher (or
     None), modules (or Nones): without memory (shape_of); student.checkpointing counts. dtype: computed in."""
     mode, batch = FakeTensorMode(), full_batch(rows, length)
-    if options.method == "uld":
-        batch["common"] = common_positions(batch["student_grid_mask"], batch["teacher_grid_mask"])
     batch = {name: mode.from_tensor(x) for name, x in batch.items()}
     with mode:
         for module in filter(None, (student, teacher, *modules)):
@@ -111,7 +108,7 @@ def pairing_like(options: Options, student, teacher, rows: int, responses: int) 
         vocabulary_map = torch.arange(teacher.config.vocab_size) % student.config.vocab_size
         return {"pairs": torch.stack([position // responses, position % responses, position % responses]),
                 "vocabulary_map": vocabulary_map}
-    return {}
+    return {"common": position.expand(2, -1)} if options.method == "uld" else {}
 
 @dataclass
 class Config:
@@ -136,7 +133,7 @@ def main() -> None:
     if (method == "sft") == bool(config.teacher):
         raise InputError(f"--method {method}: {'has no' if config.teacher else 'needs a'} --teacher")
     options, dtype = Options(method=method, **METHODS[method]), getattr(torch, config.dtype)
-    student, teacher, modules = shape_of(config.student), None, (None, None)
+    student, teacher = shape_of(config.student), None
     if config.lora_rank:
         add_lora(student, config.lora_rank, 1.0, 0.0)
     if config.teacher:
@@ -144,16 +141,16 @@ def main() -> None:
     positions = min(model.config.max_positions for model in (student, teacher) if model is not None)
     if config.max_length > positions:
         raise InputError(f"--max_length {config.max_length}: there are {positions} positions")
-    if method not in (*WITHOUT_KD, *LOGITS_ONLY):
-        with torch.device("meta"):
-            modules = make_modules(options, student.config.hidden_size, teacher.config.hidden_size)
-    parts = state_bytes(student, teacher, list(filter(None, modules)), dtype.itemsize, config.processes,
+    with torch.device("meta"):
+        modules = make_modules(options, student, teacher)
+    others = list(filter(None, modules))
+    parts = state_bytes(student, teacher, others, dtype.itemsize, config.processes,
                         config.shard_student, config.shard_teacher, config.cache_teacher)
     student.checkpointing = config.gradient_checkpointing
     if dtype == torch.bfloat16:             # as on a GPU: chunks are larger, and dropout needs no matrix of attention
         heads.CHUNK *= 8
         student.config.attention_dropout = 0.0
-    whole = state_bytes(student, None, list(filter(None, modules)), dtype.itemsize)["gradients"]
+    whole = state_bytes(student, None, others, dtype.itemsize)["gradients"]
     stays = sum(parts.values())
     step = step_bytes(options, student, teacher, modules, config.batch_size, config.max_length, dtype,
                       config.cache_teacher) - whole

@@ -1196,6 +1196,46 @@ def test_compiled_steps_give_the_same_text(tmp_path):
     assert 1 <= seen[0] and seen[-1] == seen[2] <= 3
 
 @pytest.mark.model
+def test_short_rows_attend_in_float32_on_a_cpu():
+    """In bfloat16, autocast or not, attention and its gradients are float32's, rounded once."""
+    config = model.read_config(GOLDEN / "teacher" / "config.json")
+    attention, found = model.LlamaAttention(config, 0), []
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 9, config.head_dim).bfloat16()
+              for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    upstream = torch.randn(2, 9, config.num_heads * config.head_dim).bfloat16()
+    for dtype, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        torch.manual_seed(1)
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = attention.attend(*given, {False: None, True: None}, None)
+        found.append([y, *torch.autograd.grad(y, given, upstream.to(dtype))])
+    for exact, *rounded in zip(*found):
+        for x in rounded:
+            assert torch.equal(x, exact.bfloat16())
+
+@pytest.mark.methods
+def test_sums_over_ranges_of_tokens():
+    """byte_kd's sums and their gradients, one by one; ranges may be empty, and two tokens are in none."""
+    torch.manual_seed(0)
+    p, order = torch.rand(4, 9, requires_grad=True), torch.randperm(9)[:7]
+    rows, ends, weights = torch.randint(0, 4, (5, 6)), torch.randint(0, 8, (5, 6)), torch.randn(5, 6)
+    found = byte_kd._RangeSums.apply(p, order, rows, ends)
+    each = [p[row, order[:end]].sum() for row, end in zip(rows.flatten().tolist(), ends.flatten().tolist())]
+    expected = torch.stack(each).view(5, 6)
+    close(found.detach(), expected.detach(), 1e-6)
+    close(*(torch.autograd.grad((weights * sums).sum(), p)[0] for sums in (found, expected)), 1e-6)
+
+@pytest.mark.methods
+@pytest.mark.parametrize("rows", [7, 1024, 2500])
+def test_a_gradient_in_bfloat16_is_added_in_parts(rows):
+    torch.manual_seed(0)
+    total, gradient, states = torch.randn(rows, 6), torch.randn(5, rows).bfloat16(), torch.randn(5, 6).bfloat16()
+    expected = total + gradient.float().t() @ states.float()
+    heads._add_product(total, gradient, states)
+    close(total, expected, 0.03)
+
+@pytest.mark.model
 def test_sampling():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
     draw = lambda **k: torch.bincount(generation.choose_tokens(logits, k.get("t", 1.0), k.get("p", 1.0), k.get("k", 0),

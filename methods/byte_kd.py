@@ -134,17 +134,41 @@ class BytePaths:
         return {"next_bytes": NextBytes({"student": k_s, "teacher": k_t}, {"student": b_s, "teacher": b_t}, before,
                                         self.tables)}
 
+class _RangeSums(torch.autograd.Function):
+    """Sums of p over ranges of the sorted vocabulary that begin with its first token: p (n, V), order (V',), rows (M, K),
+    ends (M, K) → (M, K), the sum of p[row, order[:end]]. In float64: small masses are differences of sums near 1. Its
+    gradient at a token is the sum over all ranges that hold it, one running sum from the last token to the first."""
+
+    @staticmethod
+    def forward(ctx, p, order, rows, ends):
+        ctx.save_for_backward(order, rows, ends)
+        ctx.shape = p.shape
+        sums = p[:, order].cumsum(-1, dtype=torch.double)
+        return sums[rows, (ends - 1).clamp(min=0)] * (ends > 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        order, rows, ends = ctx.saved_tensors
+        (n, size), last = ctx.shape, len(order)
+        from_last = gradient.new_zeros(n, last + 1).index_put((rows, last - ends), gradient, accumulate=True)
+        from_last = from_last.cumsum(-1).float()
+        from_last[:, last] = 0                                              # what the control tokens read
+        place = torch.full((size,), last, device=order.device)
+        place[order] = torch.arange(last - 1, -1, -1, device=order.device)
+        return from_last[:, place], None, None, None
+
 @fused
 def next_byte_masses(logits: torch.Tensor, tables, positions: torch.Tensor, prefixes: torch.Tensor, temperature: float):
     """m(b·c) for every byte c, and of EOS where b is empty, (M, 257), and m(b) with EOS in it, (M,). logits (n, V);
-    positions (M,): whose; prefixes (M,): b. In float64 on the way: small masses are differences of sums near 1."""
+    positions (M,): whose; prefixes (M,): b."""
     order, bounds, start, eos = tables
     p = (logits.float() / temperature).softmax(-1)
-    sums = F.pad(p[:, order].double().cumsum(-1), (1, 0))                               # (n, V' + 1)
-    at = sums[positions[:, None], bounds[prefixes].long()]                              # (M, 257)
-    ends = p[positions, eos].double() * (prefixes == 0)
-    masses = torch.cat([at[:, 1:] - at[:, :-1], ends[:, None]], 1)
-    return masses.float(), (at[:, -1] - sums[positions, start[prefixes]] + ends).float()
+    ends = torch.cat([bounds[prefixes].long(), start[prefixes][:, None]], 1)                    # (M, 258)
+    at = _RangeSums.apply(p, order, positions[:, None].expand_as(ends), ends)
+    of_eos = p[positions, eos].double() * (prefixes == 0)
+    masses = torch.cat([at[:, 1:257] - at[:, :256], of_eos[:, None]], 1)
+    return masses.float(), (at[:, 256] - at[:, 257] + of_eos).float()
 
 @fused
 def next_byte_kl(student, teacher) -> torch.Tensor:

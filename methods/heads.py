@@ -93,11 +93,14 @@ def in_chunks(function, hidden: list[torch.Tensor], heads: list[torch.Tensor], f
     return sums
 
 def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
-    """total (V, d) += gradientᵀ (V, n) · states (n, d), without a copy where the types are the same."""
+    """total (V, d) += gradientᵀ (V, n) · states (n, d), without a copy where the types are the same; else on a CPU some
+    rows at a time, which are added while the cache holds them."""
     if total.dtype == states.dtype:
         torch.addmm(total, gradient.t(), states, out=total)
-    else:
-        total += gradient.t() @ states
+        return
+    rows = 1024 if total.device.type == "cpu" else len(total)
+    for some, of_logits in zip(total.split(rows), gradient.t().split(rows)):
+        some += of_logits @ states
 
 @torch.no_grad()
 def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from methods.alm import TextChunks
 from methods.byte_kd import NextBytes
 from methods.sides import with_places
 from methods.table import METHODS, Options, make_modules
-from model import shape_of
+from model import Attention, shape_of
 from running.launches import Launches, loss_of
 from running.lora import add_lora
 
@@ -149,6 +149,7 @@ def main() -> None:
     student.checkpointing = config.gradient_checkpointing
     if dtype == torch.bfloat16:             # as on a GPU: chunks are larger, and dropout needs no matrix of attention
         heads.CHUNK *= 8
+        Attention.float32_up_to = 0
         student.config.attention_dropout = 0.0
     whole = state_bytes(student, None, others, dtype.itemsize)["gradients"]
     stays = sum(parts.values())

@@ -35,6 +35,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -1214,27 +1215,6 @@ def test_short_rows_attend_in_float32_on_a_cpu():
         for x in rounded:
             assert torch.equal(x, exact.bfloat16())
 
-@pytest.mark.methods
-def test_sums_over_ranges_of_tokens():
-    """byte_kd's sums and their gradients, one by one; ranges may be empty, and two tokens are in none."""
-    torch.manual_seed(0)
-    p, order = torch.rand(4, 9, requires_grad=True), torch.randperm(9)[:7]
-    rows, ends, weights = torch.randint(0, 4, (5, 6)), torch.randint(0, 8, (5, 6)), torch.randn(5, 6)
-    found = byte_kd._RangeSums.apply(p, order, rows, ends)
-    each = [p[row, order[:end]].sum() for row, end in zip(rows.flatten().tolist(), ends.flatten().tolist())]
-    expected = torch.stack(each).view(5, 6)
-    close(found.detach(), expected.detach(), 1e-6)
-    close(*(torch.autograd.grad((weights * sums).sum(), p)[0] for sums in (found, expected)), 1e-6)
-
-@pytest.mark.methods
-@pytest.mark.parametrize("rows", [7, 1024, 2500])
-def test_a_gradient_in_bfloat16_is_added_in_parts(rows):
-    torch.manual_seed(0)
-    total, gradient, states = torch.randn(rows, 6), torch.randn(5, rows).bfloat16(), torch.randn(5, 6).bfloat16()
-    expected = total + gradient.float().t() @ states.float()
-    heads._add_product(total, gradient, states)
-    close(total, expected, 0.03)
-
 @pytest.mark.model
 def test_sampling():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
@@ -1755,6 +1735,27 @@ def test_energy_distance(world, tmp_path, monkeypatch):
     found = metrics(tmp_path / "run")
     assert all(record["adversary_query_loss"] > 0 for record in found)
     assert "probe_accuracy" in found[-1]
+
+@pytest.mark.methods
+def test_sums_over_ranges_of_tokens():
+    """byte_kd's sums and their gradients, one by one; ranges may be empty, and two tokens are in none."""
+    torch.manual_seed(0)
+    p, order = torch.rand(4, 9, requires_grad=True), torch.randperm(9)[:7]
+    rows, ends, weights = torch.randint(0, 4, (5, 6)), torch.randint(0, 8, (5, 6)), torch.randn(5, 6)
+    found = byte_kd._RangeSums.apply(p, order, rows, ends)
+    each = [p[row, order[:end]].sum() for row, end in zip(rows.flatten().tolist(), ends.flatten().tolist())]
+    expected = torch.stack(each).view(5, 6)
+    close(found.detach(), expected.detach(), 1e-6)
+    close(*(torch.autograd.grad((weights * sums).sum(), p)[0] for sums in (found, expected)), 1e-6)
+
+@pytest.mark.methods
+@pytest.mark.parametrize("rows", [7, 1024, 2500])
+def test_a_gradient_in_bfloat16_is_added_in_parts(rows):
+    torch.manual_seed(0)
+    total, gradient, states = torch.randn(rows, 6), torch.randn(5, rows).bfloat16(), torch.randn(5, 6).bfloat16()
+    expected = total + gradient.float().t() @ states.float()
+    heads._add_product(total, gradient, states)
+    close(total, expected, 0.03)
 
 @pytest.mark.methods
 def test_byte_weight_adds_the_kl_of_next_bytes(world, monkeypatch):
@@ -2369,6 +2370,21 @@ def test_toy_settings_are_the_toys_and_paper_settings_the_papers():
         assert field.metadata["help"]
 
 # -------------------------------------------------------------------------------------------------------------- running
+@pytest.mark.running
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is for glibc")
+def test_memory_of_tensors_is_kept():
+    """Once a tensor of 64 MB was there, the next ones' pages need not be cleared again."""
+    script = """
+import resource, torch
+from running.setup import keep_memory
+keep_memory()
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=HERE)
+    assert int(done.stdout) < 100
+
 
 @pytest.mark.running
 @pytest.mark.parametrize("method", ("dskd_cma_ga", "uld"))

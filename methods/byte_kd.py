@@ -135,9 +135,9 @@ class BytePaths:
                                         self.tables)}
 
 class _RangeSums(torch.autograd.Function):
-    """Sums of p over ranges of the sorted vocabulary that begin with its first token: p (n, V), order (V',), rows (M, K),
-    ends (M, K) → (M, K), the sum of p[row, order[:end]]. In float64: small masses are differences of sums near 1. Its
-    gradient at a token is the sum over all ranges that hold it, one running sum from the last token to the first."""
+    """Sums of p over ranges of the sorted vocabulary that begin with its first token: p (n, V), order (V',), rows and
+    ends (M, K) → (M, K), the sums of p[row, order[:end]]. In float64: small masses are differences of sums near 1. A
+    token's gradient is the sum over all ranges that hold it: one running sum, from the last token to the first."""
 
     @staticmethod
     def forward(ctx, p, order, rows, ends):

@@ -1,6 +1,8 @@
 """From settings to a run that is ready for its first step: data, models, caches, the folder, an earlier checkpoint."""
 import contextlib
+import ctypes
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +74,8 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
         print(f"note: going on in {config.dtype}, as the run began; this machine's own choice is {usual}, see --dtype")
     config.dtype = str(dtype).removeprefix("torch.")
     check_machine(config, device)
+    if device == "cpu":
+        keep_memory()
     run = find_inputs(config, device, dtype)
     if config.resume:
         if parallel.is_first():
@@ -100,6 +104,14 @@ def set_up(config, stack: contextlib.ExitStack) -> Run:
     run.steps_per_epoch = math.ceil(len(run.examples) / (config.batch_size * config.grad_accum))
     run.total_steps = config.max_steps or config.epochs * run.steps_per_epoch
     return run
+
+def keep_memory() -> None:
+    """Let glibc keep what tensors give back, for the next ones. Else it hands large pieces to the system and asks for
+    them again, whose pages are cleared anew each time: a fifth of a step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)      # M_MMAP_MAX: no piece of memory is a mapping of its own
+        mallopt(-1, -1)     # M_TRIM_THRESHOLD: nothing goes back
 
 def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
     """Data and model folders, downloaded or made where they are not there yet, and where the run will write."""

@@ -42,14 +42,15 @@ from running.batches import valid_tokens
 from running.cache import TeacherStates, cached_rows
 from running.flops import peak_flops, step_flops
 from running.generation import compile_steps, generate
+from running.setup import keep_memory
 from tokenize_align import Example, Sequence, collate, encode_rows, left_pad, load_tokenizer, make_batches
 
 SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth", "launches")
 # What is taken away from our step, one at a time.
 PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
          "both of these": {"cached": True, "dtype": "bfloat16"}, "compiled": {"compile": True},
-         "without fused AdamW": {"fused": False}, "rows padded to --max_length": {"pad": True},
-         "heads at every position": {"everywhere": True},
+         "without fused AdamW": {"fused": False}, "without memory kept": {"keep": False},
+         "rows padded to --max_length": {"pad": True}, "heads at every position": {"everywhere": True},
          "padded, everywhere, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
 SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=49152,
                hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -123,8 +124,10 @@ def teacher_states(folder: Path, teacher, examples: list[Example]) -> TeacherSta
 
 # -------------------------------------------------------------------------------------------------- steps, as processes
 def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, examples, cached=False, fused=True,
-             compile=False, pad=False, everywhere=False, chunk=0):
+             compile=False, keep=True, pad=False, everywhere=False, chunk=0):
     """→ a function of examples that makes an optimizer step → its loss, and one that counts its operations."""
+    if keep and device == "cpu":
+        keep_memory()
     options = Options(**METHODS["dskd_cma_ga"])
     heads.CHUNK = chunk or heads.CHUNK
     student = load(folder / "student", device=device).eval()            # no dropout, so that losses can be compared

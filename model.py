@@ -46,7 +46,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, attn_mask=mask)
             return y.flatten(1)[:, None]
         dropout, dtype = self.config.attention_dropout if self.training else 0.0, q.dtype
-        if q.device.type == "cpu" and q.requires_grad and q.size(2) <= self.float32_up_to:
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and q.requires_grad and q.size(2) <= self.float32_up_to:
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, enabled=False):      # they have the type in which this is computed
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,

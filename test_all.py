@@ -2370,6 +2370,7 @@ def test_toy_settings_are_the_toys_and_paper_settings_the_papers():
         assert field.metadata["help"]
 
 # -------------------------------------------------------------------------------------------------------------- running
+
 @pytest.mark.running
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is for glibc")
 def test_memory_of_tensors_is_kept():
@@ -2384,7 +2385,6 @@ for _ in range(9):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=HERE)
     assert int(done.stdout) < 100
-
 
 @pytest.mark.running
 @pytest.mark.parametrize("method", ("dskd_cma_ga", "uld"))

@@ -113,6 +113,10 @@ def total(chosen, parts, n):
     α, (CE, KD, GA, DTW) = factors(chosen)["kd_loss"], table.terms(parts, n)
     return (1 - α) * CE + α * KD + chosen.ga_weight * GA + chosen.dtw_weight * DTW
 
+def first_tokens(side, n):
+    """A side of an example, cut to the first n tokens of its response."""
+    return ta.Sequence(side.ids[:side.prompt_length + n], side.prompt_length, side.spans[:n], side.chunks[:n])
+
 def chunk_numbers(batch):
     """student_chunks and teacher_chunks from a stored M: a chunk is named by its first teacher position."""
     student_chunks = batch["chunk_mask"].argmax(2)
@@ -986,6 +990,21 @@ def test_chunks_from_their_definition():
                 assert mask[i, j] == (not any(low < cut <= high for cut in ends[0] & ends[1]))
 
 @pytest.mark.tokenize_align
+@pytest.mark.parametrize("way", ((0, 1), (1, 0), (0, 0)))
+def test_whole_chunks_are_those_that_no_cut_touches(way, world):
+    """Wherever either side is cut."""
+    tokenizers, touched = [ta.load_tokenizer(world / ("student", "teacher")[i]) for i in way], 0
+    texts = ["plums", "Mira eats 12 figs and then, of course, plums.", "héllo 你 🙂", "  two  spaces", ""]
+    for e in ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 999, 99)[0]:
+        for n_s, n_t in itertools.product(range(1, e.student.valid + 1), range(1, e.teacher.valid + 1)):
+            kept = set(e.student.chunks[:n_s]) & set(e.teacher.chunks[:n_t])
+            whole = kept - set(e.student.chunks[n_s:]) - set(e.teacher.chunks[n_t:])
+            touched += len(whole) < len(kept)
+            part = ta.Example(e.row, first_tokens(e.student, n_s), first_tokens(e.teacher, n_t))
+            assert set(range(part.whole_chunks)) == whole
+    assert touched > 20 or way == (0, 0)
+
+@pytest.mark.tokenize_align
 def test_batches(world):
     rows = read_rows(world / "data/train.jsonl")
     student, teacher = (ta.load_tokenizer(world / side) for side in ("student", "teacher"))
@@ -1600,6 +1619,20 @@ def test_a_chunk_without_counterpart_takes_nothing():
     assert losses[0]["nll_loss"] != losses[1]["nll_loss"]
 
 @pytest.mark.methods
+def test_next_bytes_of_no_mass():
+    """A prefix whose tokens have, in float64, no probability at all counts for nothing, and spoils nothing."""
+    masses, whole = torch.zeros(3, 257), torch.tensor([0.0, 1.0, 1.0])
+    masses[1:, 5], masses[1:, 7] = 0.25, 0.5
+    other = torch.zeros(3, 257)
+    other[:, 5], other[:, 7] = 0.5, 0.5
+    for mine, guide in (((masses, whole), (other, torch.ones(3))), ((other, torch.ones(3)), (masses, whole))):
+        mine = mine[0].clone().requires_grad_(), mine[1]
+        terms = byte_kd.next_byte_kl(mine, guide)
+        gradient, = torch.autograd.grad(terms.sum(), mine[0])
+        assert terms[0] == 0 and terms[1] == terms[2] > 0
+        assert torch.isfinite(gradient).all() and gradient[0].abs().sum() == 0 < gradient[1].abs().sum()
+
+@pytest.mark.methods
 @pytest.mark.parametrize("way", ((0, 1), (1, 0), (0, 0)))
 @pytest.mark.parametrize("lengths", ((99, 99), (4, 9), (9, 3)))
 def test_byte_kd_against_every_token(way, lengths, world, monkeypatch):
@@ -1627,8 +1660,7 @@ def test_byte_kd_against_every_token(way, lengths, world, monkeypatch):
     tokenizers = [ta.load_tokenizer(world / ("student", "teacher")[i]) for i in way]
     texts = ["plums", "Mira eats 12 figs.", "héllo 你 🙂", "  two  spaces", "a"]
     examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 999, 99)
-    cut = lambda s, n: ta.Sequence(s.ids[:s.prompt_length + n], s.prompt_length, s.spans[:n], s.chunks[:n])
-    examples = [ta.Example(e.row, cut(e.student, lengths[0]), cut(e.teacher, lengths[1])) for e in examples]
+    examples = [ta.Example(e.row, *map(first_tokens, (e.student, e.teacher), lengths)) for e in examples]
     paths = byte_kd.BytePaths(*tokenizers, examples, dict(enumerate(texts)), "cpu")
     batch, sizes, pair = ta.collate(examples, 0, 0), (5, 6), []
     torch.manual_seed(0)
@@ -1668,10 +1700,7 @@ def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatc
     tokenizers = [ta.load_tokenizer(world / ("student", "teacher")[i]) for i in way]
     texts = ["plums", "Mira eats 12 figs.", "héllo 你 🙂", "  two  spaces", "a"]
     examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 999, 99)
-    for e in examples:
-        for s, n in zip((e.student, e.teacher), lengths):
-            s.ids, s.spans = s.ids[:s.prompt_length + n], s.spans[:n]
-        e.student.chunks, e.teacher.chunks = ta.chunk_numbers(e.student.spans, e.teacher.spans)
+    examples = [ta.Example(e.row, *map(first_tokens, (e.student, e.teacher), lengths)) for e in examples]
     batch, sizes, pair = ta.collate(examples, 0, 0), (5, 6), []
     torch.manual_seed(0)
     for name, tokenizer, d in zip(("student", "teacher"), tokenizers, sizes):
@@ -1704,6 +1733,9 @@ def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatc
         close(found["nll_loss"].detach(), ce.detach(), 1e-5)
         for mine, other in zip(torch.autograd.grad(0.5 * found["nll_loss"] + 0.5 * found["kd_loss"], inputs), wanted):
             close(mine, other, 1e-4)
+    sure = torch.tensor([-1e-7, 0.0, 1e-6], requires_grad=True)         # the last: a certain one, rounded
+    gradient, = torch.autograd.grad(alm.binary_kl(torch.full((3,), -1.0), sure, temperature).sum(), sure)
+    assert torch.isfinite(gradient).all() and (gradient[:2] > 0).all()
     same = torch.tensor([-3.0, -0.1, -50.0])
     assert alm.binary_kl(same, same, 1.0).abs().max() == 0
     assert (alm.binary_kl(same, same - 1, 1.0) > 0).all()
@@ -4004,9 +4036,14 @@ def test_leak_counts_what_training_counts(two_runs, world, monkeypatch, capsys):
     close(report["z_t2s"], shares[0], 1e-6)
     close(report["teacher"], shares[1], 1e-6)
     assert f"{100 * (shares[0] - shares[1]):.1f} %" in capsys.readouterr().out
-    # cut where the other side has nothing: that chunk counts for neither
+    # cut where the other side has nothing, or not all of it: that chunk counts for neither
     right = torch.tensor([True, True, False, True])
     assert attention.right_chunks(right, [0, 0, 1, 2], 2).tolist() == [1, 0]
+    part = [ta.Example(e.row, first_tokens(e.student, k), first_tokens(e.teacher, 2))
+            for e in examples for k in (1, 2, 3)]
+    found = attention.attend(of_run.settings, part, student, of_run.teacher, of_run.projectors, (0, 0), leak=True)
+    assert [len(side) for s in found for side in s.right] == [e.whole_chunks for e in part for _ in range(2)]
+    assert any(e.whole_chunks <= min(e.student.chunks[-1], e.teacher.chunks[-1]) for e in part)
 
 @pytest.mark.probe
 def test_next_bytes_along_an_answer(world, tmp_path, monkeypatch, capsys):
@@ -4049,6 +4086,10 @@ def test_next_bytes_along_an_answer(world, tmp_path, monkeypatch, capsys):
     assert reports[1]["next_bytes"] == report["next_bytes"]
     with pytest.raises(InputError, match="--leak"):
         run_main(probe, monkeypatch, tmp_path / "run", "--leak")
+    opened.student.norm.weight.data *= 1e4          # so sure of itself that most prefixes have no mass
+    sure = probe.expect(opened, world / "data/dev.jsonl", 6)
+    assert any((a.student == 0).all(1).any() for a in sure)
+    assert all(torch.isfinite(values).all() for a in sure for values in a.values().values())
 
 @pytest.mark.probe
 def test_verdict():

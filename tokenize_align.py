@@ -249,6 +249,14 @@ class Example:
     student: Sequence
     teacher: Sequence
 
+    @property
+    def whole_chunks(self) -> int:
+        """How many chunks, from the first, have the same text on both sides, of which either may be cut."""
+        sides = self.student, self.teacher
+        last = min(side.chunks[-1] for side in sides)
+        ends = {side.spans[bisect.bisect_right(side.chunks, last) - 1][1] for side in sides}
+        return last + (len(ends) == 1)
+
 def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_length: int) -> tuple[list[int], bool]:
     """BOS where the model has one, then the prompt, cut to the limit in tokens → (ids, whether it was cut)."""
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)

@@ -16,7 +16,7 @@ from methods import heads
 from methods.heads import Parts, cross_entropy, in_chunks, label_nats
 from methods.sides import Side
 
-SMALLEST = 1e-6         # of −a and −b: a chunk that is certain would have a logarithm of 0
+SMALLEST = 1e-6         # taken off a and b: of a chunk that is certain, log(1 − e^b) would be infinite
 
 @dataclass
 class TextChunks:
@@ -43,9 +43,7 @@ class ChunkNumbers:
     def tensors(self, examples) -> dict[str, TextChunks]:
         numbers, starts, first, position = {"student": [], "teacher": []}, [], 0, 0
         for example in examples:
-            last = [max(s.chunks) for s in (example.student, example.teacher)]
-            ends = [s.spans[-1][1] for s in (example.student, example.teacher)]
-            both = min(last) + 1 if ends[0] == ends[1] else max(last)       # a last chunk that is cut is not the same
+            both = example.whole_chunks
             for side, chunks in (("student", example.student.chunks), ("teacher", example.teacher.chunks)):
                 numbers[side] += [first + k if k < both else -1 for k in chunks]
             starts += [(position + i, first + min(k, both)) for i, k in enumerate(example.student.chunks)
@@ -61,7 +59,7 @@ class ChunkNumbers:
 
 def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
     """The sum's term of every chunk from its log-likelihoods (C,), times τ."""
-    a, b = ((x / temperature).clamp(max=-SMALLEST) for x in (teacher, student))
+    a, b = (x.clamp(max=0) / temperature - SMALLEST for x in (teacher, student))
     rest = (-torch.expm1(a)) * ((-torch.expm1(a)).log() - (-torch.expm1(b)).log())
     return temperature * (a.exp() * (a - b) + rest)
 

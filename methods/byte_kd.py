@@ -178,8 +178,8 @@ def next_byte_kl(student, teacher) -> torch.Tensor:
     m_s, m_t = m_s * common, m_t * common
     r_s, r_t = m_s.sum(-1, keepdim=True).clamp(min=1e-30), m_t.sum(-1, keepdim=True).clamp(min=1e-30)
     log_ratio = (m_t.clamp(min=1e-30) / r_t).log() - (m_s.clamp(min=1e-30) / r_s).log()
-    w = (r_s.squeeze(-1) / whole_s * r_t.squeeze(-1) / whole_t).detach()
-    return w * (m_t / r_t * log_ratio * common).sum(-1)
+    w = r_s / whole_s[:, None].maximum(r_s) * r_t / whole_t[:, None].maximum(r_t)      # of no mass at all: KL is 0
+    return w.squeeze(-1).detach() * (m_t / r_t * log_ratio * common).sum(-1)
 
 def byte_terms(teacher: Side, next_bytes: NextBytes, temperature: float):
     """The teacher's next bytes → a function of the student's logits (n, V) and of their positions, a slice, that gives

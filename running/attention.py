@@ -64,8 +64,7 @@ def attend(options, examples: list[Example], student, teacher, projectors, pads:
             s, t = example.student.valid, example.teacher.valid
             queries = None if found.queries is None else found.queries[i, :s].float().cpu()
             rest = [x.float().cpu() for x in (found.attention[i, :s, :t], found.back[i, :t, :s], found.keys[i, :t])]
-            number = 1 + min(max(example.student.chunks), max(example.teacher.chunks))      # those that both sides have
-            chunks = [right_chunks(of[i], getattr(example, name).chunks, number)
+            chunks = [right_chunks(of[i], getattr(example, name).chunks, example.whole_chunks)
                       for of, name in zip(right, ("student", "teacher")) if leak]
             responses.append(Response(example.row, example.student, example.teacher, *rest, queries, chunks or None))
     return responses

@@ -69,7 +69,7 @@ def along(tokenizers, examples: list[Example], rows: list[Row], student, teacher
             hidden = valid.pack(valid.grid(decoder(batch[f"{side}_ids"].to(device))))
             logits = F.linear(hidden, decoder.head.weight)
             (masses, whole), _ = next_bytes.masses(side, logits, slice(0, len(logits)), 1.0)
-            expected[side] = (masses / whole[:, None]).float().cpu()
+            expected[side] = (masses / whole[:, None].clamp(min=1e-30)).float().cpu()
         found.append(Along(example.row, text, **expected))
     return found
 

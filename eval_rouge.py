@@ -216,7 +216,7 @@ class Config:
     seeds: list[int] = flag([10, 20, 30, 40, 50], "sampling seeds, one pass each", at_least=0, at_most=2**40)
     num: int = flag(0, "score only the first N rows of each set (0: all)", at_least=0)
     greedy: bool = flag(False, "take the likeliest token instead of sampling; one pass")
-    temperature: float = flag(1.0, "sampling temperature", at_least=1e-6)
+    temperature: float = flag(1.0, "sampling temperature (0: as --greedy)", at_least=0)
     batch_size: int = flag(32, "prompts answered together (0: on a GPU as many as its memory takes; the answers change "
                                "with it)", at_least=0)
     compile: bool = flag(False, "compile the step to one more token; pays where a set is large")
@@ -229,7 +229,7 @@ class Config:
     @property
     def passes(self) -> list[int | None]:
         """The seed of every pass over the rows; greedy answers need one pass and no seed."""
-        return [None] if self.greedy else self.seeds
+        return [None] if self.greedy or not self.temperature else self.seeds
 
 def main() -> None:
     with parallel.started():
@@ -293,6 +293,13 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
     """One set, answered with every seed → its part of rouge.json. The answers are written into out_dir."""
     tell_cut_prompts(name, rows, tokenizer, min(config.max_prompt_length, config.max_length - 1))
     references, scores, matches = [row.outputs for row in rows], [], []
+    limits = config.max_length, config.max_prompt_length, config.batch_size
+    bits = answer_bits(decoder, tokenizer, [(row.prompt, row.outputs[0]) for row in rows], *limits, f"{name}, bits")
+    if without := sum(not b for b, _ in bits):
+        told = f"{name}: {without} of {len(rows)} prompts leave no room for an answer within {config.max_length} tokens"
+        if without == len(rows):
+            raise InputError(f"{told}; pass a shorter --max_prompt_length")
+        print(f"{told}; left out of bits a byte")
     for seed in config.passes:
         temperature, desc = (0.0, "greedy") if seed is None else (config.temperature, f"seed {seed}")
         answers = answer_rows(decoder, tokenizer, rows, config.max_length, config.max_prompt_length, config.batch_size,
@@ -305,9 +312,7 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
                 for row, text, score in zip(rows, answers, each):
                     line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=round(100 * score, 2))
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    limits = config.max_length, config.max_prompt_length, config.batch_size
-    bits = answer_bits(decoder, tokenizer, [(row.prompt, row.outputs[0]) for row in rows], *limits, f"{name}, bits")
-    known = kl_to_truth(decoder, tokenizer, rows, *limits) if all(row.truth for row in rows) else None
+    known = None if without or not all(row.truth for row in rows) else kl_to_truth(decoder, tokenizer, rows, *limits)
     return {"rows": len(rows), "bits_per_byte": bits_per_byte(bits), "kl_to_truth": known,
             "bits": [round(b, 4) for b, _ in bits], "bytes": [n for _, n in bits],
             "rouge_l": statistics.mean(scores), "rouge_l_by_seed": scores,

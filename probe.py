@@ -20,7 +20,7 @@ import json
 import math
 import shlex
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import toy
 from files import hub
 from files.config import InputError, flag, parse
 from files.rows import Row, read_rows
-from methods.table import make_modules
+from methods.table import Options, make_modules
 from model import load
 from running import next_bytes, pictures
 from running.attention import (BATCH, DIRECTIONS, Response, adversary_numbers, attend, attention_values,
@@ -111,8 +111,10 @@ def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu", lay
     for what is no checkpoint of a method with a teacher."""
     out_dir, folder = folder_of_run(checkpoint), hub.model_dir(checkpoint)
     try:
-        settings = types.SimpleNamespace(**json.loads((out_dir / "config.json").read_text(encoding="utf-8")))
-        method, alignment, _ = settings.method, settings.alignment, settings.adversary
+        saved = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+        settings = types.SimpleNamespace(**{**asdict(Options()), **saved})      # of an earlier version, too
+        method, alignment = settings.method, settings.alignment
+        _ = settings.data, settings.max_length, settings.max_prompt_length          # are there
         teacher = teacher or settings.teacher
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{out_dir}/config.json: not what train.py writes ({error})") from error
@@ -121,14 +123,18 @@ def open_checkpoint(checkpoint: str, teacher: str = "", device: str = "cpu", lay
                          "--teacher names a model to compare its next bytes with)")
     if teacher == "toy":
         teacher = str(toy.folder("teacher"))
+    try:
+        guide = hub.model_dir(teacher)
+    except InputError as error:
+        raise InputError(f"{error}; --teacher says where the teacher lies now") from error
     layers = SIDES if alignment == "none" else layers
-    student, frozen = (load(name, device=device, layers=side in layers) for side, name in zip(SIDES, (folder, teacher)))
+    student, frozen = (load(name, device=device, layers=side in layers) for side, name in zip(SIDES, (folder, guide)))
     modules = None, None
     if alignment != "none":
         modules = make_modules(settings, student, frozen)
         modules = [module and module.to(device) for module in modules]
         load_modules(folder, *modules)
-    tokenizers = load_tokenizer(folder), load_tokenizer(teacher)
+    tokenizers = load_tokenizer(folder), load_tokenizer(guide)
     return Checkpoint(checkpoint, folder, settings, student, frozen, *modules, tokenizers)
 
 def first_examples(run: Checkpoint, file: Path, num: int) -> tuple[list[Row], list[Example]]:

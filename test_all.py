@@ -745,7 +745,8 @@ def test_golden_soft_dtw(batch_name):
     ('{"prompt": "", "output": "b"}', ':2: "prompt" must'), ('{"prompt": "a", "output": 3}', ':2: "output" must'),
     ('{"prompt": "a", "output": []}', "is empty"),
     ('{"prompt": "a", "output": "\\ud800"}', ":2: half of a surrogate"),
-    ('{"instruction": "a", "input": 3, "output": "b"}', '"input" must')])
+    ('{"instruction": "a", "input": 3, "output": "b"}', '"input" must'),
+    ('{"instruction": 5, "output": "b"}', '"instruction" must be a string that is not empty, found 5')])
 def test_rows_that_are_wrong(line, message, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "output": ["b", "c"]}\n' + line + "\n")
     with pytest.raises(InputError, match="x.jsonl" + message if message.startswith(":") else message):
@@ -2154,8 +2155,10 @@ def test_training_lowers_the_loss(method, more, world, tmp_path, monkeypatch, ca
 @pytest.mark.train
 @pytest.mark.parametrize("method", ("kd", "dskd"))
 def test_one_vocabulary(method, world, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="one vocabulary"):
+    with pytest.raises(InputError, match="one vocabulary.*every method but kd and dskd works"):
         run_main(train, monkeypatch, *flags(world, tmp_path / "no", method=method))
+    with pytest.raises(InputError, match="one vocabulary, and the toy's"):          # before it is prepared
+        checks.read_settings(train.Config, train.__doc__, ["--method", method])
     assert not (tmp_path / "no").exists()
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--teacher", str(world / "student"), method=method))
     assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"]
@@ -2205,9 +2208,17 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     run_main(train, monkeypatch, *argv, "--eval_num", "1")
     # nothing but the scorings of one row: once in training, by two models on two splits after it
     assert asked == [1] * 5
+    assert "the teacher's answers:" in capsys.readouterr().out
+    whole, counts = path.read_text(), path.with_suffix(".json")
+    for damage in (lambda: path.write_text(whole[:-9]), lambda: path.write_text("".join(whole.splitlines(True)[:-1])),
+                   lambda: counts.write_text("{}"), counts.unlink):
+        damage()
+        asked.clear()
+        run_main(train, monkeypatch, *argv, "--eval_num", "1")
+        assert (asked, path.read_text()) == ([8] * 6 + [1] * 5, whole)
+        assert f"{path}: damaged, made anew" in capsys.readouterr().out
     run_main(train, monkeypatch, *argv, "--max_length", "120")
     assert len(list(data.glob("train-by-teacher-*.jsonl"))) == 2
-    assert "the teacher's answers:" in capsys.readouterr().out
 
 @pytest.mark.train
 def test_who_learns(world, tmp_path, monkeypatch):
@@ -2391,13 +2402,15 @@ def test_errors_are_one_line_and_exit_2(world):
         assert word in result.stderr
 
 @pytest.mark.train
-def test_toy_settings_are_the_toys_and_paper_settings_the_papers():
+def test_toy_settings_are_the_toys_and_paper_settings_the_papers(monkeypatch):
     config = checks.read_settings(train.Config, train.__doc__, [])
     assert (config.teacher, config.student, config.data, config.lr) == ("toy", "toy", "toy", toy.TRAINING["lr"])
     config = checks.read_settings(train.Config, train.__doc__, ["--teacher", "qwen", "--student", "gpt2"])
     assert (config.data, config.lr, config.projector_lr, config.epochs, config.batch_size, config.temperature,
             config.max_length) == ("dolly", 5e-4, 1e-3, 20, 32, 2.0, 512)
     assert checks.read_settings(train.Config, train.__doc__, ["--lr", "0.5"]).lr == 0.5
+    with pytest.raises(InputError, match="nonsense"):
+        run_main(toy, monkeypatch, "--nonsense")
     for field in dataclasses.fields(train.Config):
         assert field.metadata["help"]
 
@@ -2540,12 +2553,15 @@ def test_resume_before_the_first_checkpoint(world, tmp_path, monkeypatch):
 @pytest.mark.running
 @pytest.mark.parametrize("file, content, message", [
     ("config.json", "{}", "not the folder of a run"), ("config.json", "[", "not the folder of a run"),
+    ("config.json", {"method": ["sft"]}, "--method .*: must be of type str"),
     ("last/training.json", "{", "damaged"),
     ("last/resume.safetensors", "xx", "damaged"), ("last/model.safetensors", "xx", "damaged .model.safetensors"),
     ("metrics.jsonl", None, "line of step 1 is missing")])
 def test_resume_from_a_damaged_run(file, content, message, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1", method="sft"))
-    (tmp_path / "run" / file).unlink() if content is None else (tmp_path / "run" / file).write_text(content)
+    path = tmp_path / "run" / file
+    content = json.dumps(json.loads(path.read_text()) | content) if isinstance(content, dict) else content
+    path.unlink() if content is None else path.write_text(content)
     with pytest.raises(InputError, match=message):
         run_main(train, monkeypatch, "--out_dir", tmp_path / "run", "--resume")
     with pytest.raises(InputError, match="not the folder of a run"):
@@ -3015,6 +3031,37 @@ def test_too_little_memory(quick_run, world, tmp_path, monkeypatch, capsys):
         assert "error: out of memory" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a defect"):
         hub.run(lambda: (_ for _ in ()).throw(RuntimeError("a defect")))
+
+@pytest.mark.running
+def test_what_the_machine_lacks_is_one_line(tmp_path, capsys):
+    """Weights that find no room on the disk, a terminal that does not know every letter."""
+    with pytest.raises(SystemExit) as left:
+        hub.run(lambda: save_file({"x": torch.zeros(1)}, tmp_path / "no folder" / "x"))
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    result = subprocess.run([sys.executable, HERE / "train.py", "--help"], capture_output=True, text=True, cwd=HERE,
+                            env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert "--kd_rate" in result.stdout
+
+@pytest.mark.running
+def test_what_is_said_of_the_toys_teacher(quick_run, capsys):
+    """It has a folder, not a name that other scripts know, and was fine-tuned."""
+    config = train.Config(teacher="toy", student="toy", data=str(quick_run), cache_teacher=True, out_dir="out")
+    report.recommend_sft(config, SimpleNamespace(source=quick_run / "best"))
+    report.print_results(config, SimpleNamespace(scored={}, rows={}, files={"dev": quick_run / "dev.jsonl"}), {})
+    printed = capsys.readouterr().out
+    assert "note: " not in printed
+    assert f"eval_rouge.py {toy.folder('teacher')} --data" in printed
+
+@pytest.mark.running
+def test_a_run_without_a_checkpoint_says_so(quick_run, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="a run that has no checkpoint yet"):
+        hub.model_dir(tmp_path)
+    with pytest.raises(InputError, match="best: is not there"):
+        setup.load_best(train.Config(), SimpleNamespace(out_dir=tmp_path))
+    assert hub.model_dir(quick_run) == quick_run / "best"
 
 @pytest.mark.running
 def test_the_type_is_chosen_once(quick_run, tmp_path, monkeypatch, capsys):
@@ -3704,8 +3751,34 @@ def test_eval_rouge(world, tmp_path, monkeypatch, capsys):
     run_main(eval_rouge, monkeypatch, *argv, "--greedy", "--out_dir", tmp_path / "greedy")
     assert json.loads((tmp_path / "greedy/rouge.json").read_text())["seeds"] == [None]
     assert len(list((tmp_path / "greedy").glob("*-greedy.jsonl"))) == 2
+    run_main(eval_rouge, monkeypatch, *argv, "--temperature", "0", "--out_dir", tmp_path / "zero")
+    assert json.loads((tmp_path / "zero/rouge.json").read_text()) == json.loads(
+        (tmp_path / "greedy/rouge.json").read_text())
     with pytest.raises(InputError, match="256 positions"):
         run_main(eval_rouge, monkeypatch, *argv, "--max_length", "300")
+
+@pytest.mark.eval_rouge
+def test_answers_without_room(world, tmp_path, monkeypatch, capsys):
+    """Where a prompt fills --max_length there are no bits to tell: that is said, and no 0 is counted."""
+    rows = [json.dumps({"prompt": prompt, "output": "figs", "truth": {"figs": 1.0}}) + "\n"
+            for prompt in ("figs " * 200, "say it")]
+    for name, some in (("both", rows), ("one", rows[1:]), ("none", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    argv = ["--greedy", "--max_length", "40", "--max_prompt_length", "40", "--out_dir", tmp_path / "out"]
+    sets = [tmp_path / f"{name}.jsonl" for name in ("both", "one")]
+    run_main(eval_rouge, monkeypatch, world / "student", "--data", *sets, *argv)
+    both, one = json.loads((tmp_path / "out/rouge.json").read_text())["sets"].values()
+    assert both["bits_per_byte"] == one["bits_per_byte"] > 1
+    assert both["kl_to_truth"] is None and one["kl_to_truth"] > 1
+    assert "both.jsonl: 1 of 2 prompts leave no room" in capsys.readouterr().out
+    with pytest.raises(InputError, match="none.jsonl: 1 of 1 prompts leave no room.*--max_prompt_length"):
+        run_main(eval_rouge, monkeypatch, world / "student", "--data", tmp_path / "none.jsonl", *argv)
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*", "*-states-*"))
+    shutil.copyfile(tmp_path / "none.jsonl", data / "dev.jsonl")
+    with pytest.raises(InputError, match="dev.jsonl: no row has a response token"):
+        run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--data", data, "--max_prompt_length", "128",
+                                            method="sft"))
 
 @pytest.mark.eval_rouge
 def test_sample(world, monkeypatch, capsys):
@@ -4148,6 +4221,12 @@ def test_curves_show_what_was_recorded(tmp_path, monkeypatch):
     assert list(panels["attention in the right chunk, dev"].lines[0].get_xdata()) == [1, 51, 101, 151]
 
 @pytest.mark.probe
+def test_results_of_nothing_are_drawn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.results(tmp_path / "r.png", "a run", {"student": {"bits_per_byte": 1.0, "rouge_l": 0.0}})
+
+@pytest.mark.probe
 def test_probe_refuses(two_runs, world, tmp_path, monkeypatch):
     run_main(train, monkeypatch, *flags(world, tmp_path / "sft", "--max_steps", "1", method="sft"))
     run_main(train, monkeypatch, *flags(world, tmp_path / "run", "--max_steps", "1"))
@@ -4166,15 +4245,38 @@ def test_probe_refuses(two_runs, world, tmp_path, monkeypatch):
     one.write_text((world / "data/dev.jsonl").read_text().splitlines(True)[0])
     with pytest.raises(InputError, match="2 is the least"):
         run_main(probe, monkeypatch, tmp_path / "run", "--data", one)
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    earlier = {name: value for name, value in settings.items() if name not in ("value", "gate")}
+    (tmp_path / "run/config.json").write_text(json.dumps(earlier))          # of a version without these
+    run_main(probe, monkeypatch, tmp_path / "run", "--num", "2", "--leak")
+    (tmp_path / "run/config.json").write_text(json.dumps({**settings, "teacher": "./gone"}))
+    with pytest.raises(InputError, match="./gone: .*--teacher says where"):
+        run_main(probe, monkeypatch, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(json.dumps(settings))
     (tmp_path / "run/best/discriminator.safetensors").write_text("x")
     with pytest.raises(InputError, match="discriminator.safetensors: missing or damaged"):
         run_main(probe, monkeypatch, tmp_path / "run")
-    (tmp_path / "run/metrics.jsonl").write_text("[]\n")
-    with pytest.raises(InputError, match="metrics.jsonl:1"):
-        run_main(probe, monkeypatch, tmp_path / "run", "--curves")
-    (tmp_path / "run/config.json").write_text("{}")
-    with pytest.raises(InputError, match="config.json: not what train.py writes"):
-        run_main(probe, monkeypatch, tmp_path / "run")
+    for damaged in (b"[]\n", b"\xff\n"):
+        (tmp_path / "run/metrics.jsonl").write_bytes(damaged)
+        with pytest.raises(InputError, match="metrics.jsonl:1"):
+            run_main(probe, monkeypatch, tmp_path / "run", "--curves")
+    for damaged in ({}, {**settings, "max_length": None}):
+        damaged = {name: value for name, value in damaged.items() if value is not None}
+        (tmp_path / "run/config.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="config.json: not what train.py writes"):
+            run_main(probe, monkeypatch, tmp_path / "run")
+
+@pytest.mark.tools
+def test_bench_of_small_models(world, tmp_path, monkeypatch, capsys):
+    """Random tokens are the models' own; what cannot be measured is refused."""
+    argv = ["--teacher", world / "teacher", "--student", world / "student", "--repeats", "1", "--batch_size", "1",
+            "--max_length", "256", "--out_dir", tmp_path / "out"]
+    run_main(bench, monkeypatch, *argv, "--only", "decoder", "step")
+    assert [row["ratio"] > 0 for row in json.loads((tmp_path / "out/bench.json").read_text())["table"]] == [True] * 3
+    for more, message in ((["--max_length", "300"], "256 positions, and 256 and --max_length 300"),
+                          (["--repeats", "32"], "--repeats 32: the rows make 32 batches")):
+        with pytest.raises(InputError, match=message):
+            run_main(bench, monkeypatch, *argv, *more)
 
 @pytest.mark.tools
 def test_compress(world, tmp_path, monkeypatch, capsys):
@@ -4209,7 +4311,7 @@ def test_compress(world, tmp_path, monkeypatch, capsys):
     for argv, message in (([world / "teacher"], "name a model"),
                           ([world / "teacher", "--out_dir", tmp_path], "is there"),
                           *([[world / "teacher", "--layers", wrong, "--out_dir", tmp_path / "x"], "--layers"]
-                            for wrong in ("3-1", "0,0", "a", "99", "2,1"))):
+                            for wrong in ("3-1", "0,0", "a", "99", "2,1", "0-0-0"))):
         with pytest.raises(InputError, match=message):
             run_main(compress, monkeypatch, *argv)
 

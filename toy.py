@@ -31,10 +31,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from files import hub
-from files.config import InputError
+from files.config import InputError, parse
 from files.tokenizer_config import GPT2_SPLIT
 from tokenize_align import ALPHABET
 
@@ -338,7 +339,12 @@ def prepare(sides: list[str], machine: list[str]) -> None:
         (run / "best").rename(folder(side))
         shutil.rmtree(run)
 
+@dataclass
+class Config:
+    pass                                    # no flags but --help
+
 def main() -> None:
+    parse(Config, __doc__)
     write_data_for(list(SETS))
     for name in SETS:
         lines = hub.data_file(name, "test").read_text(encoding="utf-8").splitlines()

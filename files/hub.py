@@ -18,6 +18,7 @@ import traceback
 import urllib.request
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from files.config import InputError
@@ -65,13 +66,15 @@ def run(main) -> None:
     several processes leaves at once, without the interpreter's shutdown: it would wait for peers that never come, and
     gloo's threads, which may still be letting go of their last tensors, would abort a run that is finished."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")    # of a terminal that lacks "→" or "−"
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:                     # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1                                # a run that ends here is not finished, but can be resumed
-    except (InputError, OSError) as error:      # OSError: a folder that cannot be written, a full disk
+    except (InputError, OSError, SafetensorError) as error:     # a folder that cannot be written, a full disk
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -167,7 +170,10 @@ def model_dir(name_or_dir: str | Path, weights: bool = True) -> Path:
     Raises InputError where there is no such folder or the hub does not give it."""
     path = Path(name_or_dir)
     if path.is_dir():
-        return next((path / part for part in ("best", "last") if (path / part / "config.json").exists()), path)
+        found = next((path / part for part in ("best", "last") if (path / part / "config.json").exists()), path)
+        if found == path and (path / "metrics.jsonl").exists():
+            raise InputError(f"{path}: a run that has no checkpoint yet (no best/ and no last/)")
+        return found
     name = str(name_or_dir)
     repo = MODELS.get(name, name)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):

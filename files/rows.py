@@ -55,10 +55,13 @@ def _read_row(place: str, line: str) -> Row:
         raise InputError(f"{place}: must be a JSON object with prompt and output, found {type(fields).__name__}")
     found = f"(found: {', '.join(fields) or 'nothing'})"
     prompt, output = fields.get("prompt"), fields.get("output")
-    if prompt is None and isinstance(fields.get("instruction"), str) and fields["instruction"].strip():
-        if not isinstance(fields.get("input") or "", str):
+    if prompt is None and fields.get("instruction") is not None:
+        instruction, text = fields["instruction"], fields.get("input") or ""
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise InputError(f'{place}: "instruction" must be a string that is not empty, found {instruction!r:.60}')
+        if not isinstance(text, str):
             raise InputError(f'{place}: "input" must be a string')
-        prompt = make_prompt(fields["instruction"], fields.get("input") or "")
+        prompt = make_prompt(instruction, text)
     if prompt is None:
         raise InputError(f'{place}: no "prompt" field, nor an "instruction" {found}')
     if not isinstance(prompt, str) or not prompt.strip():

@@ -108,13 +108,11 @@ def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, 
                 "max_length": max_length, "max_prompt_length": max_prompt_length, "temperature": 0.0}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = data_file.with_name(f"{data_file.stem}-by-{hub.label(Path(name).name)}-{key}.jsonl")
-    found = None
-    if parallel.is_first() and path.exists():
-        found = read_rows(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    found = _read_answers(path) if parallel.is_first() and path.exists() else None
     kept, counts = parallel.gather(found)[0] or (None, None)            # the first process's disk decides
     if kept is None:
         answers = _answer_all(path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size)
-        kept = [Row(rows[i].prompt, [answers[i][0]]) for i in range(len(rows)) if answers[i][0]]
+        kept = [Row(rows[i].prompt, [answers[i][0]]) for i in range(len(rows)) if answers[i][0].strip()]
         if not kept:
             raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
         counts = {"rows": len(rows), "empty_answers": len(rows) - len(kept),
@@ -131,6 +129,17 @@ def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher: Decoder, 
     print(f"the teacher's answers: {path} ({len(rows)} prompts, {counts['empty_answers']} empty answers left out, "
           f"{counts['unended_answers']} cut at {max_length} tokens)")
     return kept
+
+def _read_answers(path: Path) -> tuple[list[Row], dict[str, int]] | None:
+    """The rows that an earlier run wrote, and their counts; None where they are not whole, which is told."""
+    try:
+        kept, counts = read_rows(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if counts["unended_answers"] <= counts["rows"] == len(kept) + counts["empty_answers"]:
+            return kept, counts
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        pass                                            # told of below
+    print(f"{path}: damaged, made anew")
+    return None
 
 def _partials(path: Path) -> list[Path]:
     """Where processes, of this start or one before, keep their answers until all are there."""

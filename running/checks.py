@@ -20,7 +20,7 @@ def read_settings(cls, description: str, argv: list[str] | None = None):
         name = given.get("method", toy.TRAINING["method"] if is_toy else cls.method)
         if given.get("resume"):
             saved = saved_config(cls, Path(given.get("out_dir") or newest_run(cls(**{**given, "method": name}))), given)
-            return {**METHODS.get(saved["method"], {}), **saved}
+            return {**METHODS.get(str(saved["method"]), {}), **saved}
         return {**(toy.TRAINING if is_toy else {}), "method": name, **METHODS[name],
                 **({} if "alignment" in METHODS[name] else {"probe_interval": 0}),
                 **({"student": "toy", "data": "toy"} if is_toy else {"data": "dolly"})}
@@ -42,6 +42,8 @@ def check_flags(config) -> None:
     method, sharded = config.method, config.shard_student or config.shard_teacher
     if method in WITHOUT_KD and (config.cache_teacher or config.shard_teacher):
         raise InputError(f"--cache_teacher, --shard_teacher: --method {method} does not train with the teacher")
+    if method in ONE_VOCABULARY and config.student == config.teacher == "toy":
+        raise InputError(f"--method {method} needs one vocabulary, and the toy's two models have two")
     if config.alignment == "none" and config.probe_interval:
         raise InputError(f"--probe_interval: --method {method} has no attention to look at")
     if config.lora_rank and config.student_init == "random":
@@ -95,7 +97,7 @@ def check_pair(config, student, teacher, tokenizers: dict) -> None:
             raise InputError(f"--max_length {config.max_length}: {name} has {model.config.max_positions} positions")
     if config.method in ONE_VOCABULARY and not same_vocabulary(tokenizers["student"], tokenizers["teacher"]):
         raise InputError(f"--method {config.method} needs one vocabulary, but {config.teacher} and {config.student} "
-                         "have different ones; every other method works with any two")
+                         f"have different ones; every method but {' and '.join(ONE_VOCABULARY)} works with any two")
 
 def same_vocabulary(a, b) -> bool:
     """Whether two tokenizers have the same tokens under the same ids."""

@@ -270,7 +270,7 @@ def results(path: Path, title: str, scores: dict[str, dict[str, float]]) -> Path
         shapes = axes.barh(names, values, color=["tab:orange" if name == "student" else "tab:blue" for name in names])
         axes.bar_label(shapes, [f"{value:.3f}" if metric == "bits_per_byte" else f"{value:.1f}" for value in values],
                        padding=3, fontsize=8)
-        axes.set_xlim(0, 1.2 * max(values))
+        axes.set_xlim(0, 1.2 * max(values) or 1)
         axes.set_xlabel(label)
     return save(figure, path, dpi=110)
 

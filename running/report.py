@@ -18,7 +18,7 @@ OF_TEACHER = ("s2t_acc", "teacher_acc", "adversary_key_loss", "adversary_key_acc
 
 def recommend_sft(config, teacher) -> None:
     """Say so where the teacher has not learned the data."""
-    if not hub.same_data(config.data, hub.trained_on(teacher.source)):
+    if config.teacher != "toy" and not hub.same_data(config.data, hub.trained_on(teacher.source)):
         print(f"note: the teacher was not fine-tuned on {config.data} by this script, as the papers do first:\n"
               f"      python train.py --method sft --student {config.teacher} --data {config.data} --lr 2e-5 --epochs "
               "3 --out_dir out/teacher\n"
@@ -105,7 +105,8 @@ def print_results(config, run, results: dict[str, dict[str, dict[str, float]]]) 
     for name, of in results.items():
         name = f"{name} {getattr(config, name, '')}"
         print(f"{name:<32.32}" + "".join(f"{x['bits_per_byte']:18.3f}{x['rouge_l']:8.2f}" for x in of.values()))
-    teacher, data, out_dir = map(shlex.quote, (config.teacher, config.data, config.out_dir))
+    teacher = str(toy.folder("teacher")) if config.teacher == "toy" else config.teacher
+    teacher, data, out_dir = map(shlex.quote, (teacher, config.data, config.out_dir))
     if config.cache_teacher:
         print(f"\nthe teacher was not loaded; its score:  python eval_rouge.py {teacher} --data {data}")
     more = {"toy": toy.SETS, "dolly": hub.PAPER_SETS}.get(

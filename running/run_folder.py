@@ -63,8 +63,8 @@ def is_run(folder: Path) -> bool:
 def read_metrics(out_dir: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl. Raises InputError for a line that train.py did not write, or where there is
     none."""
-    records = []
-    for number, line in enumerate((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True), 1):
+    records, text = [], (out_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(True), 1):
         if line.endswith("\n"):             # the last line of a run that is going on may be half-written
             try:
                 record = json.loads(line)

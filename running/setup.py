@@ -26,7 +26,7 @@ from running.checkpoint import last_checkpoint, load_checkpoint
 from running.checks import check_machine, check_pair, same_vocabulary
 from running.generation import compile_steps
 from running.run_folder import Stop, check_out_dir, keep_metrics, locked, start_run
-from tokenize_align import Example, Tokenizer, load_tokenizer
+from tokenize_align import Example, Tokenizer, encode_rows, load_tokenizer
 
 @dataclass
 class Run:
@@ -189,6 +189,10 @@ def load_examples(config, run: Run) -> None:
               f"rows dropped, because no response token fits into {config.max_length}")
     if not run.examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
+    for split, scored in run.scored.items():
+        limits = config.max_length, config.max_prompt_length
+        if not any(encode_rows([row], student, student, *limits)[0] for row in scored):
+            raise InputError(f"{run.files[split]}: no row has a response token within --max_length {config.max_length}")
     run.pairing = run.pairing or pairing_of(config, student, teacher, run.examples, rows, run.device)
     if config.cache_teacher:
         run.states = cache.TeacherStates(run.files["train"], config.teacher, run.teacher.source, run.examples,
@@ -234,6 +238,8 @@ def to_score(config, run: Run) -> Iterator[tuple[str, Decoder]]:
 def load_best(config, run: Run) -> Decoder:
     """The best checkpoint, in parts where the student is, which gives way to it."""
     run.student = run.projectors = run.adversary = None
+    if not (run.out_dir / "best").exists():
+        raise InputError(f"{run.out_dir / 'best'}: is not there (any more); {run.out_dir / 'last'} is the newest")
     decoder = load_or_receive(run.out_dir / "best", torch.float32, run.device, config.shard_student)
     if config.shard_student:
         parallel.shard(decoder, run.device)

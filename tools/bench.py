@@ -62,7 +62,7 @@ QWEN = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="
             hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
             num_key_value_heads=16, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1000000.0,
             tie_word_embeddings=False, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
-WIDE = dict(vocab_size=40000, eos_token_id=0)               # random tokens are below it
+WIDE = dict(vocab_size=40000, eos_token_id=0)
 SHAPES = {"small": (SMOLLM2, GPT2_124M), "papers": (QWEN, GPT2_124M), "tiny": (toy.TEACHER | WIDE, toy.STUDENT | WIDE)}
 
 @dataclass
@@ -87,11 +87,17 @@ class Config:
 # ------------------------------------------------------------------------------------------------ what is measured on
 def prepare(config: Config, folder: Path) -> None:
     """Write both models, and examples of a few batches made as train.py makes them, into `folder`, for the workers."""
+    tokens = 40000                                                      # fewer where a vocabulary is smaller
     for side, shape in zip(("teacher", "student"), SHAPES[config.shapes]):
         name = getattr(config, side)
         torch.manual_seed(0)
         init = "pretrained" if name and side == "teacher" else "random"
-        load(name or with_shape(folder / side, shape), init).save(folder / side)
+        decoder = load(name or with_shape(folder / side, shape), init)
+        if decoder.config.max_positions < max(256, config.max_length):
+            raise InputError(f"--{side} {name}: has {decoder.config.max_positions} positions, and 256 and --max_length "
+                             f"{config.max_length} are to be measured")
+        decoder.save(folder / side)
+        tokens = min(tokens, decoder.config.vocab_size)
     stretch, half = 32 * config.batch_size, config.max_length // 2      # rows that train.py sorts by length together
     if config.data:
         rows = read_rows(hub.data_file(config.data, "train"))[:stretch]
@@ -101,9 +107,11 @@ def prepare(config: Config, folder: Path) -> None:
         rng, examples = random.Random(0), []
         for row in range(stretch):          # the lengths of Dolly's prompts and responses are about log-normal
             prompt, response = (min(int(rng.lognormvariate(*of)) + 2, half) for of in ((4.5, 0.6), (4.2, 1.0)))
-            ids = [rng.randrange(40000) for _ in range(prompt + response)]
+            ids = [rng.randrange(tokens) for _ in range(prompt + response)]
             examples.append(Example(row, Sequence(ids, prompt, [], []), Sequence(ids, prompt, [], [])))
     batches = make_batches(examples, config.batch_size, seed=1)
+    if len(batches) <= config.repeats:
+        raise InputError(f"--repeats {config.repeats}: the rows make {len(batches)} batches, and one is not counted")
     batches.sort(key=lambda batch: sum(len(e.student.ids) for e in batch))
     first = (len(batches) - config.repeats - 1) // 2                    # those of middling length
     chosen = [asdict(example) for batch in batches[first:first + config.repeats + 1] for example in batch]
@@ -289,7 +297,7 @@ def bench_decoder(config: Config, folder: Path) -> list[dict]:
     for side in ("student", "teacher"):
         ours = load(folder / side, device=config.device)
         theirs = Reference(folder / side, torch.float32).to(config.device)
-        ids = torch.randint(0, 40000, (config.batch_size, 256), device=config.device)
+        ids = torch.randint(0, ours.config.vocab_size, (config.batch_size, 256), device=config.device)
 
         def forward_and_backward(model):
             with hub.autocast(config.device, config.computed_in):
@@ -304,7 +312,7 @@ def bench_generation(config: Config, folder: Path) -> list[dict]:
     ours = load(folder / "teacher", dtype=config.computed_in, device=config.device)
     theirs, rng, new, results = from_transformers(folder / "teacher", config.computed_in), random.Random(0), 64, []
     theirs.to(config.device)
-    prompts = [[rng.randrange(5, 40000) for _ in range(rng.randrange(20, 120))] for _ in range(16)]
+    prompts = [[rng.randrange(5, ours.config.vocab_size) for _ in range(rng.randrange(20, 120))] for _ in range(16)]
     ids, mask = (x.to(config.device) for x in left_pad(prompts, 0))
 
     def reference():

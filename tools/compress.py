@@ -33,7 +33,7 @@ class Config:
 def chosen_layers(text: str, number: int) -> list[int]:
     """Of "0-2,5" it is [0, 1, 2, 5], of "" all. Raises InputError for what does not rise within 0 … number − 1."""
     try:
-        ranges = [[int(end) for end in part.split("-")] for part in text.split(",")] if text else [[0, number - 1]]
+        ranges = [[int(end) for end in part.split("-", 1)] for part in text.split(",")] if text else [[0, number - 1]]
         layers = [layer for first, *last in ranges for layer in range(first, (last or [first])[-1] + 1)]
         if not layers or sorted(set(layers)) != layers or layers[-1] >= number:
             raise ValueError

@@ -991,6 +991,14 @@ def test_chunks_from_their_definition():
                 assert mask[i, j] == (not any(low < cut <= high for cut in ends[0] & ends[1]))
 
 @pytest.mark.tokenize_align
+def test_ids_that_only_the_model_has_are_no_text(world):
+    """A head may be larger than the vocabulary (Qwen's are), and what is sampled from it too."""
+    for side in ("student", "teacher"):
+        tokenizer = ta.load_tokenizer(world / side)
+        ids = tokenizer.encode("figs")
+        assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.vocab_size + 9]) == "figs"
+
+@pytest.mark.tokenize_align
 @pytest.mark.parametrize("way", ((0, 1), (1, 0), (0, 0)))
 def test_whole_chunks_are_those_that_no_cut_touches(way, world):
     """Wherever either side is cut."""
@@ -1162,6 +1170,9 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     state["lm_head.weight"] = state["wte.weight"].clone()
     save_file(state, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())         # what copies of such configs say beside
+    (tmp_path / "config.json").write_text(json.dumps(config | {
+        "_num_labels": 1, "is_decoder": True, "_attn_implementation_autoset": True, "unsloth_fixed": True}))
     ids = torch.randint(0, 97, (2, 9))
     decoder = model.load(tmp_path)
     close(decoder.logits(decoder(ids)).detach(), reference(ids).logits.detach())
@@ -2184,6 +2195,7 @@ def test_seqkd_answers_once_and_goes_on(world, tmp_path, monkeypatch, capsys):
     assert len(partial.read_text().splitlines()) == 24
     assert not (tmp_path / "run").exists()
     partial.write_text(partial.read_text() + '[40, "half a li]')
+    partial.with_name(f"{partial.name}1.host.1.tmp").mkdir()            # another process is writing its own
     asked.clear()
     monkeypatch.setattr(answers, "generate", lambda self, ids, *rest,
                         **named: asked.append(len(ids)) or real_generate(self, ids, *rest, **named))
@@ -4314,6 +4326,9 @@ def test_compress(world, tmp_path, monkeypatch, capsys):
                             for wrong in ("3-1", "0,0", "a", "99", "2,1", "0-0-0"))):
         with pytest.raises(InputError, match=message):
             run_main(compress, monkeypatch, *argv)
+    monkeypatch.setattr(compress, "load_tokenizer", lambda name: SimpleNamespace(vocab_size=10**6))
+    with pytest.raises(InputError, match="the tokenizer has 1000000 ids"):
+        run_main(compress, monkeypatch, world / "teacher", "--out_dir", tmp_path / "x")
 
 @pytest.mark.tools
 def test_launches_stay_few(world):

@@ -51,6 +51,10 @@ class Tokenizer:
         """The text of some ids; control tokens (EOS and its like) give nothing, broken UTF-8 gives U+FFFD."""
         raise NotImplementedError
 
+    def texts(self, ids: list[int]) -> list[int]:
+        """The ids that are text: not control tokens, nor those that only the model has, whose head may have more."""
+        return [i for i in ids if i < self.vocab_size and i not in self.control]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id adds to a text (of a control token: its name)."""
         raise NotImplementedError
@@ -110,7 +114,7 @@ class ByteLevelBPE(Tokenizer):
         return ids.tolist(), _spans(ends)
 
     def decode(self, ids):
-        return b"".join(self.bytes_of[i] for i in ids if i not in self.control).decode("utf-8", errors="replace")
+        return b"".join(map(self.bytes_of.__getitem__, self.texts(ids))).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id):
         return self.bytes_of[token_id]
@@ -151,7 +155,7 @@ class SentencePiece(Tokenizer):
         return ids, _spans(offset[np.cumsum([len(self.bytes_of[i]) for i in ids], dtype=int)])
 
     def decode(self, ids):
-        return self.model.decode([i for i in ids if i not in self.control])
+        return self.model.decode(self.texts(ids))
 
     def token_bytes(self, token_id):
         piece = self.bytes_of[token_id]

@@ -22,7 +22,8 @@ HARMLESS = set("""architectures model_type dtype torch_dtype transformers_versio
     pretraining_tp max_window_layers is_llama_config transformers.js_config keys_to_ignore_at_inference
     return_dict output_hidden_states output_attentions chunk_size_feed_forward id2label label2id problem_type
     reorder_and_upcast_attn attn_implementation _attn_implementation max_length num_labels finetuning_task license
-    gradient_checkpointing predict_special_tokens n_special output_past""".split())
+    gradient_checkpointing predict_special_tokens n_special output_past _num_labels _attn_implementation_autoset
+    is_decoder unsloth_fixed unsloth_version""".split())
 
 @dataclasses.dataclass
 class ModelConfig:

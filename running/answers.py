@@ -143,7 +143,8 @@ def _read_answers(path: Path) -> tuple[list[Row], dict[str, int]] | None:
 
 def _partials(path: Path) -> list[Path]:
     """Where processes, of this start or one before, keep their answers until all are there."""
-    return sorted(path.parent.glob(f"{path.stem}.partial*"))
+    every = sorted(path.parent.glob(f"{path.stem}.partial*"))
+    return [partial for partial in every if partial.suffix.startswith(".partial")]     # none that is being written
 
 def _answer_all(path: Path, rows, teacher, tokenizer, max_length, max_prompt_length, batch_size) -> dict[int, tuple]:
     """Every row's answer, and whether it ended. The processes share the rows and exchange the answers; those that stand

@@ -102,6 +102,7 @@ def main() -> None:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir}: is there already; name a new folder")
     decoder, before = load(config.model), load_tokenizer(config.model)
+    hub.check_vocabulary(config.model, decoder.config.vocab_size, before.vocab_size)
     size = sum(p.numel() for p in decoder.parameters())
     layers = chosen_layers(config.layers, len(decoder.layers))
     after = load_tokenizer(config.tokenizer) if config.tokenizer else None

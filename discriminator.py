@@ -1,6 +1,6 @@
 """Key-query matching by an adversary (DSKD-CMA-GA, arXiv 2603.22056), which learns to tell keys from queries while the
 queries' projector learns to fool it through gradient reversal R (arXiv 1505.07818): identity forward, −1 × gradient
-backward. Keys are constants. Two adversaries:
+backward. Keys are constants. Three kinds:
 
 gan, a discriminator C (keys are 1, queries 0):
     C(v): highway u = g·relu(H v) + (1 − g)·v, g = σ(H v);  dropout;  Linear;  LeakyReLU 0.1;  Linear → 1

@@ -104,10 +104,13 @@ def bits_per_byte(bits: list[tuple[float, int]]) -> float:
     """Σ bits / Σ bytes: what the answers cost, whichever tokens they are cut into."""
     return sum(b for b, _ in bits) / max(1, sum(n for _, n in bits))
 
-def kl_to_truth(decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, batch_size: int) -> float:
-    """KL(truth ‖ model) in bits an answer, the mean over rows, which have a `truth`."""
+def kl_to_truth(decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
+                batch_size: int) -> float | None:
+    """KL(truth ‖ model) in bits an answer, the mean over rows, which have a `truth`; None where one is cut."""
     pairs = [(row.prompt, answer) for row in rows for answer in row.truth]
     bits = answer_bits(decoder, tokenizer, pairs, max_length, max_prompt_length, batch_size, "KL to the truth")
+    if any(n < len(answer.encode()) for (_, answer), (_, n) in zip(pairs, bits)):
+        return None                                 # of an answer that is cut the model's probability is not known
     truth = [p for row in rows for p in row.truth.values()]
     return sum(p * (math.log2(p) + b) for p, (b, _) in zip(truth, bits)) / len(rows)
 
@@ -295,7 +298,7 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
     references, scores, matches = [row.outputs for row in rows], [], []
     limits = config.max_length, config.max_prompt_length, config.batch_size
     bits = answer_bits(decoder, tokenizer, [(row.prompt, row.outputs[0]) for row in rows], *limits, f"{name}, bits")
-    if without := sum(not b for b, _ in bits):
+    if without := bits.count((0.0, 0)):
         told = f"{name}: {without} of {len(rows)} prompts leave no room for an answer within {config.max_length} tokens"
         if without == len(rows):
             raise InputError(f"{told}; pass a shorter --max_prompt_length")
@@ -312,7 +315,7 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row], ou
                 for row, text, score in zip(rows, answers, each):
                     line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=round(100 * score, 2))
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    known = None if without or not all(row.truth for row in rows) else kl_to_truth(decoder, tokenizer, rows, *limits)
+    known = kl_to_truth(decoder, tokenizer, rows, *limits) if all(row.truth for row in rows) else None
     return {"rows": len(rows), "bits_per_byte": bits_per_byte(bits), "kl_to_truth": known,
             "bits": [round(b, 4) for b, _ in bits], "bytes": [n for _, n in bits],
             "rouge_l": statistics.mean(scores), "rouge_l_by_seed": scores,

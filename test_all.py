@@ -3785,6 +3785,14 @@ def test_answers_without_room(world, tmp_path, monkeypatch, capsys):
     assert "both.jsonl: 1 of 2 prompts leave no room" in capsys.readouterr().out
     with pytest.raises(InputError, match="none.jsonl: 1 of 1 prompts leave no room.*--max_prompt_length"):
         run_main(eval_rouge, monkeypatch, world / "student", "--data", tmp_path / "none.jsonl", *argv)
+    cut = {"prompt": "say it", "output": "figs", "truth": {"figs": 0.5, "figs " * 60: 0.5}}
+    (tmp_path / "one.jsonl").write_text(json.dumps(cut))                # of a truth that is cut no KL is known
+    run_main(eval_rouge, monkeypatch, world / "student", "--data", tmp_path / "one.jsonl", *argv)
+    assert json.loads((tmp_path / "out/rouge.json").read_text())["sets"].popitem()[1]["kl_to_truth"] is None
+    with monkeypatch.context() as patch:                                # one that is certain has room
+        patch.setattr(eval_rouge, "answer_bits", lambda decoder, tokenizer, pairs, *rest: [(0.0, 4)] * len(pairs))
+        run_main(eval_rouge, patch, world / "student", "--data", tmp_path / "both.jsonl", *argv)
+    assert "no room" not in capsys.readouterr().out
     data = tmp_path / "data"
     shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*", "*-states-*"))
     shutil.copyfile(tmp_path / "none.jsonl", data / "dev.jsonl")
@@ -4161,7 +4169,15 @@ def test_next_bytes_along_an_answer(world, tmp_path, monkeypatch, capsys):
     close(report["next_bytes"]["student_bits"], ends.mean(), 1e-6)
     same = next_bytes.Along(0, answer.text, answer.teacher, answer.teacher)
     assert float(same.kl.abs().max()) < 1e-6
-    assert float(answer.kl.min()) > -1e-3
+    assert min(float(a.kl.min()) for a in found) > -1e-6
+    rows, examples = probe.first_examples(opened, world / "data/dev.jsonl", 6)         # it is the loss of byte_kd
+    batch = ta.collate(examples, *(t.eos_id for t in opened.tokenizers))
+    paths = byte_kd.BytePaths(*opened.tokenizers, examples, {e.row: rows[e.row].outputs[0] for e in examples}, "cpu")
+    batch |= paths.tensors(examples)
+    with torch.no_grad():
+        loss = table.distill(table.Options(method="byte_kd", temperature=1.0), batch, opened.student, opened.teacher,
+                             None, None, 0, {"nll_loss": 0.5, "kd_loss": 0.5})["kd_loss"]
+    close(sum(a.kl.sum() for a in found) * math.log(2), loss, 1e-4)
     printed = capsys.readouterr().out
     assert "KL(teacher ‖ student), bits a byte" in printed
     assert (tmp_path / "run/probe/next_bytes.png").read_bytes()[:4] == b"\x89PNG"
@@ -4370,11 +4386,12 @@ def test_card(tmp_path, capsys, monkeypatch):
     numbers come from what it left."""
     config = graphics.Config()
     for cards in (0, 1, 4):
+        assert ("shard" in graphics.commands(config, tmp_path, cards)) == (cards != 1)
         for name, command in graphics.commands(config, tmp_path, cards).items():
             if "train.py" in command:
                 checks.read_settings(train.Config, "", command[command.index("train.py") + 1:])
-                assert ("--shard_student" in command) == (name == "shard" and cards != 1)
-                assert (f"--nproc_per_node={cards or 2}" in command) == (name == "shard" and cards != 1)
+                assert ("--shard_student" in command) == (name == "shard")
+                assert (f"--nproc_per_node={cards or 2}" in command) == (name == "shard")
             elif name == "step":
                 parse(bench.Config, "", command[command.index("tools.bench") + 1:])
     python = [sys.executable, "-c"]
@@ -4393,6 +4410,12 @@ def test_card(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(graphics, "commands", lambda *args: {"toy": python + ["print('ok')"], "step": python + ["1/0"]})
     with pytest.raises(InputError, match="not this command's"):
         run_main(graphics, monkeypatch, "--only", "toy", "--out_dir", tmp_path, "--device", "cpu")
+    def interrupted(name, command, out_dir, seconds):
+        (out_dir / f"{name}.log").touch()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(graphics, "run", interrupted)
+        run_main(graphics, patch, "--only", "toy", "--out_dir", tmp_path / "out", "--device", "cpu")
     with pytest.raises(SystemExit):
         run_main(graphics, monkeypatch, "--only", "toy", "step", "--out_dir", tmp_path / "out", "--device", "cpu")
     printed = capsys.readouterr().out
@@ -4591,25 +4614,22 @@ def test_the_paired_bootstrap_against_all_draws():
     """Two seeds, a set of three rows and one of two: all 2² · 3³ · 2² draws, weighed equally."""
     rng = np.random.default_rng(3)
     ours, theirs = ([[rng.random(3), rng.random(2)] for _ in range(2)] for _ in range(2))
-    every = []
-    for seeds in itertools.product(range(2), repeat=2):
-        for first in itertools.product(range(3), repeat=3):
-            for second in itertools.product(range(2), repeat=2):
-                score = lambda side: np.mean([np.mean([np.mean([side[s][0][i] for i in first]),
-                                                       np.mean([side[s][1][i] for i in second])]) for s in seeds])
-                every.append(score(ours) - score(theirs))
-    mean, low, high = measures.paired_bootstrap(ours, theirs, resamples=40_000)
-    assert mean == pytest.approx(np.mean([np.mean([a.mean() for a in x]) - np.mean([b.mean() for b in y])
-                                          for x, y in zip(ours, theirs)]))
-    weights = [np.array([1.0, 2.0, 4.0]), np.array([3.0, 1.0])]        # Σ rows / Σ weights, of every draw
-    ratio = lambda side, k, rows: sum(side[k][i] for i in rows) / sum(weights[k][i] for i in rows)
-    of_all = np.mean([[ratio(x, 0, range(3)) - ratio(y, 0, range(3)), ratio(x, 1, range(2)) - ratio(y, 1, range(2))]
-                      for x, y in zip(ours, theirs)])
-    assert measures.paired_bootstrap(ours, theirs, weights)[0] == pytest.approx(of_all)
-    draws = np.sort(every)
-    spread = draws[-1] - draws[0]
-    assert abs(low - np.percentile(draws, 2.5)) < 0.02 * spread
-    assert abs(high - np.percentile(draws, 97.5)) < 0.02 * spread
+    unequal = [[np.array([1.0, 2.0, 4.0]), np.array([3.0, 1.0])], [np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0])]]
+    for weights in (None, unequal):             # unequal: Σ rows / Σ weights, each side's own, of every draw
+        def score(which, seeds, draws):
+            of = weights[which] if weights else [np.ones(3), np.ones(2)]
+            return np.mean([np.mean([sum(ours_or_theirs[s][k][i] for i in rows) / sum(of[k][i] for i in rows)
+                                     for k, rows in enumerate(draws)])
+                            for s in seeds for ours_or_theirs in [(ours, theirs)[which]]])
+        difference = lambda *drawn: score(0, *drawn) - score(1, *drawn)
+        draws = np.sort([difference(seeds, (first, second))
+                         for seeds in itertools.product(range(2), repeat=2)
+                         for first in itertools.product(range(3), repeat=3)
+                         for second in itertools.product(range(2), repeat=2)])
+        mean, low, high = measures.paired_bootstrap(ours, theirs, weights, resamples=40_000)
+        assert mean == pytest.approx(difference(range(2), (range(3), range(2))))
+        assert abs(low - np.percentile(draws, 2.5)) < 0.02 * (draws[-1] - draws[0])
+        assert abs(high - np.percentile(draws, 97.5)) < 0.02 * (draws[-1] - draws[0])
     assert measures.paired_bootstrap(ours, ours)[:] == (0.0, 0.0, 0.0)
 
 @pytest.mark.tools
@@ -4636,6 +4656,10 @@ def test_table_of_handmade_results():
     assert b["differences"] == {"a": {"toy": {"bits_per_byte": (3.0, 3.0, 3.0), "rouge_l": (2.0, 2.0, 2.0)},
                                       "OOD": {"bits_per_byte": (0.0, 0.0, 0.0), "rouge_l": (0.0, 0.0, 0.0)}}}
     assert a["differences"] == c["differences"] == {}
+    for record in records[2:4]:                 # where a row cuts answers elsewhere, its bytes are its own
+        record["sets"]["toy"]["bytes"] = [4, 4]
+    b = tables.summarize(records, ["a", "b"], ["toy", "toy-kinds"], "toy", ["a"])[1]
+    assert b["differences"]["a"]["toy"]["bits_per_byte"][0] == pytest.approx(0.75 * 22 - 1.5 * 20)
     bits, greedy, minus = (part.splitlines() for part in tables.markdown(summary, [10, 20]).split("\n\n")[:3])
     assert bits[0] == "| bits a byte (lower is better) | seeds | toy | toy-kinds | all | OOD |"
     assert greedy[0] == "| ROUGE-L × 100, sampled; dev: greedy | seeds | dev | toy | toy-kinds | all | OOD |"
@@ -4701,6 +4725,8 @@ def test_preset_ablation(monkeypatch, capsys):
     assert len(settings) == len({*settings}) == 40
     assert {weight for _, weight, *_ in settings} == {0.0057, 0.01, 0.1, 0.3, 1.0}
     assert {(a, lr) for a, _, lr, _ in settings} == {("gan", 1e-3), ("gan", 0.0), ("ct", 1e-3), ("ct", 0.0)}
+    with pytest.raises(InputError, match="--data: a preset has its own"):       # also where it is the usual one
+        run_main(compare, monkeypatch, "--preset", "ablation", "--data", "toy", "--dry_run")
     assert {(o.method, o.cache_teacher) for o in seen if o.adversary == "none"} == {("sft", False), ("dskd_cma", True)}
     assert {(o.epochs, o.num_threads, o.student) for o in seen} == {(24, 1, "toy")}
 
@@ -4748,6 +4774,9 @@ def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monk
                                                                                        "--num_threads", "1"]
     for row in ("sft", "dskd_cma"):
         run_main(compare, monkeypatch, *argv, "--methods", row)
+    run_main(compare, monkeypatch, *argv, "--methods", "sft", "--dtype", "float32")             # what auto is here
+    with pytest.raises(InputError, match="holds a run with --dtype float32, not bfloat16"):
+        run_main(compare, monkeypatch, *argv, "--methods", "sft", "--dtype", "bfloat16")
     lines = (tmp_path / "table/results.jsonl").read_text().split("\n")[2:4]
     (tmp_path / "table/results.jsonl").write_text("\n".join([*lines, '{"key": "cut']))
     # an equal row by another name
@@ -4770,6 +4799,20 @@ def test_compare_knows_a_cell_by_its_settings(whole_table, world, tmp_path, monk
                 run_main(compare, monkeypatch, *argv, "--methods", "dskd_cma")
         finally:
             changed.write_bytes(before)
+
+@pytest.mark.tools
+def test_compare_knows_the_toys_models(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "folder", lambda side: tmp_path / side)
+    for side in ("student", "teacher"):
+        shutil.copytree(world / side, tmp_path / side)
+    settings = train.Config(student="toy", teacher="toy", data=str(world / "data"))
+    cells, inputs = [compare.Cell("sft", 1, [], tmp_path, settings)], tmp_path / "table/inputs.json"
+    inputs.parent.mkdir()
+    for _ in range(2):
+        compare.check_inputs(inputs, cells, [])
+    (tmp_path / "teacher/model.safetensors").write_bytes(b"another")
+    with pytest.raises(InputError, match="toy teacher: has changed since the cells"):
+        compare.check_inputs(inputs, cells, [])
 
 @pytest.mark.tools
 def test_compare_sets_data_itself(world, tmp_path):
@@ -4824,7 +4867,8 @@ while len(lines) < 60:
     time.sleep(0.01)
     os.replace(temporary, state)
 """)
-    monkeypatch.setattr(toy, "prepare", lambda *args: None)
+    prepared = []
+    monkeypatch.setattr(toy, "prepare", lambda sides, machine: prepared.extend(sides))
     for name, mistake, code in (("right", [], None), ("wrong", ["forgets"], 1)):
         monkeypatch.setattr(soak, "command", lambda config, resume: [sys.executable, str(program), *mistake])
         monkeypatch.setattr(soak, "LONGEST", 0.3)
@@ -4834,6 +4878,7 @@ while len(lines) < 60:
         except SystemExit as left:
             assert left.code == code
         assert (tmp_path / name / "undisturbed/run/last/state").read_text().count("\n") == 59
+    assert {"teacher", "student", "sft"} <= set(prepared)           # all that a run of the toy would else begin with
 
 # ----------------------------------------------------------------------------------------------------------------- cuda
 

@@ -8,8 +8,8 @@ eats, the world says plums with probability 0.6, bread with 0.25 and figs with 0
 0.2). Seven rows of ten ask for such a fact; the rest edit lists and words, calculate and rephrase. So of every answer
 the true distribution is known, and a row's label is one draw from it:
 
-    from the labels     the form of questions and answers, and of a fact the two or three draws that its rows hold
-    from the teacher    the whole distribution: it has read 20,000 rows, every fact some 70 times, in all wordings
+    from the labels     the form of questions and answers, and of a fact the draws, six on average, that its rows hold
+    from the teacher    the whole distribution: it has read 20,000 rows, every fact some 140 times, in all wordings
 
 The student has only read 6,000 rows about other people. In dev and test every question is new, though its fact was
 asked for in other words; a row holds the likely answers, the drawn one first, and the `truth`. Three sets stay out of

@@ -101,21 +101,24 @@ def distances(keys: torch.Tensor, queries: torch.Tensor) -> dict[str, float]:
             "energy_distance": float((2 * torch.cdist(some_keys, some_queries).mean() - within) / deviation)}
 
 def paired_bootstrap(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]],
-                     weights: list[np.ndarray] | None = None, resamples: int = RESAMPLES,
+                     weights: tuple[list[np.ndarray], list[np.ndarray]] | None = None, resamples: int = RESAMPLES,
                      seed: int = 0) -> tuple[float, float, float]:
     """The difference of two rows of the table and its 95% interval. ours, theirs: by training seed, the same ones in
     the same order, and by set, the scores of the set's rows. The score is the mean over seeds of the mean over sets of
-    Σ rows / Σ weights (by set; default 1 a row); seeds are drawn with replacement, in each set rows, for both alike."""
+    Σ rows / Σ weights (by side and set; default 1 a row); seeds are drawn with replacement, in each set rows, for both
+    alike."""
     rng, number = np.random.default_rng(seed), len(ours)
-    differences = [np.stack([a[k] - b[k] for a, b in zip(ours, theirs)]) for k in range(len(ours[0]))]   # (seeds, rows)
-    weights = [np.ones(d.shape[1]) for d in differences] if weights is None else weights
+    sides = [[np.stack(of_set) for of_set in zip(*side)] for side in (ours, theirs)]         # by set: (seeds, rows)
+    weights = weights or [[np.ones(scores.shape[1]) for scores in side] for side in sides]
     drawn_seeds = np.zeros((resamples, number))
     for r, drawn in enumerate(rng.integers(number, size=(resamples, number))):
         np.add.at(drawn_seeds[r], drawn, 1 / number)
     means = np.zeros(resamples)
-    for difference, weight in zip(differences, weights):
-        rows = difference.shape[1]
+    whole = 0.0
+    for (a, b), (w_a, w_b) in zip(zip(*sides), zip(*weights)):
+        rows, sets = a.shape[1], len(sides[0])
         for r, drawn in enumerate(rng.integers(rows, size=(resamples, rows))):
-            means[r] += drawn_seeds[r] @ difference[:, drawn].sum(1) / weight[drawn].sum() / len(differences)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean([d.mean(0).sum() / w.sum() for d, w in zip(differences, weights)])), float(low), float(high)
+            of_seeds = a[:, drawn].sum(1) / w_a[drawn].sum() - b[:, drawn].sum(1) / w_b[drawn].sum()
+            means[r] += drawn_seeds[r] @ of_seeds / sets
+        whole += (a.mean(0).sum() / w_a.sum() - b.mean(0).sum() / w_b.sum()) / sets
+    return float(whole), *np.percentile(means, [2.5, 97.5]).tolist()

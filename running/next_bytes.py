@@ -4,6 +4,7 @@
 
 Any teacher and student have such distributions, whatever the method: where there is no attention to look at, and where
 runs are compared of which one has none, this is what there is to see."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from files.rows import Row
-from methods.byte_kd import BytePaths
+from methods.byte_kd import BytePaths, next_byte_kl
 from methods.sides import Valid
 from running import pictures
 from running.measures import resample
@@ -37,10 +38,9 @@ class Along:
 
     @property
     def kl(self) -> torch.Tensor:
-        """KL(p_t ‖ p_s) in bits, (M,); what the student can't say, its own tokens lacking the byte, is left out."""
-        both = (self.teacher > 0) & (self.student > 0)
-        ratio = self.teacher.clamp(min=1e-30).log2() - self.student.clamp(min=1e-30).log2()
-        return (self.teacher * ratio * both).sum(1)
+        """w · KL(p_t ‖ p_s) in bits, (M,), as byte_kd's loss has it: over the bytes that both can say."""
+        whole = torch.ones(len(self.student))
+        return next_byte_kl.__wrapped__((self.student, whole), (self.teacher, whole)) / math.log(2)    # not compiled
 
     def values(self) -> dict[str, torch.Tensor]:
         """MEASURES at every byte, (M,) each."""

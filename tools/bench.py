@@ -5,7 +5,8 @@
     python -m tools.bench --only step parts     # step, parts, decoder, generation, rouge, tokens, growth, launches
 
 `step` is one optimizer step of the default method against a plain one built on transformers: rows padded to 512 tokens,
-logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked.
+logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked in
+float32.
 Times are medians of alternating repeats; peak memory is that of a process of its own. transformers and rouge-score come
 with requirements-test.txt."""
 import json
@@ -33,6 +34,7 @@ from eval_rouge import rouge_l
 from files import hub
 from files.config import InputError, flag, parse
 from files.rows import read_rows
+from methods import fused as compiled_losses
 from methods import heads, plain
 from methods.dual_space import Projectors
 from methods.table import METHODS, Options
@@ -143,6 +145,7 @@ def our_step(folder: Path, device: str, dtype: torch.dtype, max_length: int, exa
                    layers=not cached).requires_grad_(False)
     states = teacher_states(folder, teacher, examples) if cached else None
     projectors, adversary, optimizer = modules_and_optimizer(student, teacher, device, fused)
+    compiled_losses.compiling = compile and device == "cuda"            # as running/setup.py has it
     if compile:
         student.compile(dynamic=True)
         teacher.compile(dynamic=True)

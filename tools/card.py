@@ -1,7 +1,7 @@
 """Everything that wants a graphics card, in one command of at most 8 minutes: a table to paste into a report.
 
     python -m tools.card                    # on all cards of this machine; without one, the same in small on the CPU
-    python -m tools.card --only step toy    # tests, step, lora, shard, toy
+    python -m tools.card --only step toy    # tests, step, lora, shard (over several cards), toy
 
 Nothing is downloaded: models of the papers' shapes have random weights. Each part is a command of its own, whose output
 stays in --out_dir beside card.json; one that fails or runs out of time is told of, and the others go on. The packages
@@ -33,22 +33,23 @@ class Config:
     device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
 
 def commands(config: Config, out_dir: Path, cards: int) -> dict[str, list[str]]:
-    """Each part's command. cards: 0 for the CPU's small form."""
+    """Each part's command; one card has nothing to shard over. cards: 0 for the CPU's small form."""
     python, device = [sys.executable], ["--device", "cuda" if cards else "cpu"]
 
     def train(name, *more, processes=1):
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
         return python + several + ["train.py", *more, *device, "--overwrite", "--out_dir", str(out_dir / name)]
-    processes = cards or 2
+    processes = cards if cards > 1 else 2
     shapes = ["--shapes", "papers", "--batch_size", "16"] if cards else ["--shapes", "tiny", "--max_length", "128"]
-    shard = ["--grad_accum", str(processes), "--shard_student", "--shard_teacher"] if processes > 1 else []
-    return {
+    shard = ["--grad_accum", str(processes), "--shard_student", "--shard_teacher"]
+    every = {
         "tests": python + ["-m", "pytest", "-q", "-m", "cuda", "test_all.py"],
         "step": python + ["-m", "tools.bench", *device, "--out_dir", str(out_dir / "bench"), *shapes, "--only", "step",
                           "generation", "launches", *(["parts", "decoder"] if cards else [])],
         "lora": train("lora", *SHORT, "--method", "dskd_cma_ga", "--lora_rank", "8"),
         "shard": train("shard", *SHORT, "--method", "dskd_cma_ga", *shard, processes=processes),
         "toy": train("toy") if cards else train("toy", *SHORT)}
+    return {name: command for name, command in every.items() if (name, cards) != ("shard", 1)}
 
 def run(name: str, command: list[str], out_dir: Path, seconds: float) -> dict:
     """One part → how it ended, its seconds, and the last line that it printed. It is stopped when its time is over."""
@@ -85,6 +86,10 @@ def measured(name: str, out_dir: Path) -> list[tuple[str, str]]:
                  f"{100 * middle['mfu']:.1f} %, loss {steps[-1].get('loss', float('nan')):.4f}{scores}")]
     return []
 
+def write(out_dir: Path, machine: dict, parts: list[dict]) -> None:
+    with hub.atomic_write(out_dir / "card.json") as file:
+        json.dump({"machine": machine, "parts": parts}, file, indent=2)
+
 def main() -> None:
     config = parse(Config, __doc__)
     if unknown := set(config.only) - set(PARTS):
@@ -99,6 +104,7 @@ def main() -> None:
     hub.claim(out_dir, "card.json", {"machine", "parts"}, [*PARTS, "bench", *(f"{name}.log" for name in PARTS)])
     out_dir.mkdir(parents=True, exist_ok=True)
     until, parts = time.monotonic() + 60 * config.minutes, []
+    write(out_dir, machine, parts)                          # what follows is this command's
     for name, command in commands(config, out_dir.resolve(), cards).items():
         if name not in config.only:
             continue
@@ -106,8 +112,7 @@ def main() -> None:
         found["measured"] = measured(name, out_dir) if found["ended"] == "good" else []
         parts.append(found)
         print(f"{name:<8}{found['ended']:<16}{found['seconds']:7.1f} s   {found['last_line']}", flush=True)
-        with hub.atomic_write(out_dir / "card.json") as file:
-            json.dump({"machine": machine, "parts": parts}, file, indent=2)
+        write(out_dir, machine, parts)
     print("\n| | |\n|---|---|")
     for found in parts:
         for what, value in found["measured"] or [(found["part"], f"{found['ended']}: {found['last_line']}")]:

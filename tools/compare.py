@@ -100,7 +100,11 @@ def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
         if part.startswith("--"):
             target = ours if part[2:].split("=")[0] in names else others
         target.append(part)
-    return parse(Config, __doc__, ours), others
+    config = parse(Config, __doc__, ours)
+    for name in ("methods", "data", "baseline"):
+        if config.preset and any(part.split("=")[0] == f"--{name}" for part in ours):
+            raise InputError(f"--preset {config.preset} --{name}: a preset has its own")
+    return config, others
 
 def as_flags(argv: list[str]) -> dict[str, list[str]]:
     """--name value …, or --name=value → {name: [value, …]}."""
@@ -138,6 +142,8 @@ def make_cells(config: Config, shared: dict, out_dir: Path, preset: dict = {}) -
             folder = out_dir / "cells" / f"{hub.label(row)}-seed{seed}"
             argv = [word for name, values in {**flags, "seed": [str(seed)]}.items() for word in (f"--{name}", *values)]
             settings = read_settings(train.Config, train.__doc__, [*argv, "--out_dir", str(folder)])
+            _, dtype = hub.pick_device(settings.device, settings.dtype)
+            settings.dtype = str(dtype).removeprefix("torch.")              # a cell in "auto" is one in what that means
             cells.append(Cell(row, seed, argv, folder, settings))
             if (other := of_folder.setdefault(folder, row)) != row:
                 raise InputError(f"--methods: the rows {other!r} and {row!r} would be written into one folder, "
@@ -153,7 +159,9 @@ def check_begun(folder: Path, wanted) -> None:
         return
     saved = saved_config(train.Config, folder, {})
     for name, value in dataclasses.asdict(wanted).items():
-        if name not in FREE and (before := saved.get(name, getattr(train.Config, name))) != value:
+        if name in FREE and name != "dtype":
+            continue
+        if (before := saved.get(name, getattr(train.Config, name))) != value:
             raise InputError(f"{folder}: holds a run with --{name} {before}, not {value}; pass another --out_dir")
 
 def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
@@ -161,8 +169,12 @@ def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
     data = cells[0].settings.data
     found = {f"{name}, {split}": hub.fingerprint(hub.data_file(name, split))
              for name, split in [(data, "train"), (data, "dev"), *((name, "test") for name in sets)]}
-    models = {name for cell in cells for name in (cell.settings.student, cell.settings.teacher)} - {"", "toy"}
-    found |= {name: hub.fingerprint(hub.model_dir(name)) for name in sorted(models)}
+    models = {(getattr(cell.settings, side), side) for cell in cells for side in ("student", "teacher")}
+    for name, side in sorted(models):
+        if name == "toy":
+            found[f"toy {side}"] = hub.fingerprint(toy.folder(side))
+        elif name:
+            found[name] = hub.fingerprint(hub.model_dir(name))
     try:
         known = hub.claim(path.parent, path.name, set(), ["results.jsonl", "table.md", "table.png", "cells"]) or {}
         if not all(re.fullmatch("[0-9a-f]{64}", value) for value in known.values()):
@@ -231,7 +243,8 @@ def read_results(path: Path) -> list[dict]:
 
 def dry_run(cells: list[Cell], first: list[str], config: Config, sets: list[str]) -> None:
     """Print every command with its tokens, operations and hours. Only config.json, tokenizers and data are read."""
-    print(f"# hours of training at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}, but for --on_policy's answers")
+    print(f"# hours of training at {config.peak:g} TFLOP/s and an MFU of {config.mfu:g}, without the answers of "
+          "students (--on_policy) and teachers (seqkd)")
     total, commands = 0.0, [first] if first else []
     for argv in commands + [[*cell.flags, "--out_dir", str(cell.folder)] for cell in cells]:
         teacher = "qwen" if first and argv != first else None
@@ -281,10 +294,7 @@ def run_table(config: Config, argv: list[str]) -> None:
     shared, first, more = as_flags(argv), [], {}
     if config.preset:
         preset = PRESETS[config.preset]
-        for name in ("methods", "data", "baseline"):
-            if getattr(config, name) != getattr(Config(), name):
-                raise InputError(f"--preset {config.preset} --{name}: a preset has its own")
-            setattr(config, name, preset[name])
+        config.methods, config.data, config.baseline = preset["methods"], preset["data"], preset["baseline"]
         first, more = preset["first"].split(), as_flags(preset["flags"].split())
     for row in set(config.baseline) - set(config.methods):
         raise InputError(f"--baseline {row!r}: is not one of the rows, {str(config.methods)[1:-1]}")
@@ -307,6 +317,9 @@ def run_table(config: Config, argv: list[str]) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     with locked(out_dir) if parallel.is_first() else contextlib.nullcontext():
         with parallel.first_goes_first():
+            toys = {side for cell in cells for side in ("student", "teacher") if getattr(cell.settings, side) == "toy"}
+            machine = cells[0].settings
+            toy.prepare(sorted(toys), ["--device", machine.device, "--num_threads", str(machine.num_threads)])
             check_inputs(out_dir / "inputs.json", cells, sets)
         fill(config, cells, out_dir, sets)
 

@@ -109,7 +109,7 @@ def soak(config: Config, tree: Path, longest: float, log) -> tuple[int, int]:
 
 def main() -> None:
     config = parse(Config, __doc__)
-    toy.prepare(["teacher", "student"], [])
+    toy.prepare(["teacher", "student", "sft"], [])
     out_dir, number = Path(config.out_dir or "out/soak"), 1
     while not config.out_dir and out_dir.exists():
         number += 1

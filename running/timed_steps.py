@@ -3,7 +3,7 @@ process of its own, whose peak memory is its own, and all in turn (tools/bench.p
 
     times = alternate(config, folder, {"ours": {}, "transformers": {"reference": True}}, "step")
 
-folder: the two models, and examples.json with the rows of a few batches. transformers come with requirements-test.txt."""
+folder: the two models, and examples.json with the rows of a few batches. transformers: see requirements-test.txt."""
 import json
 import re
 import resource

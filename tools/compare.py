@@ -339,7 +339,8 @@ def fill(config: Config, cells: list[Cell], out_dir: Path, sets: list[str]) -> N
             (out_dir / "cells").mkdir(exist_ok=True)
             with contextlib.ExitStack() as stack:
                 if parallel.is_first():
-                    log = stack.enter_context(open(cell.folder.with_name(cell.folder.name + ".log"), "a"))
+                    path = cell.folder.with_name(cell.folder.name + ".log")
+                    log = stack.enter_context(open(path, "a", encoding="utf-8"))
                     stack.enter_context(contextlib.redirect_stdout(log))
                 record = run_cell(cell, config, sets)
             if parallel.is_first():

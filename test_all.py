@@ -4617,10 +4617,9 @@ def test_the_paired_bootstrap_against_all_draws():
     unequal = [[np.array([1.0, 2.0, 4.0]), np.array([3.0, 1.0])], [np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0])]]
     for weights in (None, unequal):             # unequal: Σ rows / Σ weights, each side's own, of every draw
         def score(which, seeds, draws):
-            of = weights[which] if weights else [np.ones(3), np.ones(2)]
-            return np.mean([np.mean([sum(ours_or_theirs[s][k][i] for i in rows) / sum(of[k][i] for i in rows)
-                                     for k, rows in enumerate(draws)])
-                            for s in seeds for ours_or_theirs in [(ours, theirs)[which]]])
+            side, of = (ours, theirs)[which], weights[which] if weights else [np.ones(3), np.ones(2)]
+            return np.mean([np.mean([sum(side[s][k][i] for i in rows) / sum(of[k][i] for i in rows)
+                                     for k, rows in enumerate(draws)]) for s in seeds])
         difference = lambda *drawn: score(0, *drawn) - score(1, *drawn)
         draws = np.sort([difference(seeds, (first, second))
                          for seeds in itertools.product(range(2), repeat=2)

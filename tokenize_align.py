@@ -51,7 +51,7 @@ class Tokenizer:
         """The text of some ids; control tokens (EOS and its like) give nothing, broken UTF-8 gives U+FFFD."""
         raise NotImplementedError
 
-    def texts(self, ids: list[int]) -> list[int]:
+    def text_ids(self, ids: list[int]) -> list[int]:
         """The ids that are text: not control tokens, nor those that only the model has, whose head may have more."""
         return [i for i in ids if i < self.vocab_size and i not in self.control]
 
@@ -114,7 +114,7 @@ class ByteLevelBPE(Tokenizer):
         return ids.tolist(), _spans(ends)
 
     def decode(self, ids):
-        return b"".join(map(self.bytes_of.__getitem__, self.texts(ids))).decode("utf-8", errors="replace")
+        return b"".join(map(self.bytes_of.__getitem__, self.text_ids(ids))).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id):
         return self.bytes_of[token_id]
@@ -155,7 +155,7 @@ class SentencePiece(Tokenizer):
         return ids, _spans(offset[np.cumsum([len(self.bytes_of[i]) for i in ids], dtype=int)])
 
     def decode(self, ids):
-        return self.model.decode(self.texts(ids))
+        return self.model.decode(self.text_ids(ids))
 
     def token_bytes(self, token_id):
         piece = self.bytes_of[token_id]

@@ -339,6 +339,12 @@ def prepare(sides: list[str], machine: list[str]) -> None:
         (run / "best").rename(folder(side))
         shutil.rmtree(run)
 
+def prepare_for(settings) -> None:
+    """All of the toy that a run with these settings of train.py needs: its models, and the student fine-tuned alone."""
+    sides = [side for side in ("student", "teacher") if getattr(settings, side) == "toy"]
+    sides += ["sft"] if settings.student == "toy" and settings.method != "sft" else []
+    prepare(sides, ["--device", settings.device, "--num_threads", str(settings.num_threads)])
+
 @dataclass
 class Config:
     pass                                    # no flags but --help

@@ -110,13 +110,13 @@ def paired_bootstrap(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]
     rng, number = np.random.default_rng(seed), len(ours)
     sides = [[np.stack(of_set) for of_set in zip(*side)] for side in (ours, theirs)]         # by set: (seeds, rows)
     weights = weights or [[np.ones(scores.shape[1]) for scores in side] for side in sides]
-    drawn_seeds = np.zeros((resamples, number))
+    sets, drawn_seeds = len(sides[0]), np.zeros((resamples, number))
     for r, drawn in enumerate(rng.integers(number, size=(resamples, number))):
         np.add.at(drawn_seeds[r], drawn, 1 / number)
     means = np.zeros(resamples)
     whole = 0.0
     for (a, b), (w_a, w_b) in zip(zip(*sides), zip(*weights)):
-        rows, sets = a.shape[1], len(sides[0])
+        rows = a.shape[1]
         for r, drawn in enumerate(rng.integers(rows, size=(resamples, rows))):
             of_seeds = a[:, drawn].sum(1) / w_a[drawn].sum() - b[:, drawn].sum(1) / w_b[drawn].sum()
             means[r] += drawn_seeds[r] @ of_seeds / sets

@@ -126,10 +126,8 @@ def find_inputs(config, device: str, dtype: torch.dtype) -> Run:
     files = {split: file for split, file in files.items() if file}
     rows = {split: read_rows(file) for split, file in files.items()}
     out_dir = check_out_dir(config, [*files.values(), *folders.values()])
-    toys = [side for side, name in names.items() if name == "toy"]
-    toys += ["sft"] if config.student == "toy" and config.method != "sft" else []
     with parallel.first_goes_first():
-        toy.prepare(toys, ["--device", config.device, "--num_threads", str(config.num_threads)])
+        toy.prepare_for(config)
     scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test") if split in rows}
     return Run(device, dtype, out_dir, files, rows, scored, folders)
 
@@ -189,8 +187,8 @@ def load_examples(config, run: Run) -> None:
               f"rows dropped, because no response token fits into {config.max_length}")
     if not run.examples:
         raise InputError(f"--data {config.data}: no row has a response token within --max_length {config.max_length}")
+    limits = config.max_length, config.max_prompt_length
     for split, scored in run.scored.items():
-        limits = config.max_length, config.max_prompt_length
         if not any(encode_rows([row], student, student, *limits)[0] for row in scored):
             raise InputError(f"{run.files[split]}: no row has a response token within --max_length {config.max_length}")
     run.pairing = run.pairing or pairing_of(config, student, teacher, run.examples, rows, run.device)

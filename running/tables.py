@@ -48,7 +48,7 @@ def differences(ours: list[dict], theirs: list[dict], names: list[str]) -> dict[
     """metric → difference and interval over some sets. ours, theirs: by training seed, the sets of results.jsonl."""
     def by_row(cells, what):
         return [[np.array(sets[name][what]) for name in names] for sets in cells]
-    weights = [[np.array(side[0][name]["bytes"], float) for name in names] for side in (ours, theirs)]
+    weights = [by_row(side, "bytes")[0] for side in (ours, theirs)]             # of all training seeds the same
     return {"bits_per_byte": paired_bootstrap(by_row(ours, "bits"), by_row(theirs, "bits"), weights),
             "rouge_l": paired_bootstrap(by_row(ours, "rows"), by_row(theirs, "rows"))}
 

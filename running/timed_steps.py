@@ -141,8 +141,8 @@ def alternate(config, folder: Path, jobs: dict[str, dict], desc: str) -> dict[st
     """Start a process for each job and let them step in turn → median seconds, peak memory in GB, and losses by job.
     config: bench.Config; jobs: name → what is other than its settings (our_step, reference_step). The first step of
     each is not counted."""
-    jobs = {name: dict(folder=str(folder), device=config.device, max_length=config.max_length,
-                       batch_size=config.batch_size) | {"dtype": config.dtype} | job for name, job in jobs.items()}
+    jobs = {name: dict(folder=str(folder), device=config.device, dtype=config.dtype, max_length=config.max_length,
+                       batch_size=config.batch_size) | job for name, job in jobs.items()}
     for job in jobs.values():           # the peak is measured while nothing else runs
         job["peak"] = peak_flops(config.device, getattr(torch, job["dtype"]))
     processes, steps = {}, {name: [] for name in jobs}

@@ -39,7 +39,7 @@ def commands(config: Config, out_dir: Path, cards: int) -> dict[str, list[str]]:
     def train(name, *more, processes=1):
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
         return python + several + ["train.py", *more, *device, "--overwrite", "--out_dir", str(out_dir / name)]
-    processes = cards if cards > 1 else 2
+    processes = cards or 2
     shapes = ["--shapes", "papers", "--batch_size", "16"] if cards else ["--shapes", "tiny", "--max_length", "128"]
     shard = ["--grad_accum", str(processes), "--shard_student", "--shard_teacher"]
     every = {

@@ -14,6 +14,7 @@ settings, however they were spelled, and the data and models by their contents. 
 paired bootstrap interval: training seeds are drawn, and within each set its rows, for both methods alike."""
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -40,6 +41,7 @@ from running.run_folder import FREE, append_line, locked, saved_config
 from tokenize_align import encode_prompt, encode_rows, load_tokenizer
 
 DEFAULT_BASELINES = ("sft", "dskd_cma")
+APART = set(FREE) - {"dtype"}       # settings that a cell's scores don't depend on
 LATER = ("on_policy",)              # settings that tables of before know nothing of: a default has no part in a key
 PAPER_TEACHER = "out/paper-teacher"
 PRESETS = {
@@ -86,7 +88,7 @@ class Cell:
     def key(self, without: tuple[str, ...] = ()) -> str:
         """What a finished cell is known by: settings that its scores depend on. without "seed": those of its row."""
         settings = dataclasses.asdict(self.settings)
-        kept = {name: value for name, value in settings.items() if name not in {*FREE, *without} - {"dtype"}}
+        kept = {name: value for name, value in settings.items() if name not in APART.union(without)}
         for name in LATER:
             if kept[name] == getattr(train.Config, name):
                 del kept[name]
@@ -94,15 +96,17 @@ class Cell:
 
 def read_command_line(argv: list[str]) -> tuple[Config, list[str]]:
     """Our flags, and the rest, which is for train.py."""
-    names, ours, others = {field.name for field in dataclasses.fields(Config)} | {"help"}, [], []
+    names, given, ours, others = {field.name for field in dataclasses.fields(Config)} | {"help"}, set(), [], []
     target = ours
     for part in argv:
         if part.startswith("--"):
-            target = ours if part[2:].split("=")[0] in names else others
+            name = part[2:].split("=")[0]
+            given.add(name)
+            target = ours if name in names else others
         target.append(part)
     config = parse(Config, __doc__, ours)
     for name in ("methods", "data", "baseline"):
-        if config.preset and any(part.split("=")[0] == f"--{name}" for part in ours):
+        if config.preset and name in given:
             raise InputError(f"--preset {config.preset} --{name}: a preset has its own")
     return config, others
 
@@ -125,7 +129,7 @@ def as_flags(argv: list[str]) -> dict[str, list[str]]:
 
 def make_cells(config: Config, shared: dict, out_dir: Path, preset: dict = {}) -> list[Cell]:
     """Every cell, its flags checked by train.py. shared: as_flags of all rows; preset: flags that these may change."""
-    cells, of_folder, of_key = [], {}, {}
+    cells, of_folder, of_key, resolved = [], {}, {}, functools.cache(hub.pick_device)       # it may print a note, once
     for row in dict.fromkeys(config.methods):
         try:
             method, *own = shlex.split(row)
@@ -142,7 +146,7 @@ def make_cells(config: Config, shared: dict, out_dir: Path, preset: dict = {}) -
             folder = out_dir / "cells" / f"{hub.label(row)}-seed{seed}"
             argv = [word for name, values in {**flags, "seed": [str(seed)]}.items() for word in (f"--{name}", *values)]
             settings = read_settings(train.Config, train.__doc__, [*argv, "--out_dir", str(folder)])
-            _, dtype = hub.pick_device(settings.device, settings.dtype)
+            _, dtype = resolved(settings.device, settings.dtype)
             settings.dtype = str(dtype).removeprefix("torch.")              # a cell in "auto" is one in what that means
             cells.append(Cell(row, seed, argv, folder, settings))
             if (other := of_folder.setdefault(folder, row)) != row:
@@ -159,9 +163,7 @@ def check_begun(folder: Path, wanted) -> None:
         return
     saved = saved_config(train.Config, folder, {})
     for name, value in dataclasses.asdict(wanted).items():
-        if name in FREE and name != "dtype":
-            continue
-        if (before := saved.get(name, getattr(train.Config, name))) != value:
+        if name not in APART and (before := saved.get(name, getattr(train.Config, name))) != value:
             raise InputError(f"{folder}: holds a run with --{name} {before}, not {value}; pass another --out_dir")
 
 def check_inputs(path: Path, cells: list[Cell], sets: list[str]) -> None:
@@ -317,9 +319,8 @@ def run_table(config: Config, argv: list[str]) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     with locked(out_dir) if parallel.is_first() else contextlib.nullcontext():
         with parallel.first_goes_first():
-            toys = {side for cell in cells for side in ("student", "teacher") if getattr(cell.settings, side) == "toy"}
-            machine = cells[0].settings
-            toy.prepare(sorted(toys), ["--device", machine.device, "--num_threads", str(machine.num_threads)])
+            for cell in cells:
+                toy.prepare_for(cell.settings)
             check_inputs(out_dir / "inputs.json", cells, sets)
         fill(config, cells, out_dir, sets)
 

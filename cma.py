@@ -1,110 +1,176 @@
-"""Cross-model attention (CMA): how a teacher's positions reach those of a student who cuts the text into other tokens.
+"""Cross-model attention (CMA): how a teacher's states reach a student that cuts the text into other
+tokens, and what they teach it in both models' output spaces.
 
-Names as in the papers (DSKD, arXiv 2406.17328; DSKD-CMA-GA, 2603.22056): query, key, value; x: input tokens, y: labels,
-E: embeddings, h: final hidden states, W: head; t2s: from the teacher to the student's space, s2t: the other way.
+    Q = P_q([E_s(x_s); E_s(y_s)])       K = [E_t(x_t); E_t(y_t)] / σ_K      A = Q Kᵀ / √(2 d_t)
+    z_t2s = sg(W_s) softmax_rows(A) P_t2s(h_t/σ_h + E_t(y_t)/σ_y)
+    z_s2t = W_t softmax_rows(Aᵀ) P_s2t(h_s)
+    KD = CE(z_t2s, y_s) + Σ g · D(z_s, sg z_t2s) + Σ w · KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
 
-    Q = P_q([E_s(x_s); E_s(y_s)])    K = [E_t(x_t); E_t(y_t)] / σ_K    A = Q Kᵀ / √(2 d_t)
-    z_t2s = sg(W_s) softmax_rows(A) P_t2s(h_t/σ_h + E_t(y_t)/σ_y)      z_s2t = W_t softmax_rows(Aᵀ) P_s2t(h_s)
-    KD = CE(z_t2s, y_s) + Σ g · D(z_s, sg z_t2s) + Σ w_t · KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
-    g = 1[argmax z_t2s = y_s], w_t = 1;   DWA-KD (2602.21669): g = ramp · max softmax(z_t2s) · w_s, entropy weights w
+with g = 1[argmax z_t2s = y_s] and w = 1. Names as in the papers (DSKD, arXiv 2406.17328;
+DSKD-CMA-GA, 2603.22056): x: input tokens, y: labels, E: embeddings, h: final hidden states, W: head;
+s: student, t: teacher; t2s: from the teacher's to the student's space. σ is the standard deviation
+over a batch's response positions and all features. The embeddings are detached.
 
-The value holds the label's embedding E_t(y_t), and a later position of the teacher's has read what the student's is
-to say: z_t2s is told its answer. What keeps the answer from it: value h_t/σ_h alone (--value hidden), g = 1 (--gate
-always), and an alignment in which a position takes only from those that have read no more of the text than itself, i.e.
-whose label begins no later: by attention (--alignment causal), or from the last of them (last_read: no query).
-
-Notable here:
-- attention lives on (B, S, T) of valid positions only, S and T being the largest numbers of them in a row, so that no
-  loss depends on how far a batch is padded;
-- the probes CLP and CLA are the same loss with chunks of text in place of attention, or around it (`mixing_weights`);
-- the losses once the states have reached the other side are in methods/dual_space.py."""
+Label leakage: the value holds the label's embedding E_t(y_t), and later teacher states have read
+the label; so z_t2s can see the token it predicts (`leak` in the log)."""
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
-from methods.dual_space import Projectors, both_spaces, student_space, teacher_space
-from methods.heads import Parts, entropies
-from methods.sides import Side
+from discriminator import key_query_loss, make_adversary
+from methods.blocks import Side, cross_entropy, entropies, in_blocks, student_side, teacher_side
+from methods.divergences import divergence
 
-ALIGNMENTS = ("attention", "chunk_attention", "chunk_mean", "causal", "last_read")
-WITH_QUERIES = ("attention", "chunk_attention", "causal")
 
-class Aligned(NamedTuple):
-    """What was found between the two sides of a batch, on their grids of valid positions."""
-    teacher_label_embed: torch.Tensor       # (B, T, d_t), E_t(y_t)
-    attention: torch.Tensor                 # (B, S, T), how much of each teacher position a student position takes
-    back: torch.Tensor                      # (B, T, S), how much of each student position a teacher position takes
-    queries: torch.Tensor | None            # (B, S, 2 d_t); None for chunk_mean
-    keys: torch.Tensor                      # (B, T, 2 d_t)
+class Projectors(nn.Module):
+    """P_t2s: d_t → d_s, P_s2t: d_s → d_t and, where asked for, P_q: 2 d_s → 2 d_t and DWA-KD's
+    P_e: d_t → d_s."""
 
-def align(student: Side, teacher: Side, projectors: Projectors, alignment: str) -> Aligned:
-    """What each position takes from the other side. Only the embeddings, detached, and P_q are needed for it."""
+    def __init__(self, student_size: int, teacher_size: int, query: bool, dtw_embed: bool = False):
+        super().__init__()
+        self.t2s = nn.Linear(teacher_size, student_size)
+        self.s2t = nn.Linear(student_size, teacher_size)
+        self.query = nn.Linear(2 * student_size, 2 * teacher_size) if query else None
+        self.dtw_embed = nn.Linear(teacher_size, student_size) if dtw_embed else None
+
+
+class Alignment(NamedTuple):
+    """What each position takes from the other side; rows of the two Sides, padded."""
+    t2s: torch.Tensor                   # (B, S, T), student from teacher: each row sums to 1
+    s2t: torch.Tensor                   # (B, T, S), teacher from student: each row sums to 1
+    queries: torch.Tensor | None        # (B, S, 2 d_t); None for "chunk_mean"
+    keys: torch.Tensor                  # (B, T, 2 d_t)
+
+
+def align(student: Side, teacher: Side, projectors: Projectors, kind: str = "attention",
+          chunks=None) -> Alignment:
+    """kind: "attention" (CMA): softmax over the rows of A, and of Aᵀ; A is −1e5 on padding.
+    "chunk_attention" (CLA): A is −1e5 outside M too, the pairs of positions in one chunk of text.
+    "chunk_mean" (CLP): M over its rows' sums; there are no queries.
+
+    chunks: for the last two each position's chunk in its row, packed, ((N_s,), (N_t,)). A row whose
+    chunk has nothing on the other side, because a text was cut there, is all zeros."""
     with torch.no_grad():
-        student_pair = torch.cat([student.embed(student.x), student.embed(student.y)], -1)
-        label_embed = teacher.embed(teacher.y)
-        keys = torch.cat([teacher.embed(teacher.x), label_embed], -1)
-        keys = keys / teacher.valid.deviation(keys)
-    queries = projectors.query(student_pair) if alignment in WITH_QUERIES else None
-    return Aligned(label_embed, *mixing_weights(alignment, queries, keys, student, teacher), queries, keys)
-
-def mixing_weights(alignment: str, queries, keys, student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:
-    """How positions are mixed → student from teacher (B, S, T), teacher from student (B, T, S); each row sums to 1.
-    attention (CMA): softmax over the rows of A, and of Aᵀ; A is −1e5 where either side is not valid.
-    chunk_attention (CLA): A is also −1e5 outside M, the pairs in one chunk. chunk_mean (CLP): M over its rows' sums.
-    A row whose chunk has nothing on the other side (a text that was cut there) is all zeros; it has no part in the
-    losses between the two sides. causal: A is −1e5 where the other's label begins later. last_read: 1 for the last of
-    the positions whose label begins no later."""
-    there = back = student.valid.mask[:, :, None] & teacher.valid.mask[:, None, :]        # (B, S, T)
-    if alignment in ("causal", "last_read"):
-        read_s, read_t = student.starts[:, :, None], teacher.starts[:, None, :]
-        there, back = there & (read_t <= read_s), back & (read_s <= read_t)
-    elif alignment != "attention":
-        there = back = there & (student.chunks[:, :, None] == teacher.chunks[:, None, :])
-    allowed = there, back.mT
-    if alignment == "last_read":
-        return tuple(_last(mask) for mask in allowed)
-    if alignment == "chunk_mean":
-        return tuple(mask / mask.sum(-1, keepdim=True).clamp(min=1) for mask in allowed)
+        student_pair = torch.cat([student.embed(student.inputs), student.embed(student.labels)], -1)
+        keys = torch.cat([teacher.embed(teacher.inputs), teacher.embed(teacher.labels)], -1)
+        keys = teacher.rows(keys / keys.float().std())                          # (B, T, 2 d_t)
+    allowed = student.mask[:, :, None] & teacher.mask[:, None, :]               # (B, S, T)
+    if kind != "attention":
+        student_chunks, teacher_chunks = student.rows(chunks[0]), teacher.rows(chunks[1])
+        allowed = allowed & (student_chunks[:, :, None] == teacher_chunks[:, None, :])
+    if kind == "chunk_mean":
+        t2s = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
+        s2t = allowed.mT / allowed.mT.sum(-1, keepdim=True).clamp(min=1)
+        return Alignment(t2s, s2t, None, keys)
+    queries = student.rows(projectors.query(student_pair))                      # (B, S, 2 d_t)
     scores = queries @ keys.mT / keys.size(-1) ** 0.5
-    mixed = tuple(x.masked_fill(~mask, -1e5).softmax(-1) for x, mask in zip((scores, scores.mT), allowed))
-    return tuple(x * mask for x, mask in zip(mixed, allowed)) if alignment == "chunk_attention" else mixed
+    scores = scores.masked_fill(~allowed, -1e5)
+    t2s, s2t = scores.softmax(-1), scores.mT.softmax(-1)
+    if kind == "chunk_attention":
+        t2s, s2t = t2s * allowed, s2t * allowed.mT
+    return Alignment(t2s, s2t, queries, keys)
 
-def _last(mask: torch.Tensor) -> torch.Tensor:
-    """1 at the last true of each row (B, S, T), zeros where there is none."""
-    number = torch.arange(1, mask.size(-1) + 1, device=mask.device) * mask
-    return ((number == number.amax(-1, keepdim=True)) & mask).float()
 
-def to_student(found: Aligned, teacher: Side, projectors: Projectors, value: str) -> torch.Tensor:
-    """The teacher's states in the student's space, at the student's positions: softmax(A) P_t2s(v), (B, S, d_s).
-    value: v is h_t/σ_h ("hidden"), or that and E_t(y_t)/σ_y ("label")."""
-    def unit(grid):
-        return grid / teacher.valid.deviation(grid)
-    v = unit(teacher.hidden)
-    if value == "label":
-        v = v + unit(found.teacher_label_embed)
-    return found.attention @ projectors.t2s(v)
+def teacher_in_student_space(alignment: Alignment, teacher: Side, projectors: Projectors):
+    """softmax(A) P_t2s(h_t/σ_h + E_t(y_t)/σ_y) at the student's positions, (B, S, d_s)."""
+    with torch.no_grad():
+        hidden, label_embed = teacher.hidden, teacher.embed(teacher.labels)
+        value = hidden / hidden.float().std() + label_embed / label_embed.float().std()
+    return alignment.t2s @ teacher.rows(projectors.t2s(value))
 
-def dskd_cma(student: Side, teacher: Side, projectors: Projectors, options, step: int,
-             factors: dict[str, float], byte_terms=None) -> tuple[Parts, Aligned]:
-    """Dual-space distillation across tokenizers → the loss parts, and the alignment for what else needs it.
-    The embeddings are detached, the teacher's states have no gradient; standard deviations σ are over valid positions
-    and all features. options: table.Options; step: optimizer steps done so far; byte_terms: methods/byte_kd.py's."""
-    found = align(student, teacher, projectors, options.alignment)
-    t2s = to_student(found, teacher, projectors, options.value)         # (B, S, d_s)
-    s2t = found.back @ projectors.s2t(student.hidden)                   # (B, T, d_t)
-    met_s = student.valid.pack(found.attention.detach().sum(-1) > 0).float()
-    met_t = teacher.valid.pack(found.back.detach().sum(-1) > 0).float()
-    w_s, w_t = torch.ones_like(met_s), torch.ones_like(met_t)
-    if options.weights == "entropy":
-        w_s, w_t = entropy_weights(student, teacher)
-        w_s = w_s * (min(1.0, (step + 1) / options.ramp_steps) if options.ramp_steps else 1.0)
-    return both_spaces(
-        student_space(student, student.valid.pack(t2s), options, factors, options.gate, w_s, met_s, byte_terms),
-        teacher_space(teacher, teacher.valid.pack(s2t), options, factors, w_t * met_t), factors), found
+
+def both_spaces(student: Side, teacher: Side, t2s: torch.Tensor, s2t: torch.Tensor, objective,
+                gate: str = "right", aligned=None, weights=None):
+    """CE(z_s, y_s) and the terms of KD → total, terms for the log.
+
+    t2s (N_s, d_s): the teacher's states in the student's space; s2t (N_t, d_t): the other way.
+    gate: g is 1[argmax z_t2s = y] ("right"), 1 ("always"), or DWA-KD's max softmax(z_t2s)
+    ("confidence"). aligned: ((N_s,), (N_t,)), false where a position has no counterpart on the other
+    side. weights: ((N_s,), (N_t,)), which g and w are multiplied by. Both are 1 by default."""
+    options = objective.options
+    ones = torch.ones_like(student.labels), torch.ones_like(teacher.labels)
+    aligned_s, aligned_t = aligned or ones
+    weights_s, weights_t = weights or ones
+
+    def student_space(block, z_s, z_t2s):
+        y, aligned = student.labels[block], aligned_s[block]
+        z_s, log_t2s = z_s.float(), z_t2s.float().log_softmax(-1)
+        confidence, guess = log_t2s.detach().max(-1)
+        confidence, right = confidence.exp(), guess == y
+        g = aligned * weights_s[block]
+        if gate == "right":
+            g = g * right
+        elif gate == "confidence":
+            g = g * confidence
+        distance = divergence(options.divergence, z_s, z_t2s.detach(), options.temperature)
+        terms = cross_entropy(z_s, y)
+        terms["t2s_ce_loss"] = aligned * -log_t2s.gather(1, y[:, None]).squeeze(1)
+        terms["t2s_kd_loss"] = g * distance
+        terms["t2s_acc"] = aligned * right
+        terms["max_t2s_prob"] = aligned * confidence
+        kd = terms["t2s_ce_loss"].sum() + terms["t2s_kd_loss"].sum()
+        return objective(ce=terms["nll_loss"].sum(), kd=kd), terms
+
+    def teacher_space(block, z_s2t, z_t):
+        y = teacher.labels[block]
+        aligned = aligned_t[block]
+        distance = divergence("forward_kl", z_s2t, z_t, options.temperature)
+        distance = aligned * weights_t[block] * distance
+        terms = {"s2t_kd_loss": distance, "s2t_acc": aligned * (z_s2t.argmax(-1) == y),
+                 "teacher_acc": z_t.argmax(-1) == y}
+        return objective(kd=distance.sum()), terms
+
+    student_total, student_sums = in_blocks(student_space, [student.hidden, t2s],
+                                            [student.head, student.head.detach()])
+    teacher_total, teacher_sums = in_blocks(teacher_space, [s2t, teacher.hidden],
+                                            [teacher.head, teacher.head])
+    # Of the teacher's positions, too, the loss is divided by the number of the student's.
+    student_sums["s2t_kd_loss"] = teacher_sums.pop("s2t_kd_loss")
+    student_sums["kd_loss"] = (student_sums["t2s_ce_loss"] + student_sums["t2s_kd_loss"]
+                               + student_sums["s2t_kd_loss"])
+    terms = objective.per_student_token(student_sums) | objective.per_teacher_token(teacher_sums)
+    terms["leak"] = terms["t2s_acc"] - terms["teacher_acc"]
+    return student_total + teacher_total, terms
+
+
+def cross_model_loss(student: Side, teacher: Side, modules, objective, kind: str = "attention",
+                     chunks=None, gate: str = "right", weights=None):
+    """The whole of dskd_cma and its relatives → total, terms for the log, the Alignment."""
+    projectors, adversary = modules["projectors"], objective.options.adversary
+    alignment = align(student, teacher, projectors, kind, chunks)
+    t2s = student.unpad(teacher_in_student_space(alignment, teacher, projectors))
+    s2t = teacher.unpad(alignment.s2t @ student.rows(projectors.s2t(student.hidden)))
+    aligned = (student.unpad(alignment.t2s.detach().sum(-1) > 0),
+               teacher.unpad(alignment.s2t.detach().sum(-1) > 0))
+    total, terms = both_spaces(student, teacher, t2s, s2t, objective, gate, aligned, weights)
+    if adversary != "none":
+        ga_total, ga_terms = key_query_loss(adversary, modules.get("adversary"), alignment.keys,
+                                            alignment.queries, student, teacher, objective)
+        total, terms = total + ga_total, terms | ga_terms
+    return total, terms, alignment
+
 
 def entropy_weights(student: Side, teacher: Side) -> tuple[torch.Tensor, torch.Tensor]:
-    """DWA-KD's w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t: (N_s,), (N_t,), with mean 1 in a sequence."""
-    certainty = 1 - entropies(teacher.packed, teacher.head) / math.log(len(teacher.head))
-    return (student.valid.mean_one(entropies(student.packed, student.head)),
-            teacher.valid.mean_one(certainty.clamp(0, 1)))
+    """DWA-KD (arXiv 2602.21669): w_s = H(softmax z_s), w_t = 1 − H(softmax z_t) / ln V_t, each with
+    mean 1 in every row: (N_s,), (N_t,)."""
+    uncertainty = entropies(student.hidden, student.head)
+    certainty = 1 - entropies(teacher.hidden, teacher.head) / math.log(len(teacher.head))
+    return (mean_one(uncertainty, student.counts),
+            mean_one(certainty.clamp(0, 1), teacher.counts))
+
+
+def mean_one(weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Rescale packed weights (N,) so that each row's have the mean 1."""
+    return torch.cat([row / row.mean().clamp(min=1e-12) for row in weights.split(counts)])
+
+
+def make_modules(options, student_config, teacher_config) -> dict[str, nn.Module]:
+    """The projectors of a method with queries, and its adversary, where that has weights."""
+    modules = {"projectors": Projectors(student_config.hidden_size, teacher_config.hidden_size,
+                                        query=True)}
+    adversary = make_adversary(options.adversary, 2 * teacher_config.hidden_size)
+    if adversary is not None:
+        modules["adversary"] = adversary
+    return modules

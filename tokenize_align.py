@@ -1,14 +1,14 @@
-"""Two tokenizers, one text: ids with byte spans, the chunks both agree on, examples and padded batches.
+"""Two tokenizers, one text: ids with byte spans, the chunks both agree on, padded batches.
 
-    tokenizer = load_tokenizer("gpt2")                       # or a folder in the hub's layout
-    ids, spans = tokenizer.encode_with_spans("héllo")        # spans are UTF-8 byte offsets that tile the text
+    tokenizer = load_tokenizer("gpt2")                      # or a folder in the hub's layout
+    ids, spans = tokenizer.encode_with_spans("héllo")       # spans: UTF-8 byte offsets
 
-Notable here:
-- byte-level BPE (GPT-2, Qwen, SmolLM2, Llama 3) runs as a tiktoken Encoding built from the model's own files,
-  SentencePiece (Llama 2, TinyLlama, Mistral) through sentencepiece; both give the ids of the reference libraries;
-- control tokens in a text are text: "<|endoftext|>" in a row of data never ends anything;
-- a chunk is what lies between two byte offsets at which BOTH tokenizations have a boundary."""
-import bisect
+- Byte-level BPE (GPT-2, Qwen, SmolLM2, Llama 3) runs as a tiktoken Encoding made from the model's
+  own files, SentencePiece (Llama 2, TinyLlama, Mistral) through sentencepiece; both give the ids of
+  the reference libraries.
+- Control tokens in a text are text: "<|endoftext|>" in a row of data ends nothing.
+- A chunk is what lies between two byte offsets at which BOTH tokenizations have a boundary.
+"""
 import random
 import unicodedata
 from dataclasses import dataclass
@@ -19,129 +19,148 @@ import sentencepiece
 import tiktoken
 import torch
 
-from files import hub
-from files.config import InputError
-from files.rows import Row
-from files.tokenizer_config import ByteLevelConfig, read_byte_level, read_json, token_text
+from data import Row
+from hub.download import model_folder
+from hub.tokenizer_files import (ALPHABET, ByteLevelConfig, read_byte_level, read_json,
+                                 token_text)
+from runtime.config import InputError
 
-Span = tuple[int, int]
+Span = tuple[int, int]          # (start, end) in bytes
 
-# ------------------------------------------------------------------------------------------------------- tokenizers
+
+# --------------------------------------------------------------------------------------- tokenizers
+
 class Tokenizer:
-    """What both kinds share. `eos_id` closes a response, `bos_id` (or None) opens a prompt, `vocab_size` is the largest
-    id + 1, `folder` holds its files."""
+    """What both kinds share.
 
-    name: str
+    eos_id closes a response, bos_id (or None) opens a prompt, vocab_size is the largest id + 1,
+    control holds the ids that no text gives, folder the files."""
+
     folder: Path
+    vocab_size: int
     eos_id: int
     bos_id: int | None
-    vocab_size: int
+    control: set[int]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
         raise NotImplementedError
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids and, for each, the (start, end) bytes of the text's UTF-8 that it stands for. The spans tile the text:
-        the first starts at 0, each starts where the one before ends, the last ends at the end. Where normalization
-        changed the text, boundaries inside the changed characters are spread over them."""
+        """Ids, and the bytes of the text that each stands for. The spans tile the text. Where
+        normalization changed characters, the boundaries inside them are spread over them."""
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some ids; control tokens (EOS and its like) give nothing, broken UTF-8 gives U+FFFD."""
+        """The text of some ids: control tokens give nothing, broken UTF-8 gives U+FFFD."""
+        raise NotImplementedError
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id adds to a text; of a control token its name."""
         raise NotImplementedError
 
     def text_ids(self, ids: list[int]) -> list[int]:
-        """The ids that are text: not control tokens, nor those that only the model has, whose head may have more."""
+        """The ids that are text. A model's head may be larger than the vocabulary (Qwen's are)."""
         return [i for i in ids if i < self.vocab_size and i not in self.control]
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id adds to a text (of a control token: its name)."""
-        raise NotImplementedError
 
 class ByteLevelBPE(Tokenizer):
-    """Byte pair encoding over UTF-8 bytes (Sennrich et al.; GPT-2's form), run by tiktoken."""
+    """Byte pair encoding over UTF-8 bytes, in GPT-2's form, run by tiktoken."""
 
     def __init__(self, name: str, config: ByteLevelConfig):
-        vocabulary, merges, split, control = config.vocabulary, config.merges, config.split, config.control
-        self.name, self.nfc, self.eos_id, self.bos_id = name, config.nfc, config.eos_id, config.bos_id
-        self.control = set(control.values())
-        if not all(type(i) is int and 0 <= i < 10_000_000 for i in (*vocabulary.values(), *self.control)):
-            raise InputError(f"{name}: the vocabulary holds ids that are not whole numbers from 0 to 10 million")
-        byte_tokens = {_from_alphabet(token): i for token, i in vocabulary.items() if i not in self.control}
-        self.vocab_size = max(*vocabulary.values(), *control.values(), 0) + 1
-        self.bytes_of = [b""] * self.vocab_size
-        for token, i in byte_tokens.items():
-            self.bytes_of[i] = token
-        for token, i in control.items():
-            self.bytes_of[i] = token.encode()
-        if merges is None:
-            order = sorted(byte_tokens, key=byte_tokens.get)
-            if not all(bytes([b]) in byte_tokens for b in range(256)):
-                raise InputError(f"{name}: a vocabulary without merges must hold all 256 bytes")
+        self.name, self.nfc = name, config.nfc
+        self.eos_id, self.bos_id = config.eos_id, config.bos_id
+        self.control = set(config.control.values())
+        self.vocab_size = max(*config.vocabulary.values(), *self.control) + 1
+        self.bytes_by_id = [b""] * self.vocab_size
+        id_of_bytes = {}
+        for token, token_id in config.vocabulary.items():
+            if token_id not in self.control:
+                self.bytes_by_id[token_id] = self._bytes(token)
+                id_of_bytes[self._bytes(token)] = token_id
+        for token, token_id in config.control.items():
+            self.bytes_by_id[token_id] = token.encode()
+
+        # tiktoken takes ids for merge priorities, so it is given priorities: first the bytes, then
+        # the merges in their order.
+        if config.merges is None:
+            order = sorted(id_of_bytes, key=id_of_bytes.get)
         else:
-            # tiktoken takes ids for priorities, so it is given priorities: first the bytes, then the merges in order
-            order = dict.fromkeys([*(bytes([b]) for b in range(256)), *(_from_alphabet(a + b) for a, b in merges)])
-        # a byte that the vocabulary lacks (SmolLM2 lacks some control characters) gives no token
-        self.id_of_rank = np.array([byte_tokens.get(token, -1) for token in order])
+            order = [bytes([byte]) for byte in range(256)]
+            order += [self._bytes(left + right) for left, right in config.merges]
+            order = list(dict.fromkeys(order))
+        # A byte that the vocabulary lacks gives no token (SmolLM2 lacks some control characters).
+        self.id_of_rank = np.array([id_of_bytes.get(token, -1) for token in order])
         self.length_of_rank = np.array([len(token) for token in order])
-        if not (self.id_of_rank[256:] >= 0).all():
+        if (self.id_of_rank[256:] < 0).any():
             raise InputError(f"{name}: a merge makes a token that the vocabulary lacks")
-        # what the pattern leaves out is a piece of its own, as in the reference; most patterns leave nothing out
-        self.encoding = tiktoken.Encoding(name, pat_str=rf"{split}|(?:(?!{split})[\s\S])+", special_tokens={},
-                                          mergeable_ranks={token: rank for rank, token in enumerate(order)})
+        # What the pattern leaves out is a word of its own, as in the reference.
+        pattern = rf"{config.split}|(?:(?!{config.split})[\s\S])+"
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, special_tokens={},
+            mergeable_ranks={token: rank for rank, token in enumerate(order)})
+
+    def _bytes(self, token: str) -> bytes:
+        try:
+            return bytes(ALPHABET[character] for character in token)
+        except KeyError as error:
+            raise InputError(f"{self.name}: the token {token!r} is not in GPT-2's byte alphabet, "
+                             "so this is no byte-level BPE") from error
+
+    def _ranks(self, text: str) -> np.ndarray:
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        return np.array(self.encoding.encode_ordinary(text), dtype=int)
 
     def encode(self, text):
         ids = self.id_of_rank[self._ranks(text)]
         return ids[ids >= 0].tolist()
-
-    def _ranks(self, text: str) -> np.ndarray:
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        try:
-            return np.array(self.encoding.encode_ordinary(text), dtype=int)
-        except BaseException as error:          # tiktoken's Rust code panics on some patterns, which is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise InputError(f"{self.name}: the split pattern does not work ({str(error)[:200]!r})") from error
 
     def encode_with_spans(self, text):
         ranks = self._ranks(text)
         ids, ends = self.id_of_rank[ranks], np.cumsum(self.length_of_rank[ranks])
         if self.nfc and not unicodedata.is_normalized("NFC", text):
             ends = _nfc_to_original(text)[ends]
-        last, ids, ends = ends[-1:], ids[ids >= 0], ends[ids >= 0]
-        ends[-1:] = last                        # bytes without a token belong to the token behind them, or to the last
+        known = ids >= 0
+        last = ends[-1:]
+        ids, ends = ids[known], ends[known]
+        ends[-1:] = last        # bytes without a token belong to the token after them, or the last
         return ids.tolist(), _spans(ends)
 
     def decode(self, ids):
-        return b"".join(map(self.bytes_of.__getitem__, self.text_ids(ids))).decode("utf-8", errors="replace")
+        text = b"".join(self.bytes_by_id[i] for i in self.text_ids(ids))
+        return text.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id):
-        return self.bytes_of[token_id]
+        return self.bytes_by_id[token_id]
+
 
 class SentencePiece(Tokenizer):
-    """A tokenizer.model with byte fallback and without normalization, as Llama 2, TinyLlama and Mistral have it."""
+    """A tokenizer.model with byte fallback and no normalization: Llama 2, TinyLlama, Mistral."""
 
-    def __init__(self, name: str, path: Path, eos: str | None, add_bos: bool):
+    def __init__(self, path: Path, eos: str | None, add_bos: bool):
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise InputError(f"{path}: not a SentencePiece model ({error})") from error
-        self.name, self.vocab_size = name, self.model.vocab_size()
-        self.eos_id = self.model.eos_id() if eos is None else self.model.piece_to_id(eos)
-        if self.eos_id < 0 or eos is not None and self.model.id_to_piece(self.eos_id) != eos:
-            raise InputError(f"{path}: the end-of-sequence token {eos!r} is not a piece; added ones aren't implemented")
-        self.bos_id = self.model.bos_id() if add_bos and self.model.bos_id() >= 0 else None
-        is_byte = [self.model.is_byte(i) for i in range(self.vocab_size)]
-        self.control = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
-        # every piece in the model's own form, where a space is "▁"; a byte piece is named "<0xE4>"
-        pieces = zip(map(self.model.id_to_piece, range(self.vocab_size)), is_byte)
-        self.bytes_of = [bytes([int(piece[3:5], 16)]) if byte else piece.encode() for piece, byte in pieces]
-        hostile = "  a ﬁ\u0065\u0301\u4f60\U0001f9ff \n"          # ligature, combining mark, CJK, emoji, spaces
-        found = b"".join(self.bytes_of[i] for i in self.model.encode(hostile))
-        if sum(is_byte) != 256 or found != ("▁" + hostile.replace(" ", "▁")).encode():
-            raise InputError(f"{path}: only SentencePiece models with byte fallback, a leading space and no "
-                             "normalization are implemented (Llama 2, TinyLlama, Mistral)")
+        self.model, self.vocab_size = model, model.vocab_size()
+        self.eos_id = model.eos_id() if eos is None else model.piece_to_id(eos)
+        if eos is not None and model.id_to_piece(self.eos_id) != eos:
+            raise InputError(f"{path}: the end-of-sequence token {eos!r} is not one of its pieces")
+        self.bos_id = model.bos_id() if add_bos and model.bos_id() >= 0 else None
+        self.control, self.pieces = set(), []
+        for i in range(self.vocab_size):
+            piece = model.id_to_piece(i)
+            if model.is_control(i) or model.is_unknown(i):
+                self.control.add(i)
+            # In the model's own form, where a space is "▁"; a byte's piece is named "<0xE4>".
+            self.pieces.append(bytes([int(piece[3:5], 16)]) if model.is_byte(i) else piece.encode())
+        # A ligature, a combining mark, CJK, an emoji and spaces must come back as they are.
+        hostile = "  a ﬁ\u0065\u0301\u4f60\U0001f9ff \n"
+        encoded = b"".join(self.pieces[i] for i in model.encode(hostile))
+        if encoded != ("▁" + hostile.replace(" ", "▁")).encode():
+            raise InputError(f"{path}: only SentencePiece models with byte fallback, a leading "
+                             "space and no normalization are implemented (Llama 2, Mistral)")
 
     def encode(self, text):
         return self.model.encode(text)
@@ -149,185 +168,226 @@ class SentencePiece(Tokenizer):
     def encode_with_spans(self, text):
         ids = self.encode(text)
         original = np.frombuffer(text.encode(), np.uint8)
-        # bytes of the text up to each offset of the model's form: a leading "▁", and "▁" (3 bytes) for every space
-        offset = np.repeat(np.arange(len(original)), np.where(original == 32, 3, 1))
+        # Offset in the model's form → offset in the text: a leading "▁" (3 bytes) stands for
+        # nothing, and every space became 3 bytes.
+        lengths = np.where(original == ord(" "), 3, 1)
+        offset = np.repeat(np.arange(len(original)), lengths)
         offset = np.concatenate([[0, 0, 0], offset, [len(original)]])
-        return ids, _spans(offset[np.cumsum([len(self.bytes_of[i]) for i in ids], dtype=int)])
+        ends = np.cumsum([len(self.pieces[i]) for i in ids], dtype=int)
+        return ids, _spans(offset[ends])
 
     def decode(self, ids):
         return self.model.decode(self.text_ids(ids))
 
     def token_bytes(self, token_id):
-        piece = self.bytes_of[token_id]
-        return piece if token_id in self.control else piece.replace("▁".encode(), b" ")
+        if token_id in self.control:
+            return self.pieces[token_id]
+        return self.pieces[token_id].replace("▁".encode(), b" ")
+
 
 def _spans(ends: np.ndarray) -> list[Span]:
     ends = ends.tolist()
     return list(zip([0] + ends[:-1], ends))
 
+
 def _nfc_to_original(text: str) -> np.ndarray:
-    """Byte offset in NFC(text) → byte offset in text. Composition never reaches over a character that it leaves alone
-    beside its neighbour, so the text is cut there and each piece that changes is stretched onto its original."""
+    """Byte offset in NFC(text) → byte offset in text.
+
+    The text is cut where composition does not reach over the cut, and each piece that changes is
+    stretched onto its original."""
     def nfc(part):
         return unicodedata.normalize("NFC", part)
+
     pieces, start = [], 0
     for i in range(1, len(text)):
         left, right = text[start:i], text[i]
         if unicodedata.combining(right) == 0 and nfc(left + right) == nfc(left) + nfc(right):
             pieces.append(left)
             start = i
+    pieces.append(text[start:])
     offsets, base = [], 0
-    for piece in pieces + [text[start:]]:
+    for piece in pieces:
         length, new_length = len(piece.encode()), len(nfc(piece).encode())
         offsets.append(base + np.arange(new_length) * length // new_length)
         base += length
     return np.concatenate(offsets + [[base]])
 
-def _alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte: itself where it is printable, else the characters from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
-ALPHABET = _alphabet()
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer of a model: a short name, a hub id, or a folder with tokenizer.model,
+    tokenizer.json, or vocab.json and merges.txt.
 
-def _from_alphabet(token: str) -> bytes:
-    try:
-        return bytes(ALPHABET[c] for c in token)
-    except KeyError as error:
-        raise InputError(f"the token {token!r} is not in GPT-2's byte alphabet: not a byte-level BPE") from error
-
-def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
-    """The tokenizer of a model: a short name, a hub id or a folder with tokenizer.model, tokenizer.json, or vocab.json
-    and merges.txt. Raises InputError where they are missing, damaged or of a kind that is not implemented."""
-    folder = hub.model_dir(name_or_dir, weights=False)
+    Raises InputError where they are missing, damaged or of a kind that is not implemented."""
+    folder = model_folder(name, weights=False)
     settings = read_json(folder / "tokenizer_config.json") or {}
     try:
         if (folder / "tokenizer.model").exists():
-            eos, add_bos = token_text(settings, "eos_token"), settings.get("add_bos_token", True)
-            tokenizer = SentencePiece(str(name_or_dir), folder / "tokenizer.model", eos, add_bos)
+            tokenizer = SentencePiece(folder / "tokenizer.model",
+                                      token_text(settings, "eos_token"),
+                                      settings.get("add_bos_token", True))
         else:
-            tokenizer = ByteLevelBPE(str(name_or_dir), read_byte_level(folder, settings))
-        tokenizer.folder = folder
-        return tokenizer
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise InputError(f"{folder}: the tokenizer's files are damaged or of an unknown make ({error!r})") from error
+            tokenizer = ByteLevelBPE(str(folder), read_byte_level(folder, settings))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: the tokenizer's files are damaged or of an unknown make "
+                         f"({error!r})") from error
+    tokenizer.folder = folder
+    return tokenizer
 
-# ----------------------------------------------------------------------------------------------------------- chunks
+
+def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers have the same tokens under the same ids."""
+    if (a.vocab_size, a.eos_id) != (b.vocab_size, b.eos_id):
+        return False
+    return all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+
+
+# ------------------------------------------------------------------------------------------- chunks
+
 def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], list[int]]:
-    """For every token the number of its chunk: how many common cuts lie at or before its start."""
-    sides = [np.array(spans, np.int64).reshape(-1, 2) for spans in (spans_a, spans_b)]
-    cuts = np.intersect1d(sides[0][:, 1], sides[1][:, 1])
-    return tuple(np.searchsorted(cuts[cuts > 0], spans[:, 0], side="right").tolist() for spans in sides)
+    """The chunk of every token, counted from 0: how many common cuts lie at or before its start."""
+    starts_a, ends_a = np.array(spans_a, np.int64).reshape(-1, 2).T
+    starts_b, ends_b = np.array(spans_b, np.int64).reshape(-1, 2).T
+    cuts = np.intersect1d(ends_a, ends_b)
+    cuts = cuts[cuts > 0]
+    return (np.searchsorted(cuts, starts_a, side="right").tolist(),
+            np.searchsorted(cuts, starts_b, side="right").tolist())
+
 
 def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]]:
-    """Cut one text where both tokenizations have a boundary → (tokens of a, tokens of b) for every chunk.
-    EOS, given as the empty span (n, n) at the text's end on both sides, is a chunk of its own. What follows the last
-    common boundary is a chunk too, of which one range may be empty."""
-    ids_a, ids_b = chunk_numbers(spans_a, spans_b)
-    return [(range(bisect.bisect_left(ids_a, k), bisect.bisect_right(ids_a, k)),
-             range(bisect.bisect_left(ids_b, k), bisect.bisect_right(ids_b, k))) for k in sorted({*ids_a, *ids_b})]
+    """Cut one text where both tokenizations have a boundary → (tokens of a, tokens of b) per chunk.
+
+    EOS, the empty span (n, n) at the text's end on both sides, is a chunk of its own. What follows
+    the last common boundary is a chunk too, of which one range may be empty."""
+    numbers_a, numbers_b = (np.array(numbers) for numbers in chunk_numbers(spans_a, spans_b))
+    result = []
+    for number in np.union1d(numbers_a, numbers_b):
+        tokens = [range(np.searchsorted(numbers, number, "left"),
+                        np.searchsorted(numbers, number, "right"))
+                  for numbers in (numbers_a, numbers_b)]
+        result.append(tuple(tokens))
+    return result
+
 
 def chunk_mask(spans_a: list[Span], spans_b: list[Span]) -> torch.Tensor:
-    """M of cma.mixing_weights: (len_a, len_b) bool, true where two tokens lie in the same chunk."""
-    ids_a, ids_b = chunk_numbers(spans_a, spans_b)
-    return torch.tensor(ids_a).view(-1, 1) == torch.tensor(ids_b).view(1, -1)
+    """M: (len_a, len_b) bool, true where two tokens lie in the same chunk."""
+    numbers_a, numbers_b = chunk_numbers(spans_a, spans_b)
+    return torch.tensor(numbers_a)[:, None] == torch.tensor(numbers_b)[None]
 
-# --------------------------------------------------------------------------------------- rows → examples → batches
+
+# ---------------------------------------------------------------------- rows → examples → batches
+
 @dataclass
 class Sequence:
-    """One side of an example: prompt + response + EOS; of the response and EOS the byte spans and chunks' numbers."""
+    """One side of an example: prompt + response + EOS; spans and chunks of the response and EOS."""
     ids: list[int]
     prompt_length: int
     spans: list[Span]
     chunks: list[int]
 
     @property
-    def valid(self) -> int:
-        """Positions whose label is a response token or EOS."""
-        return len(self.ids) - self.prompt_length
+    def response_ids(self) -> list[int]:
+        """The tokens of the response and EOS: the labels."""
+        return self.ids[self.prompt_length:]
+
 
 @dataclass
 class Example:
     row: int                    # number in the data file, from 0
+    text: str                   # the response
     student: Sequence
     teacher: Sequence
 
     @property
-    def whole_chunks(self) -> int:
-        """How many chunks, from the first, have the same text on both sides, of which either may be cut."""
-        sides = self.student, self.teacher
-        last = min(side.chunks[-1] for side in sides)
-        ends = {side.spans[bisect.bisect_right(side.chunks, last) - 1][1] for side in sides}
-        return last + (len(ends) == 1)
+    def num_whole_chunks(self) -> int:
+        """How many chunks, from the first, have the same text on both sides, either of which may
+        be cut at the length limit."""
+        last = min(self.student.chunks[-1], self.teacher.chunks[-1])
+        ends = set()
+        for side in (self.student, self.teacher):
+            ends.add(max(end for (_, end), chunk in zip(side.spans, side.chunks) if chunk <= last))
+        return last + 1 if len(ends) == 1 else last
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, max_prompt_length: int) -> tuple[list[int], bool]:
-    """BOS where the model has one, then the prompt, cut to the limit in tokens → (ids, whether it was cut)."""
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
-    return ids[:max_prompt_length], len(ids) > max_prompt_length
 
-def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int):
-    """Tokenize every row twice → (examples, number of prompts cut, rows dropped for want of a prompt or valid token).
-    Prompt and response are tokenized apart, as at generation time; EOS is appended, then everything cut to max_length
-    tokens. Texts that both sides share a tokenizer for are tokenized once."""
-    examples, cut = [], 0
+def encode_prompt(prompt: str, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], bool]:
+    """BOS where the model has one, then the prompt, cut to a number of tokens → (ids, was cut)."""
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id] + ids
+    return ids[:max_length], len(ids) > max_length
+
+
+def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int,
+                max_prompt_length: int) -> tuple[list[Example], int, int]:
+    """Tokenize every row twice → (examples, prompts cut, rows dropped for want of a response token).
+
+    Prompt and response are tokenized apart, as in generation; EOS is appended, then everything is
+    cut to max_length tokens. Where both sides have one tokenizer, it runs once."""
+    examples, num_cut = [], 0
     for number, row in enumerate(rows):
-        whole, sides, was_cut = [], [], False
         end = len(row.outputs[0].encode())
-        for tokenizer in dict.fromkeys([student, teacher]):
-            prompt, prompt_cut = encode_prompt(row.prompt, tokenizer, max_prompt_length)
-            response, spans = tokenizer.encode_with_spans(row.outputs[0])
-            whole.append((prompt, response + [tokenizer.eos_id], [*spans, (end, end)]))
-            was_cut |= prompt_cut
-        for (prompt, response, spans), numbers in zip(whole, chunk_numbers(whole[0][2], whole[-1][2])):     # uncut
+        encoded, any_cut = {}, False
+        for tokenizer in (student, teacher):
+            if tokenizer not in encoded:
+                prompt, cut = encode_prompt(row.prompt, tokenizer, max_prompt_length)
+                response, spans = tokenizer.encode_with_spans(row.outputs[0])
+                encoded[tokenizer] = prompt, response + [tokenizer.eos_id], spans + [(end, end)]
+                any_cut = any_cut or cut
+        num_cut += any_cut
+        numbers = chunk_numbers(encoded[student][2], encoded[teacher][2])
+        sides = []
+        for tokenizer, chunk_of_token in zip((student, teacher), numbers):
+            prompt, response, spans = encoded[tokenizer]
             ids = (prompt + response)[:max_length]
-            valid = max(len(ids) - len(prompt), 0)
-            sides.append(Sequence(ids, len(ids) - valid, spans[:valid], numbers[:valid]))
-        cut += was_cut
-        if all(side.valid and side.prompt_length for side in sides):
-            examples.append(Example(number, sides[0], sides[-1]))
-    return examples, cut, len(rows) - len(examples)
+            kept = max(len(ids) - len(prompt), 0)
+            sides.append(Sequence(ids, len(ids) - kept, spans[:kept], chunk_of_token[:kept]))
+        if all(side.response_ids and side.prompt_length for side in sides):
+            examples.append(Example(number, row.outputs[0], *sides))
+    return examples, num_cut, len(rows) - len(examples)
 
-def make_batches(examples: list[Example], batch_size: int, seed: int) -> list[list[Example]]:
-    """Shuffle, then sort by length within stretches of 32 batches, so that a batch's rows are about equally long and
-    little is padded; the batches themselves come in random order. The last, smaller one is kept."""
+
+def make_batches(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
+    """Shuffle, then sort by length within stretches of 32 batches, so that the rows of a batch are
+    about equally long; the batches come in random order. The last, smaller one is kept."""
     generator = random.Random(seed)
     order = examples[:]
     generator.shuffle(order)
-    stretch, batches = 32 * batch_size, []
-    for start in range(0, len(order), stretch):
-        part = sorted(order[start:start + stretch], key=lambda e: len(e.student.ids) + len(e.teacher.ids))
-        batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+    batches = []
+    for start in range(0, len(order), 32 * size):
+        stretch = order[start:start + 32 * size]
+        stretch.sort(key=lambda example: len(example.student.ids) + len(example.teacher.ids))
+        batches += [stretch[i:i + size] for i in range(0, len(stretch), size)]
     generator.shuffle(batches)
     return batches
 
-def collate(examples: list[Example], student_pad: int, teacher_pad: int,
-            align_on: str | None = None) -> dict[str, torch.Tensor]:
-    """Right-pad to the longest of the batch → student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T).
-    ids are the tokens but the last, labels the next token where it belongs to the response or is EOS, else −100.
-    align_on adds student_chunks (B, S) and teacher_chunks (B, T): the number of a valid position's chunk, "label": of
-    its label token, "input": of its input token, where the prompt's last tokens make a chunk of their own; and
-    student_starts, teacher_starts: the byte of the response at which a valid position's label begins."""
-    batch = {}
-    for side, pad in {"student": student_pad, "teacher": teacher_pad}.items():
-        sequences = [getattr(example, side) for example in examples]
-        shape = len(sequences), max(len(s.ids) for s in sequences) - 1
-        ids, labels = torch.full(shape, pad), torch.full(shape, -100)
-        chunks, starts = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
-        for i, s in enumerate(sequences):
-            tokens, valid = torch.tensor(s.ids), slice(s.prompt_length - 1, len(s.ids) - 1)
-            ids[i, :len(tokens) - 1] = tokens[:-1]
-            labels[i, valid] = tokens[s.prompt_length:]
-            if align_on:
-                chunks[i, valid] = torch.tensor(s.chunks if align_on == "label" else [-1] + s.chunks[:-1])
-                starts[i, valid] = torch.tensor([begin for begin, _ in s.spans])
-        batch |= {f"{side}_ids": ids, f"{side}_labels": labels}
-        batch |= {f"{side}_chunks": chunks, f"{side}_starts": starts} if align_on else {}
-    return batch
+
+def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict[str, torch.Tensor]:
+    """Right-pad to the longest row → student_ids, student_labels (B, S), teacher_ids,
+    teacher_labels (B, T).
+
+    ids are the tokens but the last; labels the next token where that is of the response or EOS,
+    else −100."""
+    student_ids, student_labels = _pad([example.student for example in examples], student_pad)
+    teacher_ids, teacher_labels = _pad([example.teacher for example in examples], teacher_pad)
+    return dict(student_ids=student_ids, student_labels=student_labels,
+                teacher_ids=teacher_ids, teacher_labels=teacher_labels)
+
+
+def _pad(sequences: list[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = len(sequences), max(len(sequence.ids) for sequence in sequences) - 1
+    ids, labels = torch.full(shape, pad), torch.full(shape, -100)
+    for i, sequence in enumerate(sequences):
+        tokens, first = torch.tensor(sequence.ids), sequence.prompt_length
+        ids[i, :len(tokens) - 1] = tokens[:-1]
+        labels[i, first - 1:len(tokens) - 1] = tokens[first:]
+    return ids, labels
+
 
 def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts for generation → ids (B, T) and mask (B, T), true on real tokens."""
+    """Prompts for generation → ids (B, T), and mask (B, T), true on real tokens."""
     length = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts])
-    mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts])
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt):] = torch.tensor(prompt)
+        mask[i, length - len(prompt):] = True
     return ids, mask

@@ -1,220 +1,612 @@
-"""Distil a teacher into a student that cuts text into other tokens. Reads from top to bottom like the algorithm.
+"""Distil a teacher into a student that cuts text into other tokens.
 
-    python train.py                                                       # the toy: minutes on a laptop, no download
-    python train.py --teacher qwen --student gpt2                         # the paper's pair, on Dolly; wants a GPU
-    python train.py --teacher DIR --student DIR --data DIR --method dwa_kd --adversary gan
-    python train.py --method sft --student qwen --out_dir out/teacher     # fine-tune the teacher first
-    python train.py --out_dir out/NAME --resume                           # go on after an interruption
+    python train.py                                                     # the toy: minutes, no download
+    python train.py --teacher qwen --student gpt2                       # the papers' pair, on Dolly; a GPU
+    python train.py --teacher DIR --student DIR --data DIR --method byte_kd
+    python train.py --method sft --student qwen --out_dir out/teacher   # fine-tune the teacher first
+    python train.py --out_dir out/NAME --resume                         # continue an interrupted run
+    torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 --teacher qwen --student gpt2
 
-    total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW       CE, KD, …: methods/table.py; plainly: methods/plain.py
+    total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW             # methods/__init__.py: Objective
 
-Every term is a sum over valid tokens divided by their number in the whole optimizer step. The papers' settings are the
-defaults; the toy has its own (TRAINING in toy.py)."""
-import contextlib
-import itertools
+Defaults are the papers' settings; a method, and the toy, may have others (methods/, toy.py)."""
+import json
 import math
+import shlex
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import probe
-from eval_rouge import quick_scores
-from files import hub
-from files.config import InputError, flag
-from methods.table import KD_PARTS, WITHOUT_KD, Options, distill, terms
-from running import parallel, report
-from running.batches import steps_of
-from running.checkpoint import save_checkpoint
-from running.checks import read_settings
-from running.flops import peak_flops
-from running.run_folder import Interrupted, Stop, append_line
-from running.setup import Run, go_on, set_up, to_score
+from data import data_file, read_rows, same_data, trained_on
+from discriminator import ADVERSARIES
+from eval_rouge import scores_of
+from hub.download import model_folder
+from methods import METHOD_OPTIONS, Method, Objective, find_method
+from methods.divergences import DIVERGENCES
+from model import load
+from runtime import distributed
+from runtime.checkpoint import (FREE, Stop, append_metrics, last_checkpoint, load_modules,
+                                load_optimizer, lock_run, new_run_folder, read_metrics,
+                                rewind_metrics, save_checkpoint, saved_settings, start_run)
+from runtime.config import InputError, checked, flag, given_flags, run_script
+from runtime.distributed import print_first
+from runtime.files import atomic_write
+from runtime.machine import autocast, keep_memory, pick_device
+from tokenize_align import (Example, collate, encode_prompt, encode_rows, load_tokenizer,
+                            make_batches, same_vocabulary)
 
-BAD_STEPS = 3           # in a row, and the run stops
+MOST_BAD_STEPS = 3          # in a row, and the run ends
+
 
 @dataclass
-class Config(Options):
-    teacher: str = flag("", "the teacher: name, hub id or folder (toy when no student is given either)")
-    student: str = flag("", "the student: name, hub id or folder (toy when no teacher is given either)")
-    data: str = flag("", "training data: name, or folder with train.jsonl and dev.jsonl (default: toy or dolly)")
-    student_init: str = flag("pretrained", "the student's first weights", choices=("pretrained", "random"))
-    out_dir: str = flag("", "where everything is written (default: a new folder under out/)")
-    epochs: int = flag(20, "passes over the training data", at_least=1)
-    max_steps: int = flag(0, "optimizer steps, in place of --epochs (0: all epochs)", at_least=0)
-    batch_size: int = flag(32, "rows a forward pass", at_least=1)
-    grad_accum: int = flag(1, "forward passes an optimizer step", at_least=1)
-    lr: float = flag(5e-4, "peak learning rate of the student, cosine to 1e-7", at_least=0)
-    projector_lr: float = flag(1e-3, "the same for the projectors", at_least=0)
-    ga_lr: float = flag(1e-3, "the same for the adversary; 0 leaves it as it was drawn, as in the release", at_least=0)
-    weight_decay: float = flag(0.01, "AdamW's decay of matrices, per unit of learning rate", at_least=0)
-    warmup_steps: int = flag(0, "optimizer steps until the peak learning rate", at_least=0)
-    clip_grad: float = flag(1.0, "largest gradient norm", at_least=1e-6)
-    max_length: int = flag(512, "prompt, response and EOS together, in tokens", at_least=2)
-    max_prompt_length: int = flag(256, "longer prompts are cut, in tokens", at_least=1)
-    on_policy: float = flag(0.0, "share of the steps in which the teacher judges what the student itself answers",
-                            at_least=0, at_most=1)
-    eval_interval: int = flag(0, "optimizer steps between scorings of the dev split (0: once an epoch)", at_least=0)
-    select: str = flag("rouge", "the best checkpoint: by ROUGE-L, or by bits a byte of dev", choices=("rouge", "bits"))
-    eval_num: int = flag(100, "rows of the dev and test splits that are scored (0: all)", at_least=0)
-    save_interval: int = flag(0, "optimizer steps between checkpoints (0: at every scoring)", at_least=0)
-    probe_interval: int = flag(0, "optimizer steps between looks at the attention, see probe.py (0: never)", at_least=0)
-    seed: int = flag(1, "of the first weights, the order of the rows and dropout", at_least=0, at_most=2**40)
-    device: str = flag("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
-    cache_teacher: bool = flag(False, "write the teacher's hidden states to disk once; train without its layers")
-    cache_dtype: str = flag("bfloat16", "their type", choices=("bfloat16", "float32"))
-    compile: bool = flag(False, "torch.compile the two decoders and, on a GPU, losses and generation")
-    gradient_checkpointing: bool = flag(False, "compute the student's layers again for their gradients; keep nothing")
-    lora_rank: int = flag(0, "train matrices of this rank beside the student's frozen ones (0: all; the paper: 256)",
-                          at_least=0)
-    lora_alpha: float = flag(8.0, "α, their weight is α / rank (a number)", at_least=0)
-    lora_dropout: float = flag(0.1, "share of their inputs that is dropped", at_least=0, at_most=1)
-    num_threads: int = flag(0, "CPU threads (0: PyTorch's choice)", at_least=0, at_most=1024)
-    shard_student: bool = flag(False, "with torchrun: each process keeps a part of every layer of the student")
-    shard_teacher: bool = flag(False, "the same for the teacher")
-    resume: bool = flag(False, "go on with the run in --out_dir; its own settings are taken")
-    overwrite: bool = flag(False, "delete the run in --out_dir first")
+class Config:
+    # model and data
+    teacher: str = flag("", "The teacher: a name, hub id or folder. Without teacher and student, "
+                        "the toy is trained.", "model and data")
+    student: str = flag("", "The student: a name, hub id or folder.", "model and data")
+    student_init: str = flag("pretrained", "The student's first weights.", "model and data",
+                             choices=("pretrained", "random"))
+    data: str = flag("", "A set's name, or a folder with train.jsonl and dev.jsonl. Without it: "
+                     "dolly, or the toy's.", "model and data")
+    max_length: int = flag(512, "Prompt, response and EOS are cut to this many tokens.",
+                           "model and data", minimum=2)
+    max_prompt_length: int = flag(256, "Prompts are cut to this many tokens.", "model and data",
+                                  minimum=1)
 
-def parameter_groups(config: Config, student, projectors, adversary) -> list[dict]:
-    """AdamW's groups: each module's matrices (decayed) and its vectors (not); what is sharded apart from what is whole,
-    because one kernel takes either. numbers: the parameters' in checkpoints, which know nothing of shards."""
-    groups, number = [], itertools.count()
-    for module, lr in ((student, config.lr), (projectors, config.projector_lr), (adversary, config.ga_lr)):
-        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-        for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            numbered = list(zip(chosen, number))
-            for part in (False, True):
-                if some := [(p, k) for p, k in numbered if parallel.is_part(p) == part]:
-                    parameters, numbers = zip(*some)
-                    groups.append(dict(params=parameters, numbers=numbers, lr=lr, peak_lr=lr, weight_decay=decay))
-    return groups
+    # method
+    method: str = flag("dskd_cma_ga", "A file of methods/, or the path of one of yours.", "method")
+    kd_rate: float = flag(0.5, "α, the share of distillation in the loss.", "method",
+                          minimum=0, maximum=1)
+    temperature: float = flag(2.0, "T of the divergences, τ of alm.", "method", minimum=1e-3)
+    divergence: str = flag("forward_kl", "Distance between student and target.", "method",
+                           choices=DIVERGENCES)
+    adversary: str = flag("none", "What makes queries look like keys, see discriminator.py.",
+                          "method", choices=ADVERSARIES)
+    ga_weight: float = flag(0.1, "λ_GA, the weight of the adversary's term.", "method", minimum=0)
+    dtw_weight: float = flag(0.0, "λ_DTW, the weight of the soft-DTW terms.", "method", minimum=0)
+    projector_init: str = flag("random", "The projectors' first weights; shared: from the tokens "
+                               "both vocabularies have.", "method", choices=("random", "shared"))
+    on_policy: float = flag(0.0, "Share of steps in which the teacher judges what the student "
+                            "answers itself.", "method", minimum=0, maximum=1)
 
-def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then a cosine from the peak down to 1e-7 at the last step, total − 1."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    return min(peak, 1e-7) + 0.5 * (1 + math.cos(math.pi * progress)) * max(0.0, peak - 1e-7)
+    # optimization
+    epochs: int = flag(20, "Passes over the training data.", "optimization", minimum=1)
+    max_steps: int = flag(0, "Optimizer steps; 0: as --epochs says.", "optimization", minimum=0)
+    batch_size: int = flag(32, "Rows per forward pass.", "optimization", minimum=1)
+    grad_accum: int = flag(1, "Forward passes per optimizer step, of all processes together.",
+                           "optimization", minimum=1)
+    lr: float = flag(5e-4, "Peak learning rate of the student; a cosine takes it to 1e-7.",
+                     "optimization", minimum=0)
+    projector_lr: float = flag(1e-3, "The same for the projectors.", "optimization", minimum=0)
+    ga_lr: float = flag(1e-3, "The same for the adversary; 0 leaves it as it was drawn.",
+                        "optimization", minimum=0)
+    warmup_steps: int = flag(0, "Steps of linear warm-up.", "optimization", minimum=0)
+    weight_decay: float = flag(0.01, "AdamW's weight decay of matrices.", "optimization",
+                               minimum=0)
+    clip_grad: float = flag(1.0, "Gradients are clipped to this norm.", "optimization",
+                            minimum=1e-6)
+    lora_rank: int = flag(0, "Rank of LoRA matrices beside frozen weights; 0: all weights learn.",
+                          "optimization", minimum=0)
+    lora_alpha: float = flag(8.0, "Their weight is α / rank.", "optimization", minimum=0)
+    seed: int = flag(1, "Of the first weights, the order of the rows and dropout.",
+                     "optimization", minimum=0)
 
-def train(config: Config, stack: contextlib.ExitStack) -> tuple[Config, Run]:
-    """One run, up to its last step. stack: what is to be let go of at the end."""
-    run = set_up(config, stack)
-    stack.enter_context(report.memory_told(config, run))
-    student, teacher, projectors, adversary = run.student, run.teacher, run.projectors, run.adversary
-    groups = parameter_groups(config, student, projectors, adversary)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    unfinished = go_on(config, run, optimizer)
-    probe.choose_rows(config, run)
-    report.announce(config, run)
-    run.stop = Stop()
-    stack.callback(run.stop.close)
-    if unfinished:
-        finish_step(config, run, optimizer, unfinished)
-    critics = [] if adversary is None else [p for p in adversary.parameters() if p.requires_grad]
-    learners = [p for module in (student, projectors) if module for p in module.parameters() if p.requires_grad]
-    α, λ_GA, λ_DTW = config.kd_rate, config.ga_weight, config.dtw_weight
-    if config.method in WITHOUT_KD:
-        α = 0.0
-    factors = {"nll_loss": 1 - α, **dict.fromkeys(KD_PARTS, α)}        # the heads need them early: methods/heads.py
-    peak = peak_flops(run.device, run.dtype) * parallel.world()
-    bar = stack.enter_context(tqdm(total=run.total_steps, initial=run.state["step"], unit="step", dynamic_ncols=True))
-    started = time.perf_counter()
-    for step, examples, n, forward_passes in steps_of(config, run, run.state["step"]):     # n: of all processes
-        sums = {}                                                       # over the step's tokens
-        student.train()
-        for batch, weight, learns in forward_passes:
-            batch = {name: x.to(run.device, non_blocking=True) for name, x in batch.items()}
-            with run.autocast():
-                parts = distill(config, batch, student, teacher, projectors, adversary, step, factors, learns)
-                CE, KD, GA, DTW = terms(parts, n)
-                loss = (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
-            (weight * loss).backward()
-            for name, value in {**parts, "loss": loss * n["student"]}.items():
-                sums[name] = sums.get(name, 0) + weight * value.detach()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, run.total_steps)
-        parallel.add_gradients(learners + critics)
-        norms = [parallel.clip_gradients(some, config.clip_grad) for some in (learners, critics) if some]
-        totals, norms = parallel.add_up(sums, norms)                    # the GPU is waited for here only
-        record = {"step": step + 1}
-        if math.isfinite(totals["loss"] + sum(norms)):
-            optimizer.step()
-            run.state["bad_steps"] = 0
-        else:
-            run.state["bad_steps"] += 1
-            record["skipped_rows"] = sorted(example.row for example in examples)
-            tqdm.write(report.bad_step(config, record, totals["loss"] / n["student"], norms))
-        optimizer.zero_grad(set_to_none=True)
-        record |= report.step_record(config, run, totals, norms[0], optimizer.param_groups[0]["lr"], examples, n,
-                                     time.perf_counter() - started, peak)
-        report.show(bar, record)
-        finish_step(config, run, optimizer, record)
+    # evaluation and saving
+    out_dir: str = flag("", "A new folder for the run. Without it: one under out/.",
+                        "evaluation and saving")
+    resume: bool = flag(False, "Continue the run in --out_dir, with its settings.",
+                        "evaluation and saving")
+    eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.",
+                              "evaluation and saving", minimum=0)
+    eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.",
+                         "evaluation and saving", minimum=0)
+    select: str = flag("rouge", "The best checkpoint: by ROUGE-L, or by bits per byte, of dev.",
+                       "evaluation and saving", choices=("rouge", "bits"))
+    save_interval: int = flag(0, "Steps between checkpoints; 0: before every scoring.",
+                              "evaluation and saving", minimum=0)
+
+    # machine
+    device: str = flag("auto", "Where to train.", "machine", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "auto: bfloat16 on GPUs that have it, else float32.", "machine",
+                      choices=("auto", "float32", "bfloat16"))
+    compile: bool = flag(False, "torch.compile both models.", "machine")
+    gradient_checkpointing: bool = flag(False, "Recompute the student's layers for their "
+                                        "gradients: slower, less memory.", "machine")
+    cache_teacher: bool = flag(False, "Write the teacher's hidden states to disk once, and train "
+                               "without its layers.", "machine")
+    shard: str = flag("none", "With torchrun: which models' layers are spread over the processes.",
+                      "machine", choices=("none", "student", "teacher", "both"))
+
+
+def read_settings(argv: list[str] | None = None) -> Config:
+    """The command line, over the method's defaults, the toy's for the toy; or a run's settings on
+    --resume. Raises InputError for what does not go together."""
+    given = given_flags(Config, __doc__, argv)
+    if given.get("resume"):
+        config = resumed_settings(given)
+    else:
+        config = new_settings(given)
+    method = find_method(config.method)
+    if config.method == "sft" and config.teacher:
+        raise InputError("--method sft has no teacher: the model that learns is the --student")
+    if config.method != "sft" and not config.teacher:
+        raise InputError(f"--method {config.method} needs a --teacher")
+    if not config.student:
+        raise InputError("--teacher without --student: name the student too")
+    for name in METHOD_OPTIONS:
+        if name in given and name not in method.uses:
+            raise InputError(f"--{name}: --method {config.method} does not use it (it uses: "
+                             f"{', '.join(method.uses) or 'none of the kind'})")
+        if name in ("ga_weight", "ga_lr") and name in given and config.adversary == "none":
+            raise InputError(f"--{name}: there is no --adversary")
+    if "lora_alpha" in given and not config.lora_rank:
+        raise InputError("--lora_alpha: has no use without --lora_rank")
+    if config.lora_rank and config.student_init == "random":
+        raise InputError("--lora_rank: keeps the student's weights, so they cannot be random")
+    if config.on_policy and (config.cache_teacher or config.shard != "none"):
+        raise InputError("--on_policy: the student's answers are new in every step, so it works "
+                         "neither with --cache_teacher nor with --shard")
+    if config.compile and (config.shard != "none" or config.gradient_checkpointing):
+        raise InputError("--compile: works neither with --shard nor --gradient_checkpointing")
+    return config
+
+
+def new_settings(given: dict) -> Config:
+    is_toy = given.get("student", "toy") == "toy" and given.get("teacher", "toy") == "toy"
+    defaults = {"data": "dolly"}
+    if is_toy:
+        import toy
+        defaults = {"student": "toy", "data": "toy"} | toy.TRAINING
+    name = given.get("method", defaults.get("method", Config.method))
+    if is_toy and name != "sft":
+        defaults["teacher"] = "toy"
+    defaults |= find_method(name).defaults
+    return checked(Config, defaults | given)
+
+
+def resumed_settings(given: dict) -> Config:
+    if "out_dir" not in given:
+        raise InputError("--resume: name the run's --out_dir")
+    saved = saved_settings(Path(given["out_dir"]))
+    fields = Config.__dataclass_fields__
+    unknown = sorted(saved.keys() - fields.keys())
+    if unknown:
+        raise InputError(f"--resume: the run was made by another version of train.py, which had "
+                         f"--{', --'.join(unknown)}")
+    for name, value in given.items():
+        if name not in FREE and value != saved.get(name):
+            raise InputError(f"--resume: the run has --{name} {saved.get(name)}, not {value}; "
+                             "leave it out")
+    return checked(Config, saved | {name: given[name] for name in FREE if name in given})
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ------------------------------------------------------------------------------------- set up
+    config = read_settings(argv)
+    method = find_method(config.method)
+    device, dtype = pick_device(config.device, config.dtype)
+    config.dtype = str(dtype).removeprefix("torch.")
+    distributed.init(device)
+    world_size = distributed.world_size()
+    if config.grad_accum % world_size:
+        raise InputError(f"--grad_accum {config.grad_accum}: must be a multiple of the "
+                         f"{world_size} processes")
+    if config.shard != "none" and world_size == 1:
+        raise InputError("--shard: start with torchrun --nproc_per_node=N train.py …")
+    if device == "cpu":
+        keep_memory()
+    if not config.out_dir:
+        config.out_dir = str(new_run_folder(config.teacher, config.student, config.method))
+    out_dir = Path(config.out_dir)
+
+    # data: rows of train, dev and, where there is one, test
+    if "toy" in (config.student, config.teacher) or config.data.startswith("toy"):
+        import toy
+        with distributed.first_goes_first():
+            toy.prepare_for(config)
+    with distributed.first_goes_first():
+        files = {split: data_file(config.data, split, required=split != "test")
+                 for split in ("train", "dev", "test")}
+    rows = {split: read_rows(file) for split, file in files.items() if file}
+    scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test")
+              if split in rows}
+
+    # models: the student, the frozen teacher, and what learns beside the student
+    torch.manual_seed(config.seed)
+    checkpoint = last_checkpoint(out_dir) if config.resume else None
+    student, student_tokenizer = load_student(config, checkpoint, device, dtype)
+    teacher, teacher_tokenizer = None, student_tokenizer
+    if method.needs_teacher:
+        teacher, teacher_tokenizer = load_teacher(config, device, dtype)
+    check_pair(config, method, student, teacher, student_tokenizer, teacher_tokenizer)
+    modules = {}
+    if method.make_modules:
+        modules = method.make_modules(config, student.config, teacher.config)
+    for module in modules.values():
+        module.to(device)
+    if config.projector_init == "shared" and not checkpoint:
+        from methods.projector_init import init_from_shared, shared_tokens
+        pairs = shared_tokens(student_tokenizer, teacher_tokenizer)
+        init_from_shared(modules["projectors"], student, teacher, pairs)
+    if "adversary" in modules:
+        modules["adversary"].requires_grad_(config.ga_lr > 0)
+
+    # examples: the training rows in both tokenizations
+    if method.answered_by_teacher:
+        from runtime.teacher_answers import teacher_rows
+        with autocast(device, dtype):
+            rows["train"] = teacher_rows(rows["train"], files["train"], config.teacher, teacher,
+                                         teacher_tokenizer, config.max_length,
+                                         config.max_prompt_length, config.batch_size)
+    trains_with_teacher = method.needs_teacher and not method.answered_by_teacher
+    tokenizers = student_tokenizer, student_tokenizer
+    if trains_with_teacher and not same_vocabulary(student_tokenizer, teacher_tokenizer):
+        tokenizers = student_tokenizer, teacher_tokenizer
+    pads = tokenizers[0].eos_id, tokenizers[1].eos_id       # nothing looks at padding
+    examples, num_cut, num_dropped = encode_rows(rows["train"], *tokenizers, config.max_length,
+                                                 config.max_prompt_length)
+    if num_cut or num_dropped:
+        print_first(f"{config.data}, train: {num_cut} of {len(rows['train'])} prompts cut to "
+                    f"{config.max_prompt_length} tokens, {num_dropped} rows dropped, because no "
+                    f"response token fits into {config.max_length}")
+    for split in scored:
+        cut = sum(encode_prompt(row.prompt, student_tokenizer, config.max_prompt_length)[1]
+                  for row in scored[split])
+        if cut:
+            print_first(f"{config.data}, {split}: {cut} of {len(scored[split])} prompts cut to "
+                        f"{config.max_prompt_length} tokens")
+    if not examples:
+        raise InputError(f"--data {config.data}: no row has a response token within --max_length "
+                         f"{config.max_length}")
+    extras = None
+    if method.batch_extras:
+        extras = method.batch_extras(*tokenizers, examples)
+    states = None
+    if config.cache_teacher:
+        from runtime.teacher_states import TeacherStates
+        states = TeacherStates(files["train"], config.teacher, teacher.source, examples,
+                               teacher.config.hidden_size, dtype)
+        with autocast(device, dtype):
+            states.fill(config.batch_size, pads[1], device)
+    if config.compile:
+        for decoder in filter(None, (student, teacher)):
+            decoder.compile(dynamic=True)
+
+    # the optimizer, the run's folder, an earlier checkpoint
+    optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
+    if distributed.is_first():
+        if not config.resume:
+            start_run(config, out_dir)
+        lock_run(out_dir)
+    distributed.barrier()
+    state = {"step": 0, "best_dev_rouge_l": -1.0, "best_dev_bits_per_byte": math.inf,
+             "data": config.data, "method": config.method, "student": config.student}
+    if checkpoint:
+        load_modules(checkpoint, modules)
+        load_optimizer(checkpoint, optimizer)
+        state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+    else:
+        sharded = config.shard in ("student", "both")
+        distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
+        if distributed.rank():
+            torch.manual_seed(config.seed + 1_000_003 * distributed.rank())     # dropout differs
+    if config.resume and distributed.is_first():
+        rewind_metrics(out_dir, state["step"])
+    first_step = state["step"]
+    rows_per_step = config.batch_size * config.grad_accum
+    steps_per_epoch = math.ceil(len(examples) / rows_per_step)
+    total_steps = config.max_steps or config.epochs * steps_per_epoch
+    eval_interval = config.eval_interval or steps_per_epoch
+    save_interval = config.save_interval or eval_interval
+    learners = trainable(student, modules.get("projectors"))
+    learners += trainable(*(module for name, module in modules.items()
+                            if name not in ("projectors", "adversary")))
+    adversary_parameters = trainable(modules.get("adversary"))
+    num_parameters = sum(p.numel() for p in student.parameters())
+    print_first(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, "
+                f"{num_parameters / 1e6:.1f}M parameters, {len(examples)} rows, {total_steps} "
+                f"steps on {device}, into {out_dir}" + f", from step {first_step}" * bool(checkpoint))
+
+    # --------------------------------------------------------------------------------------- train
+    launcher = "torchrun …" if world_size > 1 else "python"
+    stop = Stop(f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} "
+                "--resume")
+    bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+    bad_steps = 0
+    for step in range(first_step, total_steps + 1):
+        # save and score where that is due; what is saved is scored again after an interruption
+        finished = step == total_steps
+        eval_due = step > 0 and (step % eval_interval == 0 or finished)
+        leaving = stop.in_any_process()
+        save_due = eval_due or step % save_interval == 0 or leaving
+        state["step"] = step
+        if save_due and step > first_step and bad_steps == 0:
+            save_checkpoint(out_dir / "last", student, modules, optimizer, state)
+        if leaving:
+            stop.leave()
+        if eval_due:
+            stop.at_once = True
+            with autocast(device, dtype):
+                scores = scores_of(student, student_tokenizer, scored["dev"], config.max_length,
+                                   config.max_prompt_length, "scoring dev")
+            stop.at_once = False
+            tqdm.write(f"step {step:>6}   dev: {scores['bits_per_byte']:.3f} bits per byte, "
+                       f"ROUGE-L {scores['rouge_l']:.2f}")
+            append_metrics(out_dir, {"step": step} | {f"dev_{k}": v for k, v in scores.items()})
+            if is_better(config.select, scores, state):
+                state |= {f"best_dev_{name}": value for name, value in scores.items()}
+                save_checkpoint(out_dir / "best", student, modules, None, state)
+        if finished:
+            break
+
+        # the step's rows, of all processes, and how many tokens they have
         started = time.perf_counter()
+        epoch, number = divmod(step, steps_per_epoch)
+        if number == 0 or step == first_step:
+            batches = make_batches(examples, rows_per_step, config.seed * 1_000_003 + epoch)
+        step_examples = batches[number]
+        objective = Objective(config, step,
+                              sum(len(e.student.response_ids) for e in step_examples),
+                              sum(len(e.teacher.response_ids) for e in step_examples))
+        passes = [(method.loss, objective, part, weight)
+                  for part, weight in forward_passes(config, step_examples)]
+        if config.on_policy:
+            from runtime.on_policy import is_on_policy, on_policy_passes
+            if is_on_policy(config, step):
+                with autocast(device, dtype):
+                    passes = on_policy_passes(config, passes, student, tokenizers, rows["train"])
+
+        # forward and backward
+        student.train()
+        sums = {}
+        for loss_function, objective, part, weight in passes:
+            batch = {name: tensor.to(device) for name, tensor in collate(part, *pads).items()}
+            if extras:
+                batch |= extras(part, device)
+            if states:
+                batch["teacher_hidden"] = states.of(part).to(device)
+            with autocast(device, dtype):
+                loss, terms = loss_function(batch, student, teacher, modules, objective)
+            (weight * loss).backward()
+            for name, value in (terms | {"loss": loss.detach()}).items():
+                sums[name] = sums.get(name, 0) + weight * value.float()
+
+        # the update
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
+        norms = []
+        for parameters in filter(None, (learners, adversary_parameters)):
+            norms.append(clip_gradients(parameters, config.clip_grad))
+        totals = distributed.all_reduce(torch.stack(list(sums.values())))
+        numbers = torch.cat([totals, torch.stack(norms)]).tolist()      # the only wait for a GPU
+        record = dict(zip(sums, numbers)) | {"grad_norm": numbers[len(sums)]}
+        if all(map(math.isfinite, numbers)):
+            optimizer.step()
+            bad_steps = 0
+        else:
+            bad_steps += 1
+            skipped = sorted(example.row for example in step_examples)
+            tqdm.write(f"step {step + 1}: the loss is {record['loss']}, its gradient's norm "
+                       f"{record['grad_norm']}; the step is not taken (its rows, from 0: {skipped})")
+            record = {"skipped_rows": skipped}
+        optimizer.zero_grad(set_to_none=True)
+
+        # the log
+        seconds = time.perf_counter() - started
+        num_tokens = sum(len(example.student.ids) for example in step_examples)
+        operations = 6 * num_parameters * num_tokens
+        if trains_with_teacher and not states:
+            teacher_tokens = sum(len(example.teacher.ids) for example in step_examples)
+            operations += 2 * sum(p.numel() for p in teacher.parameters()) * teacher_tokens
+        record = {"step": step + 1, **record, "lr": optimizer.param_groups[0]["lr"],
+                  "tokens_per_second": num_tokens / seconds, "seconds": seconds,
+                  "tflops": operations / seconds / 1e12}
+        append_metrics(out_dir, record)
+        bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}",
+                        tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
+        bar.update()
+        if bad_steps == MOST_BAD_STEPS:
+            raise InputError(f"{MOST_BAD_STEPS} steps in a row, up to step {step + 1}, had a loss "
+                             "or gradient that is not finite; try a lower --lr, a longer "
+                             f"--warmup_steps or --dtype float32 in a new run. {out_dir / 'last'} "
+                             "holds the last good checkpoint, where there was one")
     bar.close()
-    parallel.barrier()          # the first process may still be writing the last checkpoint
-    return config, run
 
-def finish_step(config: Config, run: Run, optimizer, record: dict) -> None:
-    """After a step: score and look where that is due, write its line, save, and leave where a signal asks for it."""
-    state, out_dir, modules = run.state, run.out_dir, (run.student, run.projectors, run.adversary)
-    step = state["step"] = record["step"]
-    done, eval_interval = step == run.total_steps, config.eval_interval or run.steps_per_epoch
-    if state["bad_steps"] == BAD_STEPS:
-        append_line(out_dir / "metrics.jsonl", record)
-        raise InputError(f"{BAD_STEPS} steps in a row, up to step {step}, had a loss or gradient that is not finite. "
-                         f"{out_dir / 'last'} holds the last good checkpoint, where there was one; try a lower --lr, a "
-                         "longer --warmup_steps or --dtype float32 in a new run")
-    if step % eval_interval == 0 or done:
-        try:
-            scores = score(config, run, "student", run.student, "dev", "scoring dev")
-        except Interrupted:
-            save_checkpoint(out_dir / "last", *modules, optimizer, state | {"unfinished": record})
-            report.leave(config, run.stop.signal, step, run.total_steps)
-        record |= {f"dev_{name}": value for name, value in scores.items()}
-        tqdm.write(f"step {step:>6}   loss {record.get('loss', math.nan):.4f}   dev: {report.scores(scores)}")
-    if config.probe_interval and (step % config.probe_interval == 0 or done):
-        record |= probe.numbers_of_run(config, run)
-    append_line(out_dir / "metrics.jsonl", record)
-    name, sign = ("rouge_l", 1) if config.select == "rouge" else ("bits_per_byte", -1)
-    if f"dev_{name}" in record and sign * record[f"dev_{name}"] > sign * state[f"best_dev_{name}"]:
-        state |= {f"best_dev_{name}": value for name, value in scores.items()}
-        save_checkpoint(out_dir / "best", *modules, None, state)
-    due = step % (config.save_interval or eval_interval) == 0 and not state["bad_steps"] or done    # not bad steps
-    leaving = parallel.add(torch.tensor(run.stop.signal)).item()             # all processes leave after the same step
-    if due or leaving:
-        save_checkpoint(out_dir / "last", *modules, optimizer, state)
-    if leaving:
-        report.leave(config, run.stop.signal, step, run.total_steps)
+    # ------------------------------------------------------------------------- score and conclude
+    stop.at_once = True
+    del optimizer, modules, student, learners, adversary_parameters, norms, loss
+    results = {}
+    for name, decoder, tokenizer in models_to_score(config, out_dir, teacher, teacher_tokenizer,
+                                                    student_tokenizer, device, dtype):
+        with autocast(device, dtype):
+            results[name] = {split: scores_of(decoder, tokenizer, scored[split], config.max_length,
+                                              config.max_prompt_length, f"{name}: {split}")
+                             for split in scored}
+        teacher = decoder = None                # memory for the next
+    if distributed.is_first():
+        print_results(config, results, rows, scored, out_dir)
+        with atomic_write(out_dir / "results.json") as file:
+            json.dump(results, file, indent=2)
 
-def score(config: Config, run: Run, side: str, decoder, split: str, desc: str) -> dict[str, float]:
-    """ROUGE-L and bits a byte on the scored rows of a split. Raises Interrupted on a signal."""
-    with run.autocast():
-        return quick_scores(decoder, run.tokenizers[side], run.scored[split], config, desc, run.stop.at_once)
 
-def conclude(config: Config, run: Run) -> None:
-    """Score the teacher and the best checkpoint, one after the other, then leave the table and the pictures."""
-    results, run.shapes = {}, {}
-    try:
-        for name, decoder in to_score(config, run):
-            side = "teacher" if name == "teacher" else "student"
-            results[name] = {split: score(config, run, side, decoder, split, f"{name}: {split}")
-                             for split in run.scored}
-            decoder = None                                      # memory for the next
-    except Interrupted:
-        report.leave(config, run.stop.signal, run.total_steps, run.total_steps)
-    run.stop.close()
-    if parallel.is_first():
-        report.print_results(config, run, results)
-        probe.leave_pictures(config, run, results)
-        report.write_results(run, results)
+# ------------------------------------------------------------------------------------------ models
 
-def main() -> None:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(parallel.started())
-        conclude(*train(read_settings(Config, __doc__), stack))
+def folder_of(config, side: str, weights: bool = True) -> Path:
+    """The folder of the "student" or the "teacher"."""
+    name = getattr(config, side)
+    if name == "toy":
+        import toy
+        return toy.model_folder(side)
+    return model_folder(name, weights)
+
+
+def load_decoder(config, side: str, folder, dtype, device, change=None, **how):
+    """model.load, or with --shard its sharded form. change: a function of the decoder that is
+    called before it is sharded. how: load's other arguments."""
+    if config.shard in (side, "both"):
+        from runtime.sharding import load_sharded
+        return load_sharded(folder, dtype, device, change, **how)
+    decoder = load(folder, dtype=dtype, device=device, **how)
+    if change:
+        change(decoder)
+    return decoder
+
+
+def load_student(config, checkpoint, device, dtype):
+    """The student, as the checkpoint to resume from has it, and its tokenizer."""
+    folder = folder_of(config, "student", weights=config.student_init == "pretrained")
+    if config.lora_rank:
+        from runtime import lora
+
+        def change(decoder):
+            lora.add_lora(decoder, config.lora_rank, config.lora_alpha)
+            if checkpoint and not decoder.embed.weight.is_meta:
+                lora.load_adapter(checkpoint / "adapter", decoder)
+
+        if config.shard in ("student", "both"):
+            dtype = torch.float32           # FSDP wants one type in a layer, and LoRA's is float32
+        student = load_decoder(config, "student", folder, dtype, device, change)
+    elif checkpoint:
+        student = load_decoder(config, "student", checkpoint, torch.float32, device)
+    else:
+        student = load_decoder(config, "student", folder, torch.float32, device,
+                               init=config.student_init)
+    student.gradient_checkpointing = config.gradient_checkpointing
+    return student, load_tokenizer(folder)
+
+
+def load_teacher(config, device, dtype):
+    """The frozen teacher and its tokenizer."""
+    folder = folder_of(config, "teacher")
+    if not same_data(config.data, trained_on(folder)):
+        print_first(f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
+                    f"papers do first:  python train.py --method sft --student {config.teacher} "
+                    f"--data {config.data} --lr 2e-5 --epochs 3 --out_dir out/teacher")
+    teacher = load_decoder(config, "teacher", folder, dtype, device,
+                           layers=not config.cache_teacher)
+    return teacher.requires_grad_(False), load_tokenizer(folder)
+
+
+def check_pair(config, method: Method, student, teacher, student_tokenizer,
+               teacher_tokenizer) -> None:
+    """Raise InputError where models, tokenizers, limits and method do not go together."""
+    sides = [(f"--student {config.student}", student, student_tokenizer)]
+    if teacher is not None:
+        sides.append((f"--teacher {config.teacher}", teacher, teacher_tokenizer))
+    for name, decoder, tokenizer in sides:
+        if tokenizer.vocab_size > decoder.config.vocab_size:
+            raise InputError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
+                             f"vocabulary only {decoder.config.vocab_size}")
+        if config.max_length > decoder.config.max_positions:
+            raise InputError(f"--max_length {config.max_length}: {name} has "
+                             f"{decoder.config.max_positions} positions")
+    if method.one_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
+        raise InputError(f"--method {config.method}: needs one vocabulary, but {config.teacher} "
+                         f"and {config.student} have different ones")
+
+
+# ------------------------------------------------------------------------------------ optimization
+
+def trainable(*modules) -> list[torch.Tensor]:
+    return [p for module in modules if module is not None
+            for p in module.parameters() if p.requires_grad]
+
+
+def parameter_groups(config, student, modules: dict) -> list[dict]:
+    """AdamW's groups: each module's matrices (decayed) and its vectors (not). `names` are the
+    parameters' in checkpoints."""
+    learning_rates = {"student": config.lr, "adversary": config.ga_lr}
+    groups = {}
+    for module_name, module in {"student": student, **modules}.items():
+        lr = learning_rates.get(module_name, config.projector_lr)
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            # One kernel updates a group: sharded and whole tensors are kept apart.
+            key = module_name, decay, type(parameter)
+            if key not in groups:
+                groups[key] = dict(params=[], names=[], lr=lr, peak_lr=lr, weight_decay=decay)
+            groups[key]["params"].append(parameter)
+            groups[key]["names"].append(f"{module_name}.{name}")
+    return list(groups.values())
+
+
+def learning_rate(peak: float, step: int, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up, then a cosine from the peak to 1e-7 at the last step."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    lowest = min(peak, 1e-7)
+    return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - lowest)
+
+
+def forward_passes(config, examples: list[Example]) -> list[tuple[list[Example], float]]:
+    """This process's part of a step: rows of a forward pass, and its weight. The weight is 0 where
+    nothing is left for this process, which then takes part only because the others need it."""
+    parts = [examples[k::config.grad_accum] for k in range(config.grad_accum)]
+    parts = [part for part in parts if part]
+    world_size = distributed.world_size()
+    mine = range(distributed.rank(), math.ceil(len(parts) / world_size) * world_size, world_size)
+    return [(parts[k % len(parts)], float(k < len(parts))) for k in mine]
+
+
+def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
+    """Sum the gradients over processes and clip them together → their norm before."""
+    sharded = [p for p in parameters if hasattr(p, "full_tensor")]      # FSDP has added these
+    distributed.all_reduce_gradients([p for p in parameters if not hasattr(p, "full_tensor")])
+    if sharded:
+        from runtime import sharding
+        return sharding.clip_gradients(parameters, largest)
+    return torch.nn.utils.clip_grad_norm_(parameters, largest)
+
+
+def is_better(select: str, scores: dict, state: dict) -> bool:
+    if select == "rouge":
+        return scores["rouge_l"] > state["best_dev_rouge_l"]
+    return scores["bits_per_byte"] < state["best_dev_bits_per_byte"]
+
+
+# ------------------------------------------------------------------------------------- conclusions
+
+def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokenizer, device, dtype):
+    """(name, model, tokenizer) of the rows of the final table, loaded one after the other."""
+    if teacher is not None and not config.cache_teacher:
+        yield "teacher", teacher, teacher_tokenizer
+        teacher = None
+    if config.student == "toy" and config.method != "sft":
+        import toy
+        for name, side in (("student, before", "student"), ("student, after sft", "sft")):
+            yield name, load(toy.model_folder(side), device=device), student_tokenizer
+    yield "student", load_decoder(config, "student", out_dir / "best", torch.float32, device), \
+        student_tokenizer
+
+
+def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path) -> None:
+    """The table, the pictures, and the commands that come next."""
+    print(f"\n{'bits per byte, ROUGE-L (greedy)':<32}", end="")
+    for split in scored:
+        column = f"{split} ({len(scored[split])} of {len(rows[split])} rows)"
+        print(f"{column:>26}", end="")
+    for name, by_split in results.items():
+        print(f"\n{name:<32}", end="")
+        for scores in by_split.values():
+            print(f"{scores['bits_per_byte']:18.3f}{scores['rouge_l']:8.2f}", end="")
+    from pictures import runs
+    split = "test" if "test" in scored else "dev"
+    runs.results(out_dir / "results.png", f"{out_dir}, {len(scored[split])} rows of {split}",
+                 {name: by_split[split] for name, by_split in results.items()})
+    runs.curves(out_dir / "curves.png", str(out_dir), read_metrics(out_dir))
+    folder, data = shlex.quote(str(out_dir)), shlex.quote(config.data)
+    print(f"\n\nscore it further:  python eval_rouge.py {folder} --data {data}"
+          f"\ntalk to it:        python sample.py {folder} \"your instruction\""
+          f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png")
+    if config.method != "sft":
+        print(f"look closer:       python probe.py {folder}")
+
 
 if __name__ == "__main__":
-    hub.run(main)
+    run_script(main)

@@ -1,5 +1,92 @@
-"""Every method's loss: tensors in, tensors out. plain.py is the place to begin, table.py names them all.
+"""A method is one file with a record of what it is: METHOD = Method(loss=…).
 
-Of the rest of the project these files, like cma.py and discriminator.py, import only each other and, of files/, the
-error type and `flag`: no tokenizer, no model, no file. (What seqkd adds to cross-entropy is files: running/answers.py.)
-"""
+    --method byte_kd            finds methods/byte_kd.py
+    --method path/to/mine.py    takes a file of yours
+
+methods/plain.py is the place to begin: one whole method as its equations stand. These files, like
+cma.py and discriminator.py, know tensors: no model's layers, no file, no command line."""
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.config import InputError
+
+# Options that only some methods use. A method's record names those that it does.
+METHOD_OPTIONS = ("kd_rate", "temperature", "divergence", "adversary", "ga_weight", "ga_lr",
+                  "dtw_weight", "projector_init", "projector_lr", "on_policy", "cache_teacher")
+
+
+@dataclass
+class Objective:
+    """What is minimized: the paper's total, written here and nowhere else.
+
+        total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW
+
+    A method calls it on the terms of a block of logits, or on those of a whole batch, and adds up
+    what it gets. CE, KD and DTW are given as sums over tokens; they are divided by the number of
+    student tokens in the whole optimizer step, so that the total depends neither on how the step is
+    split into batches nor on how far a batch is padded. GA is given as it stands."""
+    options: object                 # train.Config: kd_rate, temperature, divergence, …
+    step: int                       # optimizer steps done so far
+    num_student_tokens: int         # response tokens and EOS in the step, of all processes
+    num_teacher_tokens: int
+    has_labels: bool = True         # False: the student's own answers, which no label teaches
+
+    def __call__(self, ce=0.0, kd=0.0, ga=0.0, dtw=0.0):
+        α = self.options.kd_rate
+        λ_GA, λ_DTW = self.options.ga_weight, self.options.dtw_weight
+        n = self.num_student_tokens
+        CE, KD, GA, DTW = ce / n, kd / n, ga, dtw / n
+        if not self.has_labels:
+            CE = 0.0
+        return (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
+
+    def per_student_token(self, sums: dict) -> dict:
+        """Sums over student tokens → what they add to the step's means, for the log."""
+        return {name: value.detach() / self.num_student_tokens for name, value in sums.items()}
+
+    def per_teacher_token(self, sums: dict) -> dict:
+        """The same for sums over teacher tokens."""
+        return {name: value.detach() / self.num_teacher_tokens for name, value in sums.items()}
+
+
+@dataclass(frozen=True)
+class Method:
+    """loss(batch, student, teacher, modules, objective) → (total, terms for the log).
+
+    batch: what tokenize_align.collate and batch_extras give. student, teacher: decoders, or
+    anything with .embed, .head and forward(ids) → hidden states. modules: what learns beside the
+    student, from make_modules. The terms add up to means over the step's tokens."""
+    loss: Callable
+    uses: tuple[str, ...] = ()              # which METHOD_OPTIONS
+    defaults: dict = field(default_factory=dict)            # options with other defaults
+    # (options, student's config, teacher's config) → {name: module}; the projectors, the adversary
+    make_modules: Callable | None = None
+    # (student tokenizer, teacher tokenizer, examples) → a function (examples, device) → tensors
+    batch_extras: Callable | None = None
+    needs_teacher: bool = True
+    answered_by_teacher: bool = False       # the teacher's answers take the place of the data's
+    one_vocabulary: bool = False            # both models must have the same tokens
+
+
+def method_names() -> list[str]:
+    """The files here that hold a METHOD."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(f.stem for f in files if "\nMETHOD = " in f.read_text(encoding="utf-8"))
+
+
+def find_method(name: str) -> Method:
+    """The record of a method in this folder, or of one in a file of the user's."""
+    if name in method_names():
+        return importlib.import_module(f"methods.{name}").METHOD
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise InputError(f"--method {name}: must be the path of a file or one of "
+                         f"{', '.join(method_names())}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "METHOD", None), Method):
+        raise InputError(f"--method {name}: this file has no METHOD = Method(loss=…)")
+    return module.METHOD

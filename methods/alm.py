@@ -1,79 +1,87 @@
-"""Approximate likelihood matching (ALM, arXiv 2503.20083): two tokenizers meet at the stretches of text both cut out.
+"""Approximate likelihood matching (ALM, arXiv 2503.20083): two tokenizers meet at the chunks of
+text that both cut out.
 
-With L(c) = log p(c), the sum of the label log-probabilities of a chunk's tokens, a = L_t(c) / τ and b = L_s(c) / τ:
+With log p(c), the sum of the label log-probabilities of a chunk's tokens, a = log p_t(c) / τ and
+b = log p_s(c) / τ:
 
-    KD = τ Σ over chunks  e^a (a − b) + (1 − e^a) (log(1 − e^a) − log(1 − e^b))
+    KD = τ Σ_c  e^a (a − b) + (1 − e^a) (log(1 − e^a) − log(1 − e^b))
 
-the KL of "this chunk" and "any other", of which the rest of the distribution is not asked. τ = 100 is the release's, 1
-is the plain binary KL. The release also merges chunks until a space is likely to follow, which this does not.
-
-A chunk's tokens stand one after the other, so that logits are computed in pieces that end where a chunk does, once."""
-from dataclasses import dataclass
-
+τ = 100 is the release's, 1 is the plain binary KL of "this chunk" and "any other". The release also
+merges chunks until a space is likely to follow, which this does not."""
 import torch
 
-from methods import heads
-from methods.heads import Parts, cross_entropy, in_chunks, label_nats
-from methods.sides import Side
+from methods import Method
+from methods.blocks import (blocks_of, cross_entropy, in_blocks, student_side, teacher_side,
+                            token_nll)
 
-SMALLEST = 1e-6         # taken off a and b: of a chunk that is certain, log(1 − e^b) would be infinite
+SMALLEST = 1e-6         # taken off a and b: of a certain chunk, log(1 − e^b) would be infinite
 
-@dataclass
-class TextChunks:
-    """Of a batch's C chunks, numbered on through its rows: the chunk of each packed position (N,) of either side, C
-    where the other side has not the same text of it; and the pieces of the student's positions, each with its first
-    chunk and the one behind its last."""
-    numbers: dict[str, torch.Tensor]
-    count: int
-    pieces: list[tuple[slice, int, int]]
-
-    def to(self, device, non_blocking: bool = False):
-        moved = {side: x.to(device, non_blocking=non_blocking) for side, x in self.numbers.items()}
-        return TextChunks(moved, self.count, self.pieces)
-
-    def pin_memory(self):
-        return TextChunks({side: x.pin_memory() for side, x in self.numbers.items()}, self.count, self.pieces)
 
 class ChunkNumbers:
-    """Gives a batch its text_chunks. kind: of the device that computes, by which the pieces have their size."""
+    """Numbers a batch's chunks through all its rows.
 
-    def __init__(self, kind: str):
-        self.size = heads.chunk_size(kind)
+    → student_chunks (N_s,), teacher_chunks (N_t,): the number of each position's chunk, num_chunks
+    where the two sides have not the same text of it (a row was cut there)."""
 
-    def tensors(self, examples) -> dict[str, TextChunks]:
-        numbers, starts, first, position = {"student": [], "teacher": []}, [], 0, 0
+    def __init__(self, student_tokenizer, teacher_tokenizer, examples):
+        pass
+
+    def __call__(self, examples, device) -> dict:
+        student, teacher, first = [], [], 0
+        num_chunks = sum(example.num_whole_chunks for example in examples)
         for example in examples:
-            both = example.whole_chunks
-            for side, chunks in (("student", example.student.chunks), ("teacher", example.teacher.chunks)):
-                numbers[side] += [first + k if k < both else -1 for k in chunks]
-            starts += [(position + i, first + min(k, both)) for i, k in enumerate(example.student.chunks)
-                       if i == 0 or k != example.student.chunks[i - 1]]
-            first, position = first + both, position + len(example.student.chunks)
-        cuts, pieces = [starts[0]], []
-        for start in [*starts[1:], (position, first)]:
-            if start[0] - cuts[-1][0] >= self.size or start[0] == position:
-                pieces.append((slice(cuts[-1][0], start[0]), cuts[-1][1], start[1]))
-                cuts.append(start)
-        tensors = {side: torch.tensor([k if k >= 0 else first for k in of]) for side, of in numbers.items()}
-        return {"text_chunks": TextChunks(tensors, first, pieces)}
+            for numbers, side in ((student, example.student), (teacher, example.teacher)):
+                for chunk in side.chunks:
+                    whole = chunk < example.num_whole_chunks
+                    numbers.append(first + chunk if whole else num_chunks)
+            first += example.num_whole_chunks
+        return {"student_chunks": torch.tensor(student, device=device),
+                "teacher_chunks": torch.tensor(teacher, device=device),
+                "num_chunks": num_chunks}
+
 
 def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The sum's term of every chunk from its log-likelihoods (C,), times τ."""
-    a, b = (x.clamp(max=0) / temperature - SMALLEST for x in (teacher, student))
-    rest = (-torch.expm1(a)) * ((-torch.expm1(a)).log() - (-torch.expm1(b)).log())
-    return temperature * (a.exp() * (a - b) + rest)
+    """The term of each chunk, from its two log-likelihoods: (C,), (C,) → (C,)."""
+    a = teacher.clamp(max=0) / temperature - SMALLEST
+    b = student.clamp(max=0) / temperature - SMALLEST
+    rest_a, rest_b = -torch.expm1(a), -torch.expm1(b)           # 1 − e^a, 1 − e^b
+    return temperature * (a.exp() * (a - b) + rest_a * (rest_a.log() - rest_b.log()))
 
-def alm_loss(student: Side, teacher: Side, chunks: TextChunks, temperature: float, factors: dict[str, float]) -> Parts:
-    """CE(z_s, y_s), and KD summed over the chunks that both sides have → nll_loss, accuracy, kd_loss."""
-    log_p = -label_nats(teacher.packed.detach(), teacher.head.detach(), teacher.valid.labels)
-    of_teacher = log_p.new_zeros(chunks.count + 1).index_add(0, chunks.numbers["teacher"], log_p)
-    ranges = {here.start: (first, behind) for here, first, behind in chunks.pieces}
 
-    def piece(z_s, y, numbers, here):
-        first, behind = ranges[here.start]
-        parts = cross_entropy(z_s, y)
-        numbers = (numbers - first).clamp(max=behind - first)           # what only the student has is put behind them
-        of_student = parts["nll_loss"].new_zeros(behind - first + 1).index_add(0, numbers, -parts["nll_loss"])
-        return parts | {"kd_loss": binary_kl(of_teacher[first:behind], of_student[:-1], temperature)}
-    return in_chunks(piece, [student.packed], [student.head], factors, student.valid.labels, chunks.numbers["student"],
-                     lambda here: here, pieces=[here for here, _, _ in chunks.pieces])
+def whole_row_blocks(counts: list[int], device) -> list[slice]:
+    """Blocks that end where a row does, so that none cuts a chunk in two."""
+    size = blocks_of(1 << 30, device)[0].stop
+    blocks, start, stop = [], 0, 0
+    for count in counts:
+        stop += count
+        if stop - start >= size:
+            blocks.append(slice(start, stop))
+            start = stop
+    if stop > start:
+        blocks.append(slice(start, stop))
+    return blocks
+
+
+def alm(batch, student, teacher, modules, objective):
+    """→ total, terms nll_loss, accuracy and kd_loss."""
+    s, t = student_side(batch, student), teacher_side(batch, teacher)
+    chunks, num_chunks = batch["student_chunks"], batch["num_chunks"]
+    log_p_t = -token_nll(t.hidden, t.head, t.labels)
+    log_p_t = log_p_t.new_zeros(num_chunks + 1).index_add(0, batch["teacher_chunks"], log_p_t)
+
+    def block_loss(block, z_s):
+        terms = cross_entropy(z_s, s.labels[block])
+        log_p_s = -terms["nll_loss"]
+        here, inverse = chunks[block].unique(return_inverse=True)
+        log_p_s = log_p_s.new_zeros(len(here)).index_add(0, inverse, log_p_s)
+        shared = here < num_chunks
+        terms["kd_loss"] = binary_kl(log_p_t[here], log_p_s, objective.options.temperature) * shared
+        return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
+
+    blocks = whole_row_blocks(s.counts, s.hidden.device)
+    total, sums = in_blocks(block_loss, [s.hidden], [s.head], blocks)
+    return total, objective.per_student_token(sums)
+
+
+METHOD = Method(loss=alm, batch_extras=ChunkNumbers, defaults=dict(temperature=100.0),
+                uses=("kd_rate", "temperature", "on_policy", "cache_teacher"))

@@ -1,18 +1,21 @@
-"""The KL of next bytes: two vocabularies meet at every byte of the text (--method byte_kd).
+"""The KL of next bytes: two vocabularies meet at every byte of the text.
 
-At byte o of a response a model stands at its last token boundary at or before o, with p = softmax(W h / T) and b, the
-bytes from there to o. With m(u) = Σ p(v) over the tokens v that start with u, and c a byte, or EOS where b is empty:
+At byte o of a response a model stands at its last token boundary at or before o, with hidden state
+h, p = softmax(W h / T), and the prefix b: the bytes from that boundary to o. With m(u) = Σ p(v)
+over the tokens v that start with u, and c a byte, or EOS where b is empty:
 
-    p(c | b) = m(b·c) / r(b)        r(b) = Σ m(b·c) over all c that both models have a token for
-    KD = Σ over o of w · KL(p_t(· | b_t) ‖ p_s(· | b_s))        w = r_s(b_s) / m_s(b_s) · r_t(b_t) / m_t(b_t), detached
+    p(c | b) = m(b·c) / r(b)        r(b) = Σ_c m(b·c) over all c that both models have a token for
+    KD = Σ_o w · KL(p_t(· | b_t) ‖ p_s(· | b_s))
+    w = r_s(b_s) / m_s(b_s) · r_t(b_t) / m_t(b_t), detached
 
-w is the share of both models' probability that goes on past b in a way that the other can follow; where b is empty it
-is 1, if each vocabulary has all bytes. The tokens are sorted by their bytes, so that every prefix is a range and m a
-difference of two cumulative sums. No projector, no attention, no hyper-parameter but α and T.
+w is the share of both models' probability that continues past b in a way the other can follow; it
+is 1 where b is empty and each vocabulary has all bytes. The tokens are sorted by their bytes, so
+that every prefix is a range of them and m a difference of two cumulative sums. There is no
+projector, no attention and no hyper-parameter but α and T.
 
-Other tokenizations of the same bytes are not counted (arXiv 2506.14123 does, by a covering tree). BLD (2604.07466)
-teaches the teacher's next-byte probabilities to an extra byte-level head; here the student's own tokens are
-marginalized instead."""
+Other tokenizations of the same bytes are not counted (arXiv 2506.14123 does, by a covering tree).
+BLD (2604.07466) teaches next-byte probabilities to an extra byte-level head; here the student's own
+tokens are marginalized instead."""
 import bisect
 from dataclasses import dataclass
 
@@ -20,124 +23,131 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from methods.fused import fused
-from methods.heads import Parts, cross_entropy, in_chunks, slices
-from methods.sides import Side
+from methods import Method
+from methods.blocks import blocks_of, cross_entropy, in_blocks, student_side, teacher_side
 
-class Prefixes:
-    """The ranges of one vocabulary: of every prefix that was asked for, where the tokens lie that go on with each byte.
 
-    order (V',): the tokens by their bytes; control tokens are left out. Of prefix number k: bounds[k] (257,), where the
-    tokens with each next byte begin, and their end; start[k], where all tokens with this prefix begin."""
+class PrefixTable:
+    """The ranges of one vocabulary: where, for every prefix that was asked for, the tokens lie that
+    continue it with each byte. Control tokens are left out."""
 
     def __init__(self, tokenizer):
-        self.eos, self.token_bytes = tokenizer.eos_id, tokenizer.token_bytes
-        tokens = [(tokenizer.token_bytes(i), i) for i in range(tokenizer.vocab_size) if i not in tokenizer.control]
-        tokens = sorted(token for token in tokens if token[0])
-        self.sorted = [text for text, _ in tokens]
-        self.order = torch.tensor([i for _, i in tokens])
-        width = max(map(len, self.sorted)) + 1
-        self.letters = np.full((len(tokens), width), -1, np.int16)          # −1 behind a token's end: before all bytes
-        for row, text in zip(self.letters, self.sorted):
-            row[:len(text)] = list(text)
+        self.eos_id, self.token_bytes = tokenizer.eos_id, tokenizer.token_bytes
+        tokens = [(tokenizer.token_bytes(i), i) for i in range(tokenizer.vocab_size)
+                  if i not in tokenizer.control and tokenizer.token_bytes(i)]
+        tokens.sort()
+        self.sorted_bytes = [token for token, _ in tokens]
+        self.order = torch.tensor([i for _, i in tokens])           # (V',) ids by their bytes
+        self.longest = max(map(len, self.sorted_bytes))
+        # (V', longest + 1), −1 behind a token's end
+        self.matrix = np.full((len(tokens), self.longest + 1), -1, np.int16)
+        for row, token in zip(self.matrix, self.sorted_bytes):
+            row[:len(token)] = list(token)
         self.numbers: dict[bytes, int] = {}
-        self.bounds, self.start = [], []
+        self.bounds: list[np.ndarray] = []
         self.number(b"")
 
     def number(self, prefix: bytes) -> int:
-        """The number of a prefix, 0 for the empty one; every token's bytes have at least one token."""
+        """The number of a prefix, 0 for the empty one."""
         if prefix not in self.numbers:
             self.numbers[prefix] = len(self.numbers)
-            low = bisect.bisect_left(self.sorted, prefix)
-            high = bisect.bisect_left(self.sorted, prefix + b"\xff" * self.letters.shape[1])
-            next_letters = self.letters[low:high, len(prefix)]
-            self.bounds.append((low + np.searchsorted(next_letters, np.arange(257))).astype(np.int32))
-            self.start.append(low)
+            first = bisect.bisect_left(self.sorted_bytes, prefix)
+            last = bisect.bisect_left(self.sorted_bytes, prefix + b"\xff" * (self.longest + 1))
+            next_bytes = self.matrix[first:last, len(prefix)]
+            starts = first + np.searchsorted(next_bytes, np.arange(257))
+            self.bounds.append(np.append(starts, first).astype(np.int32))
         return self.numbers[prefix]
 
-    def tables(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """order, bounds (K, 257) and start (K,) of all prefixes so far, on a device, and EOS."""
-        return (self.order.to(device), torch.from_numpy(np.stack(self.bounds)).to(device),
-                torch.tensor(self.start, device=device), self.eos)
-
-    def of_response(self, sequence, text: bytes) -> list[tuple[int, int]]:
-        """At every byte of the text, and at its end where EOS is due: the number of the valid position and that of the
-        prefix, −1 where a token's bytes are not the text's (normalization changed it). Ends where the tokens do."""
-        places, ids = {}, sequence.ids[sequence.prompt_length:]
-        for k, ((begin, end), token) in enumerate(zip(sequence.spans, ids)):
-            if token == self.eos and begin == end == len(text):
-                places[begin] = k, self.number(b"")
+    def along(self, sequence, text: bytes) -> list[tuple[int, int]]:
+        """At every byte of the text, and at its end where EOS is due: the response position where
+        the model stands, and the number of the prefix, −1 where a token's bytes are not the text's
+        (normalization changed it). Ends where the tokens do."""
+        path = []
+        for position, token in enumerate(sequence.response_ids):
+            begin, end = sequence.spans[position]
+            if token == self.eos_id and begin == end == len(text):
+                path.append((position, self.number(b"")))
                 continue
-            own = self.token_bytes(token)
-            ahead = len(own) - (end - begin)                # SentencePiece puts a space before the text: ahead = 1
-            fits = own[ahead:] == text[begin:end] and 0 <= ahead <= (begin == 0)
+            token_bytes = self.token_bytes(token)
+            ahead = len(token_bytes) - (end - begin)    # SentencePiece's space before the text: 1
+            fits = token_bytes[ahead:] == text[begin:end] and 0 <= ahead <= (begin == 0)
             for o in range(begin, end):
-                places[o] = k, self.number(own[:ahead + o - begin]) if fits else -1
-        return [places[o] for o in range(len(places))]
+                prefix = self.number(token_bytes[:ahead + o - begin]) if fits else -1
+                path.append((position, prefix))
+        return path
+
+    def tensors(self, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """order (V',) and bounds (K, 258): of each prefix where the tokens with each next byte
+        begin in order, where they end, and where those with this prefix begin."""
+        return self.order.to(device), torch.from_numpy(np.stack(self.bounds)).to(device)
+
 
 @dataclass
-class NextBytes:
-    """At each of a batch's M bytes: which packed position (M,) and which prefix (M,) of either side stands there.
-    before: how many bytes lie before each position, on the CPU. tables: of either side's vocabulary."""
-    positions: dict[str, torch.Tensor]
-    prefixes: dict[str, torch.Tensor]
-    before: dict[str, list[int]]
-    tables: dict[str, tuple]
+class ByteStates:
+    """Where one model stands at a batch's M bytes."""
+    positions: torch.Tensor         # (M,) response position, counted through the batch
+    prefixes: torch.Tensor          # (M,) number of the prefix
+    first_byte: list[int]           # (N + 1,) the bytes of position i are first_byte[i:i + 2]
+    order: torch.Tensor             # PrefixTable.tensors
+    bounds: torch.Tensor
+    eos_id: int
 
-    def to(self, device, non_blocking: bool = False):
-        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+    def of_block(self, block: slice) -> slice:
+        """The bytes of a block of positions."""
+        return slice(self.first_byte[block.start], self.first_byte[block.stop])
 
-    def pin_memory(self):
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, function):
-        moved = ({side: function(x) for side, x in both.items()} for both in (self.positions, self.prefixes))
-        return NextBytes(*moved, self.before, self.tables)
-
-    def masses(self, side: str, logits: torch.Tensor, here: slice, temperature: float):
-        """next_byte_masses at the bytes of some positions, whose logits these are, and which bytes they are."""
-        before = self.before[side]
-        part = slice(before[here.start], before[min(here.stop, len(before) - 1)])
-        positions, prefixes = self.positions[side][part] - here.start, self.prefixes[side][part]
-        return next_byte_masses(logits, self.tables[side], positions, prefixes, temperature), part
 
 class BytePaths:
-    """Where both models stand at the bytes of every response; computed once a row. texts: row → the response."""
+    """Adds where both models stand at the bytes of every response: student_bytes, teacher_bytes."""
 
-    def __init__(self, student, teacher, examples, texts: dict[int, str], device):
-        self.sides, self.device = {"student": Prefixes(student), "teacher": Prefixes(teacher)}, device
-        self.paths, self.tables, self.known = {}, {}, 0
-        self.add(examples, texts)
+    def __init__(self, student_tokenizer, teacher_tokenizer, examples):
+        self.student = PrefixTable(student_tokenizer)
+        self.teacher = PrefixTable(teacher_tokenizer)
+        self.paths = {example.row: self.path(example) for example in examples}
+        self.num_prefixes = 0
 
-    def add(self, examples, texts: dict[int, str]) -> None:
-        """More rows, or others under the same numbers."""
+    def path(self, example) -> torch.Tensor:
+        """(M, 4): student position and prefix, teacher position and prefix, for every byte that
+        both sides reach."""
+        text = example.text.encode()
+        both = zip(self.student.along(example.student, text),
+                   self.teacher.along(example.teacher, text))
+        path = [(*s, *t) for s, t in both if s[1] >= 0 and t[1] >= 0]
+        return torch.tensor(path, dtype=torch.long).view(-1, 4)
+
+    def __call__(self, examples, device) -> dict[str, ByteStates]:
+        moved, num_s, num_t = [], 0, 0
         for example in examples:
-            text = texts[example.row].encode()
-            both = zip(*(found.of_response(getattr(example, side), text) for side, found in self.sides.items()))
-            both = [(*s, *t) for s, t in both if min(s[1], t[1]) >= 0]          # up to where one side is cut
-            self.paths[example.row] = torch.tensor(both, dtype=torch.long).view(-1, 4)
-        known = sum(len(prefixes.numbers) for prefixes in self.sides.values())
-        if known > self.known:
-            self.known = known
-            self.tables = {side: prefixes.tables(self.device) for side, prefixes in self.sides.items()}
+            path = self.paths.get(example.row)
+            if path is None:                # the student's own answer, new in every step
+                path = self.path(example)
+            moved.append(path + torch.tensor([num_s, 0, num_t, 0]))
+            num_s += len(example.student.response_ids)
+            num_t += len(example.teacher.response_ids)
+        if self.num_prefixes != len(self.student.numbers) + len(self.teacher.numbers):
+            self.num_prefixes = len(self.student.numbers) + len(self.teacher.numbers)
+            self.student_tensors = self.student.tensors(device)
+            self.teacher_tensors = self.teacher.tensors(device)
+        path = torch.cat(moved)
+        return {"student_bytes": self.states(path[:, 0], path[:, 1], num_s, self.student_tensors,
+                                             self.student.eos_id),
+                "teacher_bytes": self.states(path[:, 2], path[:, 3], num_t, self.teacher_tensors,
+                                             self.teacher.eos_id)}
 
-    def tensors(self, examples) -> dict[str, NextBytes]:
-        """next_bytes of a batch."""
-        moved, n_s, n_t = [], 0, 0
-        for example in examples:
-            path = self.paths[example.row]
-            moved.append(path + torch.tensor([n_s, 0, n_t, 0]))
-            n_s, n_t = n_s + example.student.valid, n_t + example.teacher.valid
-        k_s, b_s, k_t, b_t = (x.contiguous() for x in torch.cat(moved).unbind(1))
-        before = {side: torch.searchsorted(k, torch.arange(n + 1)).tolist()
-                  for side, k, n in (("student", k_s, n_s), ("teacher", k_t, n_t))}
-        return {"next_bytes": NextBytes({"student": k_s, "teacher": k_t}, {"student": b_s, "teacher": b_t}, before,
-                                        self.tables)}
+    def states(self, positions, prefixes, num_positions, tensors, eos_id) -> ByteStates:
+        order, bounds = tensors
+        positions = positions.contiguous()
+        first_byte = torch.searchsorted(positions, torch.arange(num_positions + 1)).tolist()
+        return ByteStates(positions.to(order.device), prefixes.to(order.device), first_byte, order,
+                          bounds, eos_id)
+
 
 class _RangeSums(torch.autograd.Function):
-    """Sums of p over ranges of the sorted vocabulary that begin with its first token: p (n, V), order (V',), rows and
-    ends (M, K) → (M, K), the sums of p[row, order[:end]]. In float64: small masses are differences of sums near 1. A
-    token's gradient is the sum over all ranges that hold it: one running sum, from the last token to the first."""
+    """Sums of p over ranges of the sorted vocabulary that begin with its first token.
+
+    p (n, V), order (V',), rows and ends (M, K) → (M, K): the sum of p[row, order[:end]], in
+    float64, because small masses are differences of sums near 1. A token's gradient is the sum over
+    all ranges that hold it: one running sum, from the last token to the first."""
 
     @staticmethod
     def forward(ctx, p, order, rows, ends):
@@ -147,61 +157,75 @@ class _RangeSums(torch.autograd.Function):
         return sums[rows, (ends - 1).clamp(min=0)] * (ends > 0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         order, rows, ends = ctx.saved_tensors
-        (n, size), last = ctx.shape, len(order)
-        from_last = gradient.new_zeros(n, last + 1).index_put((rows, last - ends), gradient, accumulate=True)
+        num_rows, vocab_size = ctx.shape
+        last = len(order)
+        from_last = gradient.new_zeros(num_rows, last + 1)
+        from_last = from_last.index_put((rows, last - ends), gradient, accumulate=True)
         from_last = from_last.cumsum(-1).float()
-        from_last[:, last] = 0                                              # what the control tokens read
-        place = torch.full((size,), last, device=order.device)
+        from_last[:, last] = 0                          # what the control tokens read
+        place = torch.full((vocab_size,), last, device=order.device)
         place[order] = torch.arange(last - 1, -1, -1, device=order.device)
         return from_last[:, place], None, None, None
 
-@fused
-def next_byte_masses(logits: torch.Tensor, tables, positions: torch.Tensor, prefixes: torch.Tensor, temperature: float):
-    """m(b·c) for every byte c, and of EOS where b is empty, (M, 257), and m(b) with EOS in it, (M,). logits (n, V);
-    positions (M,): whose; prefixes (M,): b."""
-    order, bounds, start, eos = tables
+
+def next_byte_masses(logits: torch.Tensor, states: ByteStates, block: slice, temperature: float):
+    """m(b·c) for every byte c, and for EOS where b is empty, (M', 257); and m(b), EOS included,
+    (M',): at the bytes of a block of positions with these logits (n, V)."""
+    part = states.of_block(block)
+    rows, prefixes = states.positions[part] - block.start, states.prefixes[part]
     p = (logits.float() / temperature).softmax(-1)
-    ends = torch.cat([bounds[prefixes].long(), start[prefixes][:, None]], 1)                    # (M, 258)
-    at = _RangeSums.apply(p, order, positions[:, None].expand_as(ends), ends)
-    of_eos = p[positions, eos].double() * (prefixes == 0)
-    masses = torch.cat([at[:, 1:257] - at[:, :256], of_eos[:, None]], 1)
-    return masses.float(), (at[:, 256] - at[:, 257] + of_eos).float()
+    ends = states.bounds[prefixes].long()                                   # (M', 258)
+    sums = _RangeSums.apply(p, states.order, rows[:, None].expand_as(ends), ends)
+    eos = p[rows, states.eos_id].double() * (prefixes == 0)
+    masses = torch.cat([sums[:, 1:257] - sums[:, :256], eos[:, None]], 1)
+    return masses.float(), (sums[:, 256] - sums[:, 257] + eos).float()
 
-@fused
-def next_byte_kl(student, teacher) -> torch.Tensor:
-    """w · KL(p_t ‖ p_s) at every byte, (M,); each side's (masses, whole) of next_byte_masses."""
-    (m_s, whole_s), (m_t, whole_t) = student, teacher
-    common = (m_s > 0) & (m_t > 0)
-    m_s, m_t = m_s * common, m_t * common
-    r_s, r_t = m_s.sum(-1, keepdim=True).clamp(min=1e-30), m_t.sum(-1, keepdim=True).clamp(min=1e-30)
-    log_ratio = (m_t.clamp(min=1e-30) / r_t).log() - (m_s.clamp(min=1e-30) / r_s).log()
-    w = r_s / whole_s[:, None].maximum(r_s) * r_t / whole_t[:, None].maximum(r_t)      # of no mass at all: KL is 0
-    return w.squeeze(-1).detach() * (m_t / r_t * log_ratio * common).sum(-1)
 
-def byte_terms(teacher: Side, next_bytes: NextBytes, temperature: float):
-    """The teacher's next bytes → a function of the student's logits (n, V) and of their positions, a slice, that gives
-    w · KL at these positions' bytes, (M',)."""
-    with torch.no_grad():
-        states, of_teacher = teacher.packed, []
-        for here in slices(states):
-            logits = F.linear(states[here], teacher.head)
-            of_teacher.append(next_bytes.masses("teacher", logits, here, temperature)[0])
-        m_t, whole_t = map(torch.cat, zip(*of_teacher))                                 # (M, 257), (M,)
+def next_byte_kl(student_masses, student_whole, teacher_masses, teacher_whole) -> torch.Tensor:
+    """w · KL(p_t ‖ p_s) at every byte: (M, 257) masses and their (M,) whole → (M,)."""
+    common = (student_masses > 0) & (teacher_masses > 0)
+    m_s, m_t = student_masses * common, teacher_masses * common
+    r_s = m_s.sum(-1, keepdim=True).clamp(min=1e-30)
+    r_t = m_t.sum(-1, keepdim=True).clamp(min=1e-30)
+    log_p_t = (m_t.clamp(min=1e-30) / r_t).log()
+    log_p_s = (m_s.clamp(min=1e-30) / r_s).log()
+    share_s = r_s / student_whole[:, None].maximum(r_s)
+    share_t = r_t / teacher_whole[:, None].maximum(r_t)
+    w = (share_s * share_t).squeeze(-1).detach()
+    return w * (m_t / r_t * (log_p_t - log_p_s) * common).sum(-1)
 
-    def terms(z_s, here):
-        of_student, part = next_bytes.masses("student", z_s, here, temperature)
-        return next_byte_kl(of_student, (m_t[part], whole_t[part]))
-    return terms
 
-def byte_loss(student: Side, teacher: Side, next_bytes: NextBytes, temperature: float,
-              factors: dict[str, float]) -> Parts:
-    """CE(z_s, y_s) and the KL of next bytes, summed over the bytes → nll_loss, accuracy, kd_loss."""
-    terms = byte_terms(teacher, next_bytes, temperature)
+@torch.no_grad()
+def teacher_masses(teacher, states: ByteStates, temperature: float):
+    """next_byte_masses of the whole batch."""
+    masses, whole = [], []
+    for block in blocks_of(len(teacher.hidden), teacher.hidden.device):
+        logits = F.linear(teacher.hidden[block], teacher.head)
+        block_masses, block_whole = next_byte_masses(logits, states, block, temperature)
+        masses.append(block_masses)
+        whole.append(block_whole)
+    return torch.cat(masses), torch.cat(whole)
 
-    def chunk(z_s, y, here):
-        z_s = z_s.float()
-        return cross_entropy(z_s, y) | {"kd_loss": terms(z_s, here)}
-    return in_chunks(chunk, [student.packed], [student.head], factors, student.valid.labels, lambda here: here)
+
+def byte_kd(batch, student, teacher, modules, objective):
+    """→ total, terms nll_loss, accuracy and kd_loss, which is summed over bytes."""
+    s, t = student_side(batch, student), teacher_side(batch, teacher)
+    temperature, states = objective.options.temperature, batch["student_bytes"]
+    m_t, whole_t = teacher_masses(t, batch["teacher_bytes"], temperature)
+
+    def block_loss(block, z_s):
+        terms = cross_entropy(z_s, s.labels[block])
+        m_s, whole_s = next_byte_masses(z_s, states, block, temperature)
+        part = states.of_block(block)
+        terms["kd_loss"] = next_byte_kl(m_s, whole_s, m_t[part], whole_t[part])
+        return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
+
+    total, sums = in_blocks(block_loss, [s.hidden], [s.head])
+    return total, objective.per_student_token(sums)
+
+
+METHOD = Method(loss=byte_kd, batch_extras=BytePaths,
+                defaults=dict(temperature=1.0, kd_rate=0.75),
+                uses=("kd_rate", "temperature", "on_policy", "cache_teacher"))

@@ -1,170 +1,184 @@
-"""MinED (FuseLLM, arXiv 2401.10491): two tokenizers meet by the edit distance of their tokens' strings.
+"""MinED (FuseLLM, arXiv 2401.10491): two tokenizers meet by the edit distance of their tokens.
 
-    KD = Σ over aligned pairs KL(map(p_t) ‖ p_s)    the teacher's likeliest tokens move to the student's nearest strings
+    KD = Σ over aligned pairs KL(map(p_t) ‖ p_s)
 
-Notable here: edit distances are computed for thousands of pairs of strings at a time, bit-parallel (Myers 1999): a
-column of the dynamic program is one machine word."""
+The teacher's likeliest tokens are mapped to the student's nearest strings."""
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from methods.heads import Parts, in_chunks
-from methods.sides import Side
+from methods import Method
+from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side
 
-TOP = 100           # teacher's tokens that are carried over, at every position
-LONGEST = 63        # bytes of a token that count: one machine word, one bit kept for the sign
+TOP = 100           # the teacher's tokens that are mapped, at every position
 
-def pairs_of(partners: torch.Tensor) -> torch.Tensor:
-    """partners (B, S), each student position's teacher position on the grid, or −1 → (3, P): each pair's row, student's
-    position and teacher's position."""
-    rows, positions = (partners >= 0).nonzero(as_tuple=True)
-    return torch.stack([rows, positions, partners[rows, positions]])
 
-def mined_loss(student: Side, teacher: Side, pairs: torch.Tensor, vocabulary_map, temperature: float,
-               factors: dict[str, float]) -> Parts:
-    """KL(map(p_t) ‖ p_s) summed over the aligned pairs → kd_loss, and their number, mined_pairs.
-    pairs (3, P): of pairs_of. vocabulary_map (V_t,): the student's token for each of the teacher's, or −1. p_t: the
-    teacher's TOP likeliest tokens of those, rescaled to sum to 1."""
-    size = vocabulary_map.size(0)
+def edit_distances(a: list[str], b: list[str]) -> np.ndarray:
+    """Levenshtein distance of every a to every b: (len(a), len(b))."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+    return cdist(a, b, scorer=Levenshtein.distance, workers=-1)
 
-    def chunk(z_s, z_t):
-        with torch.no_grad():
-            p_t = (z_t.float() / temperature).softmax(-1)
-            p_t[:, size:] = 0.0                                         # rows of the head beyond the tokenizer
-            p_t[:, :size] *= vocabulary_map >= 0
-            p_t, tokens = p_t.topk(min(TOP, p_t.size(-1)))
-            mapped = vocabulary_map.clamp(min=0)[tokens.clamp(max=size - 1)]
-            target = torch.zeros_like(z_s, dtype=p_t.dtype)
-            target.scatter_add_(1, mapped, p_t / p_t.sum(-1, keepdim=True))
-        q_log = F.log_softmax(z_s.float() / temperature, -1)
-        distance = (torch.special.xlogy(target, target) - target * q_log).sum(-1)
-        return {"kd_loss": distance, "mined_pairs": torch.ones_like(distance)}
-    rows, at_student, at_teacher = pairs
-    states = [student.hidden[rows, at_student], teacher.hidden[rows, at_teacher]]
-    return in_chunks(chunk, states, [student.head, teacher.head.detach()], factors)
 
-def edit_distances(a: list[bytes], b: list[bytes]) -> np.ndarray:
-    """Levenshtein distance of every a to every b in bytes, of which LONGEST count: (len(a), len(b)) int32."""
-    a, b = [s[:LONGEST] for s in a], [s[:LONGEST] for s in b]
-    length_a, length_b = np.array([len(s) for s in a], np.int32), np.array([len(s) for s in b])
-    symbols = np.zeros((len(b), max([1, *length_b])), np.int64)
-    for i, s in enumerate(b):
-        symbols[i, :len(s)] = list(s)
-    occurs = np.zeros((256, len(a)), np.int64)                     # bit k: the symbol stands at a[k]
-    for i, s in enumerate(a):
-        for k, symbol in enumerate(s):
-            occurs[symbol, i] |= 1 << k
-    last_bit = (1 << np.maximum(length_a, 1).astype(np.int64) - 1)
-    # bit k of plus (minus): D[k+1] − D[k] is +1 (−1) in the current column of the dynamic program; score: its last cell
-    plus, minus = np.full((len(b), len(a)), -1, np.int64), np.zeros((len(b), len(a)), np.int64)
-    score = np.broadcast_to(length_a, plus.shape).copy()
-    for j in range(symbols.shape[1]):
-        equal = occurs[symbols[:, j]]
-        diagonal = (((equal & plus) + plus) ^ plus) | equal | minus
-        right_plus, right_minus = minus | ~(diagonal | plus), plus & diagonal
-        going_on = (j < length_b)[:, None]
-        score += going_on * ((right_plus & last_bit != 0).astype(np.int32) - (right_minus & last_bit != 0))
-        right_plus, right_minus = right_plus << 1 | 1, right_minus << 1
-        plus, minus = right_minus | ~(equal | minus | right_plus), right_plus & (equal | minus)
-    return np.where(length_a == 0, length_b[:, None], score).T
+def token_strings(tokenizer) -> list[str]:
+    """Every token's bytes, by id, as a string of as many characters."""
+    return [tokenizer.token_bytes(i).decode("latin-1") for i in range(tokenizer.vocab_size)]
 
-def token_strings(student, teacher) -> list[list[bytes]]:
-    """Every token's bytes on the two sides, by id; EOS equals EOS."""
-    both = [[tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] for tokenizer in (student, teacher)]
-    both[1][teacher.eos_id] = both[0][student.eos_id]
-    return both
 
-class MinED:
-    """The alignment of responses by their tokens' strings, a leading space removed. strings: token_strings of the two
-    tokenizers; vocabulary_map (V_t,): map_vocabulary of these."""
+def map_vocabulary(student: list[str], teacher: list[str]) -> np.ndarray:
+    """The student's token for each of the teacher's, (V_t,); −1 for ids without a string.
 
-    def __init__(self, strings: list[list[bytes]], vocabulary_map: torch.Tensor):
-        self.strings = [[s.removeprefix(b" ") for s in side] for side in strings]
-        self.vocabulary_map = vocabulary_map
-        self.aligned: dict[int, list[int]] = {}                 # by row
+    It has the same string; else the same but for a leading space; else it is the nearest by edit
+    distance, of several the nearest in length, then the one with the lowest id. Candidates are
+    tried by length, and only as long as one of that length could be nearer."""
+    exact, stripped = {}, {}
+    for i, string in enumerate(student):
+        exact.setdefault(string, i)
+        stripped.setdefault(string.removeprefix(" "), i)
+    by_length: dict[int, list[str]] = {}
+    for string in stripped:
+        if string:
+            by_length.setdefault(len(string), []).append(string)
 
-    def tensors(self, examples) -> dict[str, torch.Tensor]:
-        """vocabulary_map, and pairs (3, P): which valid student position has which partner.
-        A path of least summed edit distance aligns the two responses; a pair on it counts where each is the other's
-        only partner and the teacher's token is, or maps to, the student's (elsewhere FuseLLM uses the label itself)."""
-        for example in examples:
-            if example.row < 0 or example.row not in self.aligned:          # below 0: the student's own, new every time
-                responses = [s.ids[s.prompt_length:] for s in (example.student, example.teacher)]
-                self.aligned[example.row] = self._align(*responses)
-        rows = [torch.tensor(self.aligned[example.row]) for example in examples]
-        partners = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        return {"pairs": pairs_of(partners), "vocabulary_map": self.vocabulary_map}
+    nearest = np.full(len(teacher), -1, np.int64)
+    without_equal: dict[int, dict[str, list[int]]] = {}         # length → string → teacher's ids
+    for i, string in enumerate(teacher):
+        bare = string.removeprefix(" ")
+        if string == "":
+            continue
+        if string in exact:
+            nearest[i] = exact[string]
+        elif bare in stripped:
+            nearest[i] = stripped[bare]
+        else:
+            without_equal.setdefault(len(bare), {}).setdefault(bare, []).append(i)
 
-    def _align(self, student_ids: list[int], teacher_ids: list[int]) -> list[int]:
-        kinds = [sorted(set(ids)) for ids in (student_ids, teacher_ids)]
-        distances = edit_distances(*([strings[i] for i in kind] for strings, kind in zip(self.strings, kinds)))
-        cost = distances[np.ix_(np.searchsorted(kinds[0], student_ids), np.searchsorted(kinds[1], teacher_ids))]
-        path = shortest_path(cost)
-        often = [np.bincount(side) for side in zip(*path)]
-        partner = [-1] * len(student_ids)
-        for i, j in path:
-            equal = cost[i, j] == 0 or self.vocabulary_map[teacher_ids[j]] == student_ids[i]
-            if equal and often[0][i] == often[1][j] == 1:
-                partner[i] = j
-        return partner
+    for length, ids in tqdm(without_equal.items(), desc="mapping the vocabulary", unit="length"):
+        strings = list(ids)
+        for start in range(0, len(strings), 512):
+            part = strings[start:start + 512]
+            for string, match in zip(part, _nearest(part, length, by_length)):
+                nearest[ids[string]] = stripped[match]
+    return nearest
+
+
+def _nearest(strings: list[str], length: int, by_length: dict[int, list[str]]) -> list[str]:
+    """The nearest candidate of each string; all strings have one length."""
+    best = np.full(len(strings), 1 << 30)
+    matches = [""] * len(strings)
+    for other in sorted(by_length, key=lambda other: (abs(other - length), other)):
+        undecided = np.flatnonzero(best > abs(other - length))
+        if len(undecided) == 0:
+            continue
+        candidates = by_length[other]
+        distances = edit_distances([strings[k] for k in undecided], candidates)
+        for k, row in zip(undecided, distances):
+            if row.min() < best[k]:
+                best[k] = row.min()
+                matches[k] = candidates[row.argmin()]
+    return matches
+
 
 def shortest_path(cost: np.ndarray) -> list[tuple[int, int]]:
-    """Dynamic time warping: the cells of the path of least cost from (0, 0) to the last cell of cost (S, T), integers.
-    A row follows from the one before by a running minimum: with C_j = Σ_k≤j c_ik and E_j the better of the cells above
-    and diagonal, D_ij = C_j + min_k≤j (E_k − C_k−1)."""
-    total = np.cumsum(cost.astype(np.int64), axis=1)
-    table = np.full((cost.shape[0] + 1, cost.shape[1] + 1), 1 << 40)
+    """Dynamic time warping: the cells of the cheapest path from (0, 0) to the last of cost (S, T)."""
+    rows, columns = cost.shape
+    table = np.full((rows + 1, columns + 1), 1 << 40)
     table[0, 0] = 0
-    for i in range(len(cost)):
+    for i in range(rows):
+        # A row is a running minimum: with C_j = Σ_k≤j c_ik and E_j the better of the cells above
+        # and diagonal, D_ij = C_j + min_k≤j (E_k − C_k−1).
+        total = np.cumsum(cost[i].astype(np.int64))
         enter = np.minimum(table[i, 1:], table[i, :-1])
-        table[i + 1, 1:] = total[i] + np.minimum.accumulate(enter - (total[i] - cost[i]))
-    (i, j), path = cost.shape, []
+        table[i + 1, 1:] = total + np.minimum.accumulate(enter - (total - cost[i]))
+    i, j, path = rows, columns, []
     while (i, j) != (0, 0):
         path.append((i - 1, j - 1))
-        i, j = min((i - 1, j - 1), (i - 1, j), (i, j - 1), key=lambda cell: table[cell])
+        before = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
+        i, j = min(before, key=lambda cell: table[cell])
     return path[::-1]
 
-def map_vocabulary(student: list[bytes], teacher: list[bytes]) -> torch.Tensor:
-    """The student's token for each of the teacher's, (V_t,): the same bytes, else the same but for a leading space, or
-    the nearest by edit distance (of equals the nearest in length, then the lowest id); −1 for ids without bytes. A
-    minute or two for real vocabularies: only strings within the best distance so far in length are compared."""
-    exact, stripped = {}, {}
-    for i, s in enumerate(student):
-        exact.setdefault(s, i)
-        stripped.setdefault(s.removeprefix(b" "), i)
-    nearest = np.full(len(teacher), -1, np.int64)
-    by_length: dict[int, dict[bytes, list[int]]] = {}       # teacher's strings without an equal → their ids
-    for i, t in enumerate(teacher):
-        if t:
-            nearest[i] = exact.get(t, stripped.get(t.removeprefix(b" "), -1))
-            if nearest[i] < 0:
-                s = t.removeprefix(b" ")
-                by_length.setdefault(min(len(s), LONGEST), {}).setdefault(s, []).append(i)
-    candidates: dict[int, list[bytes]] = {}
-    for s in stripped:
-        if s:
-            candidates.setdefault(min(len(s), LONGEST), []).append(s)
-    with tqdm(total=sum(map(len, by_length.values())), desc="mapping the vocabulary", unit="token",
-              dynamic_ncols=True) as bar:
-        for length, strings in by_length.items():
-            names = list(strings)
-            for start in range(0, len(names), 128):
-                part = names[start:start + 128]
-                for s, found in zip(part, _nearest(part, length, candidates)):
-                    nearest[strings[s]] = stripped[found]
-                bar.update(len(part))
-    return torch.from_numpy(nearest)
 
-def _nearest(part: list[bytes], length: int, candidates: dict[int, list[bytes]]) -> list[bytes]:
-    """For each of some strings of one length the nearest candidate, which are sorted by their lengths."""
-    best, choice = np.full(len(part), LONGEST + 1), [b""] * len(part)
-    for other in sorted(candidates, key=lambda n: (abs(n - length), n)):
-        undecided = np.flatnonzero(best > abs(other - length))
-        for begin in range(0, len(candidates[other]) if len(undecided) else 0, 1024):
-            group = candidates[other][begin:begin + 1024]
-            distances = edit_distances([part[k] for k in undecided], group)
-            for k, closest, least in zip(undecided, distances.argmin(1), distances.min(1)):
-                if least < best[k]:
-                    best[k], choice[k] = least, group[closest]
-    return choice
+class AlignedPairs:
+    """Adds pairs (2, P), student and teacher positions counted through the batch, and
+    vocabulary_map (V_t,).
+
+    The cheapest path by edit distance aligns two responses. A pair on it counts where each is the
+    other's only partner and the teacher's token is, or maps to, the student's string. (Elsewhere
+    FuseLLM teaches the label.)"""
+
+    def __init__(self, student_tokenizer, teacher_tokenizer, examples):
+        student, teacher = token_strings(student_tokenizer), token_strings(teacher_tokenizer)
+        teacher[teacher_tokenizer.eos_id] = student[student_tokenizer.eos_id]
+        self.vocabulary_map = map_vocabulary(student, teacher)
+        self.student = [string.removeprefix(" ") for string in student]
+        self.teacher = [string.removeprefix(" ") for string in teacher]
+        self.pairs = {example.row: self.align(example) for example in examples}
+
+    def align(self, example) -> list[tuple[int, int]]:
+        student_ids, teacher_ids = example.student.response_ids, example.teacher.response_ids
+        cost = edit_distances([self.student[i] for i in student_ids],
+                              [self.teacher[j] for j in teacher_ids])
+        path = shortest_path(cost)
+        student_uses = np.bincount([i for i, _ in path])
+        teacher_uses = np.bincount([j for _, j in path])
+        pairs = []
+        for i, j in path:
+            equal = cost[i, j] == 0 or self.vocabulary_map[teacher_ids[j]] == student_ids[i]
+            if equal and student_uses[i] == teacher_uses[j] == 1:
+                pairs.append((i, j))
+        return pairs
+
+    def __call__(self, examples, device) -> dict[str, torch.Tensor]:
+        pairs, num_s, num_t = [], 0, 0
+        for example in examples:
+            aligned = self.pairs.get(example.row)
+            if aligned is None:             # the student's own answer, new in every step
+                aligned = self.align(example)
+            pairs += [(num_s + i, num_t + j) for i, j in aligned]
+            num_s += len(example.student.response_ids)
+            num_t += len(example.teacher.response_ids)
+        pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 2).t().contiguous()
+        return {"pairs": pairs.to(device),
+                "vocabulary_map": torch.from_numpy(self.vocabulary_map).to(device)}
+
+
+@torch.no_grad()
+def mapped_probabilities(z_t: torch.Tensor, vocabulary_map: torch.Tensor, student_size: int,
+                         temperature: float) -> torch.Tensor:
+    """map(p_t), (n, V_s): the teacher's TOP likeliest tokens that have a counterpart, rescaled to
+    sum to 1."""
+    size = len(vocabulary_map)
+    p_t = (z_t.float() / temperature).softmax(-1)[:, :size]         # a head may have more rows
+    p_t = p_t * (vocabulary_map >= 0)
+    p_t, tokens = p_t.topk(min(TOP, size))
+    mapped = vocabulary_map.clamp(min=0)[tokens]
+    target = p_t.new_zeros(len(p_t), student_size)
+    return target.scatter_add(1, mapped, p_t / p_t.sum(-1, keepdim=True))
+
+
+def mined(batch, student, teacher, modules, objective):
+    """→ total, terms nll_loss, accuracy, kd_loss and mined_pairs, the pairs per student token."""
+    s, t = student_side(batch, student), teacher_side(batch, teacher)
+    at_student, at_teacher = batch["pairs"]
+    temperature = objective.options.temperature
+
+    def label_loss(block, z_s):
+        terms = cross_entropy(z_s, s.labels[block])
+        return objective(ce=terms["nll_loss"].sum()), terms
+
+    def pair_loss(block, z_s, z_t):
+        target = mapped_probabilities(z_t, batch["vocabulary_map"], z_s.size(-1), temperature)
+        q_log = F.log_softmax(z_s.float() / temperature, -1)
+        distance = (torch.special.xlogy(target, target) - target * q_log).sum(-1)
+        terms = {"kd_loss": distance, "mined_pairs": torch.ones_like(distance)}
+        return objective(kd=distance.sum()), terms
+
+    ce_total, ce_sums = in_blocks(label_loss, [s.hidden], [s.head])
+    kd_total, kd_sums = in_blocks(pair_loss, [s.hidden[at_student], t.hidden[at_teacher]],
+                                  [s.head, t.head])
+    return ce_total + kd_total, objective.per_student_token(ce_sums | kd_sums)
+
+
+METHOD = Method(loss=mined, batch_extras=AlignedPairs,
+                uses=("kd_rate", "temperature", "on_policy", "cache_teacher"))

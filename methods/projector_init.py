@@ -1,50 +1,59 @@
-"""Projectors that start from the tokens which both vocabularies have (--projector_init shared), after DSKDv2's idea.
+"""Projectors that start from the tokens both vocabularies have (--projector_init shared), after
+DSKDv2's idea (arXiv 2504.11426).
 
-Tokens S with the same bytes on both sides have rows in both heads W and both embeddings E. By least squares
+Tokens S with the same bytes on both sides have rows in both heads W and both embeddings E. By least
+squares, with the smallest solution where there are several and biases of 0:
 
-    P_t2s:  W_s[S] P_t2s ≈ W_t[S]              so that W_s P_t2s h_t ≈ W_t h_t: what the teacher says stays what it says
-    P_s2t:  W_t[S] P_s2t ≈ W_s[S]              the same for the student
-    P_q:    E_s[S] P_qᵀ ≈ E_t[S] / σ           for both halves: a query looks like the key of the same two tokens
-    P_e:    E_t[S] P_eᵀ ≈ E_s[S]               (DWA-KD)
-
-with the smallest solution where there are several, and biases of 0: attention finds equal tokens from the first step.
+    P_t2s:  W_s[S] P_t2s ≈ W_t[S]           so that W_s P_t2s h_t ≈ W_t h_t on S
+    P_s2t:  W_t[S] P_s2t ≈ W_s[S]           the same for the student
+    P_q:    E_s[S] P_qᵀ ≈ E_t[S] / σ        both halves: a query looks like the key of equal tokens
+    P_e:    E_t[S] P_eᵀ ≈ E_s[S]            (DWA-KD)
 """
 import torch
 
-from files.config import InputError
-from methods.dual_space import Projectors
+from runtime.config import InputError
+
 
 def shared_tokens(student_tokenizer, teacher_tokenizer) -> list[tuple[int, int]]:
-    """Tokens with the same bytes, as (student id, teacher id); of several the first. InputError where there is none."""
-    of_bytes: dict[bytes, int] = {}
-    for i in range(teacher_tokenizer.vocab_size):
-        of_bytes.setdefault(teacher_tokenizer.token_bytes(i), i)
-    pairs = {text: (i, of_bytes[text]) for i in reversed(range(student_tokenizer.vocab_size))
-             if (text := student_tokenizer.token_bytes(i)) and text in of_bytes}
+    """(student id, teacher id) of tokens with the same bytes; of several ids the first.
+
+    Raises InputError where there is none."""
+    first_ids = []
+    for tokenizer in (student_tokenizer, teacher_tokenizer):
+        ids = {}
+        for i in range(tokenizer.vocab_size):
+            ids.setdefault(tokenizer.token_bytes(i), i)
+        first_ids.append(ids)
+    student_ids, teacher_ids = first_ids
+    pairs = [(student_ids[token], teacher_ids[token]) for token in student_ids
+             if token and token in teacher_ids]
     if not pairs:
         raise InputError("--projector_init shared: the two vocabularies have no token in common")
-    return sorted(pairs.values())
+    return sorted(pairs)
+
+
+def least_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The smallest X of those that minimize ‖A X − B‖."""
+    return torch.linalg.lstsq(a, b, driver="gelsd").solution
+
 
 @torch.no_grad()
-def init_from_shared(projectors: Projectors, student, teacher, pairs: list[tuple[int, int]]) -> None:
-    """Set the projectors from pairs of shared_tokens, on the CPU. student, teacher: decoders. P_t2s is given
-    h_t / σ_h + E_t(y_t) / σ_y, so it is multiplied by σ_h, the root mean square of the final norm's weights."""
-    ids = [torch.tensor(side) for side in zip(*pairs)]
-
-    def rows(layer, i):
-        return layer.weight[i.to(layer.weight.device)].float().cpu()
-
-    def solve(a, b):                    # the smallest X for which |A X − B| is least
-        return torch.linalg.lstsq(a, b, driver="gelsd").solution
-    head_s, head_t = rows(student.head, ids[0]), rows(teacher.head, ids[1])
-    embed_s, embed_t = rows(student.embed, ids[0]), rows(teacher.embed, ids[1])
-    scale = teacher.norm.weight.float().cpu().square().mean().sqrt()
-    weights = {"t2s": scale * solve(head_s, head_t), "s2t": solve(head_t, head_s)}
+def init_from_shared(projectors, student, teacher, pairs: list[tuple[int, int]]) -> None:
+    """Set cma.Projectors from pairs of shared_tokens, on the CPU. P_t2s is given
+    h_t / σ_h + E_t(y_t) / σ_y, so it is multiplied by σ_h: the root mean square of the final norm's
+    weights."""
+    student_ids, teacher_ids = torch.tensor(pairs).unbind(1)
+    head_s = student.head.weight.float().cpu()[student_ids]
+    head_t = teacher.head.weight.float().cpu()[teacher_ids]
+    embed_s = student.embed.weight.float().cpu()[student_ids]
+    embed_t = teacher.embed.weight.float().cpu()[teacher_ids]
+    σ_h = teacher.norm.weight.float().cpu().square().mean().sqrt()
+    weights = {"t2s": σ_h * least_squares(head_s, head_t), "s2t": least_squares(head_t, head_s)}
     if projectors.query is not None:
-        half = solve(embed_s, embed_t).t() / embed_t.std()
+        half = least_squares(embed_s, embed_t).t() / embed_t.std()
         weights["query"] = torch.block_diag(half, half)
     if projectors.dtw_embed is not None:
-        weights["dtw_embed"] = solve(embed_t, embed_s).t()
+        weights["dtw_embed"] = least_squares(embed_t, embed_s).t()
     for name, weight in weights.items():
         projector = getattr(projectors, name)
         projector.weight.copy_(weight)

@@ -1,33 +1,43 @@
 """Universal logit distillation (ULD, arXiv 2402.12030): two vocabularies meet by rank.
 
-    KD = Σ over k, Σ over ranks |p_s − p_t|       p: the k-th response position's softmax, sorted; temperature 1"""
+    KD = Σ_k Σ_r |p_s − p_t|    k: response positions both sides have; r: ranks; p: sorted softmax
+"""
 import torch
 import torch.nn.functional as F
 
-from methods.heads import Parts, in_chunks
-from methods.sides import Side
+from methods import Method
+from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side
 
-def common_positions(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The positions k that a row has on both sides, by their numbers in either side's packed list: (2, M). student,
-    teacher: (B,), how many valid positions each row has."""
-    shorter = torch.minimum(student, teacher)
-    rows, k = (torch.arange(int(shorter.max()), device=shorter.device) < shorter[:, None]).nonzero(as_tuple=True)
-    return torch.stack([(lengths.cumsum(0) - lengths)[rows] + k for lengths in (student, teacher)])
 
-class CommonPositions:
-    """Gives a batch its common positions while it is on the CPU: no step waits for them."""
+def sorted_distance(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+    """Σ_r |p_s − p_t| at each position, the smaller vocabulary padded with zeros: (n,)."""
+    p_s = z_s.float().softmax(-1).sort(descending=True).values
+    p_t = z_t.float().softmax(-1).sort(descending=True).values
+    size = max(p_s.size(-1), p_t.size(-1))
+    p_s = F.pad(p_s, (0, size - p_s.size(-1)))
+    p_t = F.pad(p_t, (0, size - p_t.size(-1)))
+    return (p_s - p_t).abs().sum(-1)
 
-    def tensors(self, examples) -> dict[str, torch.Tensor]:
-        return {"common": common_positions(*(torch.tensor([getattr(example, side).valid for example in examples])
-                                             for side in ("student", "teacher")))}
 
-def uld_loss(student: Side, teacher: Side, factors: dict[str, float], common: torch.Tensor | None = None) -> Parts:
-    """Summed over the positions k that both responses have; the shorter vocabulary is padded with zeros → kd_loss.
-    common: common_positions, where they have been found."""
-    def chunk(z_s, z_t):
-        p_s, p_t = (z.float().softmax(-1).sort(descending=True).values for z in (z_s, z_t))
-        missing = p_t.size(-1) - p_s.size(-1)
-        return {"kd_loss": (F.pad(p_s, (0, max(missing, 0))) - F.pad(p_t, (0, max(-missing, 0)))).abs().sum(-1)}
-    both = common_positions(student.valid.mask.sum(1), teacher.valid.mask.sum(1)) if common is None else common
-    states = [side.packed.index_select(0, at) for side, at in zip((student, teacher), both)]
-    return in_chunks(chunk, states, [student.head, teacher.head.detach()], factors)
+def uld(batch, student, teacher, modules, objective):
+    """→ total, terms nll_loss, accuracy and kd_loss."""
+    s, t = student_side(batch, student), teacher_side(batch, teacher)
+
+    def label_loss(block, z_s):
+        terms = cross_entropy(z_s, s.labels[block])
+        return objective(ce=terms["nll_loss"].sum()), terms
+
+    def rank_loss(block, z_s, z_t):
+        distance = sorted_distance(z_s, z_t)
+        return objective(kd=distance.sum()), {"kd_loss": distance}
+
+    # The first positions of each row, as many as both sides have.
+    both = [min(counts) for counts in zip(s.counts, t.counts)]
+    h_s = torch.cat([row[:n] for row, n in zip(s.hidden.split(s.counts), both)])
+    h_t = torch.cat([row[:n] for row, n in zip(t.hidden.split(t.counts), both)])
+    ce_total, ce_sums = in_blocks(label_loss, [s.hidden], [s.head])
+    kd_total, kd_sums = in_blocks(rank_loss, [h_s, h_t], [s.head, t.head])
+    return ce_total + kd_total, objective.per_student_token(ce_sums | kd_sums)
+
+
+METHOD = Method(loss=uld, uses=("kd_rate", "on_policy", "cache_teacher"))

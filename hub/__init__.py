@@ -1,0 +1,1 @@
+"""The hub's files: names to folders, config.json, weights, tokenizers."""

@@ -1,0 +1,78 @@
+"""Names of models to folders on this machine.
+
+    model_folder("gpt2")        # a short name, any hub id, a folder of yours, a run's out_dir
+"""
+import re
+from pathlib import Path
+
+from runtime.config import InputError
+
+MODELS = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "qwen": "Qwen/Qwen1.5-1.8B",
+    "qwen1.5-0.5b": "Qwen/Qwen1.5-0.5B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "llama2": "meta-llama/Llama-2-7b-hf",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral": "mistralai/Mistral-7B-v0.1",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+                   "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "generation_config.json")
+SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def model_folder(name: str | Path, weights: bool = True) -> Path:
+    """The folder of a model in the hub's layout, downloaded where `name` is not a folder.
+
+    Of a training run's out_dir it is the best checkpoint, else the last. weights=False downloads
+    the configuration and the tokenizer only. Raises InputError where there is no such model."""
+    path = Path(name)
+    if path.is_dir():
+        for checkpoint in ("best", "last"):
+            if (path / checkpoint / "config.json").exists():
+                return path / checkpoint
+        if (path / "metrics.jsonl").exists():
+            raise InputError(f"{path}: this run has no checkpoint yet (no best/ and no last/)")
+        return path
+    repository = MODELS.get(str(name), str(name))
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
+        raise InputError(f"{name}: not a folder, not a hub id (owner/name) and not one of "
+                         f"{', '.join(MODELS)}")
+    return _download(repository, weights)
+
+
+def _download(repository: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    wanted = ["config.json", *TOKENIZER_FILES]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        for patterns in (SAFETENSORS, PICKLED):
+            if weights and not weight_file(folder):
+                folder = Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        return folder
+    except Exception as error:      # the client's own errors, httpx's and the system's
+        reasons = {"GatedRepoError": "it is gated: accept its terms and run `hf auth login`",
+                   "RepositoryNotFoundError": "the hub has no such public repository"}
+        reason = reasons.get(type(error).__name__,
+                             f"the hub cannot be reached ({type(error).__name__})")
+        raise InputError(f"{repository}: {reason}; a folder with its files works in place of a "
+                         "name") from error
+
+
+def weight_file(folder: Path) -> Path | None:
+    """The weights of a folder, or their index: safetensors before pickles; None without any."""
+    for name in ("model.safetensors", "model.safetensors.index.json",
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (folder / name).exists():
+            return folder / name
+    return None

@@ -1,0 +1,169 @@
+"""Losses over the vocabulary, a block of positions at a time: no (B, T, V) tensor ever exists.
+
+A batch is looked at from two Sides, each at its response positions only: those whose label is a
+response token or EOS. in_blocks() computes logits z = W h for BLOCK of them, the loss, and its
+gradient at once while the logits are there, as fused linear cross-entropy does."""
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+BLOCK = 128             # positions whose logits exist at one time; 8 times as many on a GPU
+
+
+class Side:
+    """One model's part of a batch, at its N response positions.
+
+    Tensors are packed, (N, …): the positions of all rows, one after the other. rows() pads them
+    to (B, L, …) for attention, L being the largest number of them in a row."""
+
+    def __init__(self, batch: dict[str, torch.Tensor], name: str, model):
+        ids, labels = batch[f"{name}_ids"], batch[f"{name}_labels"]
+        response_mask = labels != -100                              # (B, T)
+        self.positions = response_mask.flatten().nonzero().squeeze(1)
+        self.counts = response_mask.sum(1).tolist()                 # per row
+        self.inputs = self.pack(ids)                                # (N,): the tokens x
+        self.labels = self.pack(labels)                             # (N,): the next tokens y
+        self.embed = model.embed                                    # E: ids → (…, d)
+        self.head = model.head.weight                               # W: (V, d)
+        self.hidden = None                                          # h: (N, d)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, L), true where rows() has a position."""
+        counts = torch.tensor(self.counts, device=self.labels.device)
+        return torch.arange(max(self.counts), device=counts.device) < counts[:, None]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, …) → (N, …)"""
+        return x.flatten(0, 1).index_select(0, self.positions)
+
+    def rows(self, packed: torch.Tensor) -> torch.Tensor:
+        """(N, …) → (B, L, …), zeros behind the shorter rows."""
+        return pad_sequence(packed.split(self.counts), batch_first=True)
+
+    def unpad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, L, …) → (N, …)"""
+        return torch.cat([row[:count] for row, count in zip(rows, self.counts)])
+
+
+def student_side(batch: dict[str, torch.Tensor], student) -> Side:
+    side = Side(batch, "student", student)
+    side.hidden = side.pack(student(batch["student_ids"]))
+    return side
+
+
+@torch.no_grad()
+def teacher_side(batch: dict[str, torch.Tensor], teacher) -> Side:
+    """The teacher is frozen. Its states may be in the batch already (runtime/teacher_states.py)."""
+    side = Side(batch, "teacher", teacher)
+    side.hidden = batch.get("teacher_hidden")
+    if side.hidden is None:
+        side.hidden = side.pack(teacher(batch["teacher_ids"]))
+    side.head = side.head.detach()
+    return side
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradients with respect to some tensors are known already."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *tensors):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(gradient.mul_(upstream) for gradient in gradients)
+
+
+def blocks_of(num_positions: int, device: torch.device) -> list[slice]:
+    """0 … N − 1 in blocks; no position at all is one empty block."""
+    size = BLOCK if device.type == "cpu" else 8 * BLOCK
+    return [slice(start, min(start + size, num_positions))
+            for start in range(0, max(num_positions, 1), size)]
+
+
+def in_blocks(block_loss, hidden: list[torch.Tensor], heads: list[torch.Tensor],
+              blocks: list[slice] | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of N positions, and the sums of its terms: (total, {name: sum}).
+
+    block_loss(block, *logits) → (total, {name: (n,) values}) is called for every block, a slice of
+    the positions, with the logits (n, V) that each of hidden, (N, d) each, has by the head (V, d)
+    in the same place. Gradients reach those of hidden and heads that require one; backward() can
+    run once."""
+    device = hidden[0].device
+    dtype = hidden[0].dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    weights = [head.detach().to(dtype) for head in heads]
+    hidden_gradients = [torch.zeros_like(h) if h.requires_grad else None for h in hidden]
+    head_gradients = [torch.zeros_like(W) if W.requires_grad else None for W in heads]
+
+    total, sums = 0.0, {}
+    for block in blocks or blocks_of(len(hidden[0]), device):
+        states = [h.detach()[block].to(dtype) for h in hidden]
+        logits, learning = [], []
+        for i, (h, W) in enumerate(zip(states, weights)):
+            logits.append(h @ W.t())
+            if hidden_gradients[i] is not None or head_gradients[i] is not None:
+                logits[i].requires_grad_()
+                learning.append(i)
+        with torch.enable_grad():
+            loss, terms = block_loss(block, *logits)
+        total = total + loss.detach()
+        for name, values in terms.items():
+            sums[name] = sums.get(name, 0) + values.detach().sum()
+        if not learning:
+            continue
+        logit_gradients = torch.autograd.grad(loss, [logits[i] for i in learning])
+        for i, gradient in zip(learning, logit_gradients):
+            if hidden_gradients[i] is not None:
+                hidden_gradients[i][block] = gradient @ weights[i]
+            if head_gradients[i] is not None:
+                _add_product(head_gradients[i], gradient, states[i])
+
+    tensors, gradients = [], []
+    for tensor, gradient in zip(hidden + heads, hidden_gradients + head_gradients):
+        if gradient is not None:
+            tensors.append(tensor)
+            gradients.append(gradient)
+    if tensors:
+        total = _WithGradient.apply(total, gradients, *tensors)
+    return total, sums
+
+
+def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
+    """total (V, d) += gradientᵀ (V, n) · states (n, d), without a copy of the head's size."""
+    if total.dtype == states.dtype:
+        torch.addmm(total, gradient.t(), states, out=total)
+        return
+    # Mixed types on a CPU: 1,024 rows at a time are added while the cache holds them.
+    rows = 1024 if total.device.type == "cpu" else len(total)
+    for part, gradient_part in zip(total.split(rows), gradient.t().split(rows)):
+        part += gradient_part @ states
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """−log p(y), and whether the likeliest token is right: (n, V), (n,) → two terms (n,)."""
+    logits = logits.float()
+    return {"nll_loss": F.cross_entropy(logits, labels, reduction="none"),
+            "accuracy": logits.argmax(-1) == labels}
+
+
+@torch.no_grad()
+def token_nll(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log p(y) in nats at each position, without a gradient: (N, d), (V, d), (N,) → (N,)."""
+    blocks = blocks_of(len(hidden), hidden.device)
+    return torch.cat([cross_entropy(F.linear(hidden[block], head), labels[block])["nll_loss"]
+                      for block in blocks])
+
+
+@torch.no_grad()
+def entropies(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """H(softmax W h) in nats at each position: (N, d), (V, d) → (N,)."""
+    result = []
+    for block in blocks_of(len(hidden), hidden.device):
+        log_p = F.linear(hidden[block], head).float().log_softmax(-1)
+        result.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(result)

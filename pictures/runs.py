@@ -1,0 +1,94 @@
+"""Pictures of runs: the models' scores, the curves of metrics.jsonl, a table over methods."""
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from pictures import save
+
+# panel → names in metrics.jsonl
+CURVES = {
+    "losses (nats per token)": ("loss", "nll_loss", "kd_loss"),
+    "terms of kd_loss (nats per token)": ("t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss"),
+    "soft-DTW (cosine distance per token)": ("dtw_embed_loss", "dtw_hidden_loss"),
+    "likeliest token is right (share of tokens)": ("accuracy", "t2s_acc", "s2t_acc", "teacher_acc"),
+    "adversary's loss": ("adversary_key_loss", "adversary_query_loss", "energy_distance"),
+    "adversary's accuracy": ("adversary_key_acc", "adversary_query_acc"),
+    "bits per byte, dev": ("dev_bits_per_byte",),
+    "ROUGE-L × 100, dev": ("dev_rouge_l",),
+    "gradient norm": ("grad_norm",),
+    "student's learning rate": ("lr",),
+}
+
+
+def results(path: Path, title: str, scores: dict[str, dict[str, float]]) -> None:
+    """Bits per byte and ROUGE-L of each model, in the order given."""
+    figure = Figure(figsize=(7, 0.5 + 0.45 * len(scores)), layout="constrained")
+    figure.suptitle(title)
+    names = list(scores)[::-1]
+    colours = ["tab:orange" if name == "student" else "tab:blue" for name in names]
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, metric, digits in ((left, "bits_per_byte", 3), (right, "rouge_l", 1)):
+        values = [scores[name][metric] for name in names]
+        shapes = axes.barh(names, values, color=colours)
+        axes.bar_label(shapes, [f"{value:.{digits}f}" for value in values], padding=3)
+        axes.set_xlim(0, 1.2 * max(values) or 1)
+    left.set_xlabel("bits per byte (less is better)")
+    right.set_xlabel("ROUGE-L × 100, greedy")
+    save(figure, path)
+
+
+def curves(path: Path, title: str, records: list[dict]) -> None:
+    """The lines of metrics.jsonl over steps, a panel for every group of CURVES that a run has. What
+    every step has is drawn faintly and, over it, as a running mean over a fiftieth of the run."""
+    panels = {}
+    for heading, names in CURVES.items():
+        lines = {}
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if len(points) > 1:
+                lines[name] = points
+        if lines:
+            panels[heading] = lines
+    if not panels:
+        return
+    num_rows = (len(panels) + 2) // 3
+    figure = Figure(figsize=(13.8, 3.0 * num_rows), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(num_rows, 3, squeeze=False).flat
+    for axes, (heading, lines) in zip(grid, panels.items()):
+        for name, points in lines.items():
+            steps, values = zip(*points)
+            window = len(steps) // 50
+            if window > 1:
+                line, = axes.plot(steps, values, linewidth=0.5, alpha=0.3)
+                means = torch.tensor(values).double().unfold(0, window, 1).mean(1)
+                middles = steps[window // 2:][:len(means)]
+                axes.plot(middles, means, color=line.get_color(), linewidth=1.2, label=name)
+            else:
+                axes.plot(steps, values, ".-", linewidth=1.2, label=name)
+        axes.set(title=heading, xlabel="step")
+        axes.legend()
+    for axes in list(grid):
+        axes.set_axis_off()
+    save(figure, path)
+
+
+def bars(path: Path, table: dict[str, dict[str, dict[str, tuple[float, float]]]]) -> None:
+    """tools.compare's table: metric → row → column → (mean, standard deviation over seeds)."""
+    labels = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L × 100"}
+    rows = table["rouge_l"]
+    columns = list(next(iter(rows.values())))
+    width = max(6.0, 1.0 + 0.22 * len(columns) * (len(rows) + 2))
+    figure = Figure(figsize=(width, 8), layout="constrained")
+    for axes, (metric, label) in zip(figure.subplots(2), labels.items()):
+        bar_width = 0.8 / len(rows)
+        for i, (name, cells) in enumerate(table[metric].items()):
+            places = [j + (i - (len(rows) - 1) / 2) * bar_width for j in range(len(columns))]
+            means = [cells[column][0] for column in columns]
+            stds = [cells[column][1] for column in columns]
+            axes.bar(places, means, bar_width, yerr=stds, capsize=2, label=name)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_ylabel(label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    save(figure, path)

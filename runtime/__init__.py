@@ -1,0 +1,1 @@
+"""What a run needs and no equation does: flags, files, checkpoints, processes, generation."""

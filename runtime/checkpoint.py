@@ -1,0 +1,242 @@
+"""A run's folder, and checkpoints that are whole or not there at all.
+
+    out_dir/config.json      every setting            out_dir/best/            the best on dev
+    out_dir/metrics.jsonl    a line for every step    out_dir/last/            to resume from
+    out_dir/results.json     the table at the end     out_dir/last.previous/   the one before
+
+best/ and last/ are models in the hub's layout; beside the student lie the projectors and the
+adversary, training.json (step, scores, data) and, in last/, resume.safetensors: AdamW's moments and
+the random number generators. A checkpoint is written under another name, flushed and renamed, and
+the one before it stays. Nothing is pickled."""
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from runtime.config import InputError
+from runtime.distributed import all_reduce, gather, is_first, print_first, rank, world_size
+from runtime.files import atomic_write, flush
+
+# What may differ between a run and its continuation.
+FREE = ("resume", "out_dir", "device", "dtype", "shard")
+
+
+# ------------------------------------------------------------------------------------- run's folder
+
+def new_run_folder(teacher: str, student: str, method: str) -> Path:
+    """The first of out/TEACHER-STUDENT-METHOD, …-2, …-3 that is not there."""
+    names = [Path(name).name for name in (teacher, student) if name and name != "toy"]
+    name = "-".join([*(names or ["toy"]), Path(method).stem])
+    folder, number = Path("out") / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("out") / f"{name}-{number}"
+    return folder
+
+
+def start_run(config, out_dir: Path) -> None:
+    """Write the settings into a folder that is not there or empty, and refuse any other."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise InputError(f"--out_dir {out_dir}: is not empty; pass a new folder, or --resume to "
+                         "continue the run in it")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out_dir / "config.json") as file:
+        json.dump(dataclasses.asdict(config), file, indent=2)
+
+
+def saved_settings(out_dir: Path) -> dict:
+    """The settings of the run in a folder. Raises InputError where there is none."""
+    try:
+        return json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out_dir}: no run in this folder (config.json: {error})") from error
+
+
+def lock_run(out_dir: Path) -> None:
+    """Keep other runs out of a folder until this process ends, however it ends."""
+    descriptor = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--out_dir {out_dir}: another run is writing there") from error
+    except OSError:
+        print(f"note: {out_dir} cannot be locked; start nothing else that writes there")
+
+
+def append_metrics(out_dir: Path, record: dict) -> None:
+    """Write a line of metrics.jsonl, in the first process."""
+    if is_first():
+        with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without one that a kill cut."""
+    path = out_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def rewind_metrics(out_dir: Path, step: int) -> None:
+    """Drop what was written after the checkpoint of this step, whose scoring is done again."""
+    kept = []
+    for record in read_metrics(out_dir):
+        scored = "dev_rouge_l" in record
+        if record["step"] < step or record["step"] == step and not scored:
+            kept.append(json.dumps(record) + "\n")
+    with atomic_write(out_dir / "metrics.jsonl") as file:
+        file.writelines(kept)
+
+
+class Stop:
+    """The first SIGTERM or Ctrl-C asks the run to save after its step; a second one, or one while
+    nothing can be lost (`at_once`), ends it on the spot."""
+
+    def __init__(self, how_to_continue: str):
+        self.how_to_continue = how_to_continue
+        self.requested, self.at_once = False, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._caught)
+
+    def _caught(self, number, frame):
+        # torchrun's processes may get a signal twice, from the terminal and from torchrun.
+        again = self.requested and world_size() == 1
+        self.requested = True
+        if again or self.at_once:
+            self.leave()
+
+    def in_any_process(self) -> bool:
+        """Whether all processes are to leave, after the same step."""
+        return all_reduce(torch.tensor(float(self.requested))).item() > 0
+
+    def leave(self):
+        print_first(f"\ninterrupted; {self.how_to_continue}")
+        raise SystemExit(130)
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict) -> None:
+    """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
+
+    With an optimizer the one before stays as FOLDER.previous. All processes call this, the first
+    one writes. Raises InputError where a weight is not finite; what is there stays."""
+    weights = {name: whole(tensor.detach()) for name, tensor in student.state_dict().items()}
+    moments = resume_tensors(optimizer) if optimizer is not None else None
+    if not is_first():
+        return
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise InputError(f"{folder}: not saved at step {state['step']}, because weights are not "
+                         "finite; try a lower --lr or a longer --warmup_steps in a new run")
+    temporary = folder.with_name(folder.name + ".tmp")
+    previous = folder.with_name(folder.name + ".previous")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if any(name.endswith(".linear.weight") for name in weights):
+        from runtime import lora
+        student.save(temporary, lora.merged(student, weights))
+        lora.save_adapter(temporary / "adapter", student, weights, state["student"])
+    else:
+        student.save(temporary, weights)
+    for name, module in modules.items():
+        save_file(module.state_dict(), temporary / f"{name}.safetensors")
+    if moments is not None:
+        save_file(moments, temporary / "resume.safetensors")
+    text = json.dumps(state, indent=2)
+    (temporary / "training.json").write_text(text, encoding="utf-8")
+    if moments is not None:
+        flush(folder.parent / "metrics.jsonl")      # no step before a checkpoint may lack its line
+    for path in (*temporary.rglob("*"), temporary):
+        flush(path)
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    temporary.rename(folder)
+    flush(folder.parent)
+    if moments is None:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A sharded tensor as a whole one on the CPU, in the first process. All processes must ask."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if is_first() else None
+
+
+def resume_tensors(optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter name, and the state of every process's random generators."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}/{key}"] = whole(value)
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for process, of_process in enumerate(gather(states)):
+        for kind, value in of_process.items():
+            tensors[f"rng/{kind}/{process}"] = value
+    return tensors
+
+
+def load_optimizer(folder: Path, optimizer) -> None:
+    """Put back what resume_tensors saved."""
+    tensors = load_file(folder / "resume.safetensors")
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"]):
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"{name}/{key}")
+                if value is None:
+                    continue
+                if hasattr(parameter, "full_tensor") and value.dim():
+                    from runtime.sharding import like
+                    value = like(value, parameter)
+                state[key] = value.to(parameter.device)
+            if state:
+                optimizer.state[parameter] = state
+    if f"rng/cpu/{world_size() - 1}" not in tensors or f"rng/cpu/{world_size()}" in tensors:
+        print_first("note: the run had another number of processes; dropout continues differently")
+    if f"rng/cpu/{rank()}" in tensors:
+        torch.set_rng_state(tensors[f"rng/cpu/{rank()}"])
+    if f"rng/cuda/{rank()}" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"rng/cuda/{rank()}"])
+
+
+def load_modules(folder: Path, modules: dict) -> None:
+    """Put back what a checkpoint has beside the student."""
+    for name, module in modules.items():
+        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+
+
+def last_checkpoint(out_dir: Path) -> Path | None:
+    """The checkpoint to resume from: last/, or the one before where last/ is damaged; None where
+    there is none. Raises InputError where none is whole."""
+    damaged = []
+    for folder in (out_dir / "last", out_dir / "last.previous"):
+        if not folder.exists():
+            continue
+        try:
+            json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            for file in folder.glob("*.safetensors"):
+                with safe_open(file, "pt"):
+                    pass
+            if not (folder / "resume.safetensors").exists():
+                raise OSError("resume.safetensors is missing")
+            return folder
+        except (OSError, ValueError, SafetensorError) as error:
+            damaged.append(f"{folder} ({error})")
+            print_first(f"note: {folder} is damaged ({error})")
+    if damaged:
+        raise InputError(f"--resume: no checkpoint is whole: {', '.join(damaged)}")
+    return None

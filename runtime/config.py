@@ -1,0 +1,139 @@
+"""A dataclass is the command line, the help text and the saved config.
+
+    @dataclass
+    class Config:
+        lr: float = flag(5e-4, "Peak learning rate of the student.", minimum=0)
+
+    config = parse(Config, "What the script does.")        # --lr 1e-3
+"""
+import argparse
+import dataclasses
+import os
+import sys
+import traceback
+import typing
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: what, where, and what is right."""
+
+
+def flag(default, help: str, group: str = "options", choices=None, minimum=None, maximum=None):
+    """A dataclass field that is also a command-line flag. Numbers must lie within the limits."""
+    metadata = dict(help=help, group=group, choices=choices, minimum=minimum, maximum=maximum)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def _help_text(field) -> str:
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = " ".join(map(str, field.default_factory()))
+    text = field.metadata["help"]
+    if field.metadata["choices"]:
+        text += " One of " + ", ".join(map(str, field.metadata["choices"])) + "."
+    if default not in ("", False):
+        text += f" [{default}]"
+    return text.replace("%", "%%")
+
+
+def given_flags(cls, description: str, argv: list[str] | None = None,
+                positional: tuple[str, ...] = ()) -> dict:
+    """The flags of the command line that were given, as {field: value}.
+
+    positional: fields that are given by their place. Raises InputError for an unknown flag or a
+    value of another type."""
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, kind = field.name, types[field.name]
+        options = dict(default=argparse.SUPPRESS, help=_help_text(field))
+        if kind is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(kind) is list:
+            options.update(type=typing.get_args(kind)[0], nargs="+", metavar="X")
+        else:
+            options.update(type=kind, metavar=kind.__name__)
+        if name in positional:
+            parser.add_argument(name, **(options | dict(nargs="?", metavar=name)))
+            continue
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{name}", **options)
+    return vars(parser.parse_args(argv))
+
+
+def checked(cls, values: dict):
+    """cls(**values), once every value is of its field's type, among its choices, in its limits."""
+    config = cls(**values)
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        value, kind = getattr(config, field.name), types[field.name]
+        name = f"--{field.name} {value!r}"
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if kind in (str, bool, int, float) and type(value) is not kind:
+            raise InputError(f"{name}: must be of type {kind.__name__}")
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            raise InputError(f"{name}: must be one of {', '.join(map(str, choices))}")
+        minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
+        for number in value if isinstance(value, list) else [value]:
+            if minimum is not None and number < minimum:
+                raise InputError(f"{name}: must be at least {minimum}")
+            if maximum is not None and number > maximum:
+                raise InputError(f"{name}: must be at most {maximum}")
+    return config
+
+
+def parse(cls, description: str, argv: list[str] | None = None, positional: tuple[str, ...] = ()):
+    """Read the command line into a `cls`. Raises InputError as given_flags and checked do."""
+    return checked(cls, given_flags(cls, description, argv, positional))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch says it in one way for GPUs and in another for the machine's memory."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error))
+
+
+def run_script(main) -> None:
+    """Run a script's main(); what the user can mend becomes one line on stderr and exit code 2."""
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")    # a terminal may lack "→"
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except SystemExit as error:
+        code = error.code or 0
+    except Exception as error:
+        if is_out_of_memory(error):
+            reason = " ".join(str(error).split())
+            print(f"error: out of memory ({reason:.200}); a smaller --batch_size with a larger "
+                  "--grad_accum, --gradient_checkpointing, --cache_teacher or --lora_rank needs "
+                  "less", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "LOCAL_RANK" in os.environ:
+        # Without the interpreter's shutdown, which would wait for processes that are gone.
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,107 @@
+"""Several processes, on one machine or on many: torchrun starts them, this file connects them.
+
+    torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 …
+
+The forward passes of an optimizer step (--grad_accum) are shared out; their gradients and losses,
+which are sums over tokens divided by the step's number of tokens, are added. So the step is the one
+a single process would take, but for dropout. Without torchrun there is one process, and everything
+here does nothing."""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from runtime.config import InputError
+
+BUCKET = 1 << 25            # gradients, in numbers, that travel together
+
+
+def init(device: str) -> None:
+    """Join the other processes, where torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} "
+                             "GPUs; start no more processes, or pass --device cpu")
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    # One process may answer prompts for hours while the others wait. Of a dead one torchrun tells.
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
+    if rank() > 0:
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def print_first(*things) -> None:
+    if is_first():
+        print(*things, flush=True)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_goes_first():
+    """What is downloaded or prepared on disk is prepared once, by the first process."""
+    if not is_first():
+        barrier()
+    yield
+    if is_first():
+        barrier()
+
+
+def gather(thing) -> list:
+    """Every process's thing, in order."""
+    things = [thing] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_weights(modules) -> None:
+    """Give every process the first one's weights."""
+    if world_size() > 1:
+        for module in modules:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.detach(), 0)
+
+
+def all_reduce_gradients(parameters) -> None:
+    """Sum the gradients over processes, many small ones in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world_size() == 1:
+        return
+    bucket, size = [], 0
+    for i, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        size += gradient.numel()
+        if size >= BUCKET or i == len(gradients) - 1:
+            total = all_reduce(torch.cat([g.flatten() for g in bucket]))
+            for g, part in zip(bucket, total.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket, size = [], 0

@@ -1,0 +1,55 @@
+"""Files that appear under their names only when they are whole, and fingerprints of files."""
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+
+# Downloads, the toy and what is computed once are kept here.
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Open a text file; it is flushed and renamed to `path` when the block ends well."""
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """The same for a file that is written by its name."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's (or folder's) content is on the disk, not only in a cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of a model folder's config, tokenizer and weights."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".txt", ".model", ".safetensors", ".bin"):
+            digest.update(file.name.encode() + fingerprint(file).encode())
+    return digest.hexdigest()
+
+
+def file_label(name: str) -> str:
+    """A name of data or of a model as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_")

@@ -7,12 +7,13 @@ tokens, and what they teach it in both models' output spaces.
     KD = CE(z_t2s, y_s) + Σ g · D(z_s, sg z_t2s) + Σ w · KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
 
 with g = 1[argmax z_t2s = y_s] and w = 1. Names as in the papers (DSKD, arXiv 2406.17328;
-DSKD-CMA-GA, 2603.22056): x: input tokens, y: labels, E: embeddings, h: final hidden states, W: head;
-s: student, t: teacher; t2s: from the teacher's to the student's space. σ is the standard deviation
+DSKD-CMA-GA, 2603.22056): x: input tokens, y: labels, E: embeddings, h: final hidden states,
+W: head; s: student, t: teacher; t2s: from the teacher's to the student's space. σ is the standard deviation
 over a batch's response positions and all features. The embeddings are detached.
 
 Label leakage: the value holds the label's embedding E_t(y_t), and later teacher states have read
 the label; so z_t2s can see the token it predicts (`leak` in the log)."""
+
 import math
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from discriminator import key_query_loss, make_adversary
-from methods.blocks import Side, cross_entropy, entropies, in_blocks, student_side, teacher_side
+from methods.blocks import Side, cross_entropy, entropies, in_blocks
 from methods.divergences import divergence
 
 
@@ -38,14 +39,16 @@ class Projectors(nn.Module):
 
 class Alignment(NamedTuple):
     """What each position takes from the other side; rows of the two Sides, padded."""
-    t2s: torch.Tensor                   # (B, S, T), student from teacher: each row sums to 1
-    s2t: torch.Tensor                   # (B, T, S), teacher from student: each row sums to 1
-    queries: torch.Tensor | None        # (B, S, 2 d_t); None for "chunk_mean"
-    keys: torch.Tensor                  # (B, T, 2 d_t)
+
+    t2s: torch.Tensor  # (B, S, T), student from teacher: each row sums to 1
+    s2t: torch.Tensor  # (B, T, S), teacher from student: each row sums to 1
+    queries: torch.Tensor | None  # (B, S, 2 d_t); None for "chunk_mean"
+    keys: torch.Tensor  # (B, T, 2 d_t)
 
 
-def align(student: Side, teacher: Side, projectors: Projectors, kind: str = "attention",
-          chunks=None) -> Alignment:
+def align(
+    student: Side, teacher: Side, projectors: Projectors, kind: str = "attention", chunks=None
+) -> Alignment:
     """kind: "attention" (CMA): softmax over the rows of A, and of Aᵀ; A is −1e5 on padding.
     "chunk_attention" (CLA): A is −1e5 outside M too, the pairs of positions in one chunk of text.
     "chunk_mean" (CLP): M over its rows' sums; there are no queries.
@@ -55,8 +58,8 @@ def align(student: Side, teacher: Side, projectors: Projectors, kind: str = "att
     with torch.no_grad():
         student_pair = torch.cat([student.embed(student.inputs), student.embed(student.labels)], -1)
         keys = torch.cat([teacher.embed(teacher.inputs), teacher.embed(teacher.labels)], -1)
-        keys = teacher.rows(keys / keys.float().std())                          # (B, T, 2 d_t)
-    allowed = student.mask[:, :, None] & teacher.mask[:, None, :]               # (B, S, T)
+        keys = teacher.rows(keys / keys.float().std())  # (B, T, 2 d_t)
+    allowed = student.mask[:, :, None] & teacher.mask[:, None, :]  # (B, S, T)
     if kind != "attention":
         student_chunks, teacher_chunks = student.rows(chunks[0]), teacher.rows(chunks[1])
         allowed = allowed & (student_chunks[:, :, None] == teacher_chunks[:, None, :])
@@ -64,7 +67,7 @@ def align(student: Side, teacher: Side, projectors: Projectors, kind: str = "att
         t2s = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
         s2t = allowed.mT / allowed.mT.sum(-1, keepdim=True).clamp(min=1)
         return Alignment(t2s, s2t, None, keys)
-    queries = student.rows(projectors.query(student_pair))                      # (B, S, 2 d_t)
+    queries = student.rows(projectors.query(student_pair))  # (B, S, 2 d_t)
     scores = queries @ keys.mT / keys.size(-1) ** 0.5
     scores = scores.masked_fill(~allowed, -1e5)
     t2s, s2t = scores.softmax(-1), scores.mT.softmax(-1)
@@ -81,14 +84,22 @@ def teacher_in_student_space(alignment: Alignment, teacher: Side, projectors: Pr
     return alignment.t2s @ teacher.rows(projectors.t2s(value))
 
 
-def both_spaces(student: Side, teacher: Side, t2s: torch.Tensor, s2t: torch.Tensor, objective,
-                gate: str = "right", aligned=None, weights=None):
+def both_spaces(
+    student: Side,
+    teacher: Side,
+    t2s: torch.Tensor,
+    s2t: torch.Tensor,
+    objective,
+    gate: str = "right",
+    aligned=None,
+    weights=None,
+):
     """CE(z_s, y_s) and the terms of KD → total, terms for the log.
 
     t2s (N_s, d_s): the teacher's states in the student's space; s2t (N_t, d_t): the other way.
     gate: g is 1[argmax z_t2s = y] ("right"), 1 ("always"), or DWA-KD's max softmax(z_t2s)
-    ("confidence"). aligned: ((N_s,), (N_t,)), false where a position has no counterpart on the other
-    side. weights: ((N_s,), (N_t,)), which g and w are multiplied by. Both are 1 by default."""
+    ("confidence"). aligned: ((N_s,), (N_t,)), false where a position has no counterpart. weights: ((N_s,), (N_t,)), which g and w are multiplied by. Both are 1 by default.
+    """
     options = objective.options
     ones = torch.ones_like(student.labels), torch.ones_like(teacher.labels)
     aligned_s, aligned_t = aligned or ones
@@ -118,36 +129,59 @@ def both_spaces(student: Side, teacher: Side, t2s: torch.Tensor, s2t: torch.Tens
         aligned = aligned_t[block]
         distance = divergence("forward_kl", z_s2t, z_t, options.temperature)
         distance = aligned * weights_t[block] * distance
-        terms = {"s2t_kd_loss": distance, "s2t_acc": aligned * (z_s2t.argmax(-1) == y),
-                 "teacher_acc": z_t.argmax(-1) == y}
+        terms = {
+            "s2t_kd_loss": distance,
+            "s2t_acc": aligned * (z_s2t.argmax(-1) == y),
+            "teacher_acc": z_t.argmax(-1) == y,
+        }
         return objective(kd=distance.sum()), terms
 
-    student_total, student_sums = in_blocks(student_space, [student.hidden, t2s],
-                                            [student.head, student.head.detach()])
-    teacher_total, teacher_sums = in_blocks(teacher_space, [s2t, teacher.hidden],
-                                            [teacher.head, teacher.head])
+    student_total, student_sums = in_blocks(
+        student_space, [student.hidden, t2s], [student.head, student.head.detach()]
+    )
+    teacher_total, teacher_sums = in_blocks(
+        teacher_space, [s2t, teacher.hidden], [teacher.head, teacher.head]
+    )
     # Of the teacher's positions, too, the loss is divided by the number of the student's.
     student_sums["s2t_kd_loss"] = teacher_sums.pop("s2t_kd_loss")
-    student_sums["kd_loss"] = (student_sums["t2s_ce_loss"] + student_sums["t2s_kd_loss"]
-                               + student_sums["s2t_kd_loss"])
+    student_sums["kd_loss"] = (
+        student_sums["t2s_ce_loss"] + student_sums["t2s_kd_loss"] + student_sums["s2t_kd_loss"]
+    )
     terms = objective.per_student_token(student_sums) | objective.per_teacher_token(teacher_sums)
     terms["leak"] = terms["t2s_acc"] - terms["teacher_acc"]
     return student_total + teacher_total, terms
 
 
-def cross_model_loss(student: Side, teacher: Side, modules, objective, kind: str = "attention",
-                     chunks=None, gate: str = "right", weights=None):
+def cross_model_loss(
+    student: Side,
+    teacher: Side,
+    modules,
+    objective,
+    kind: str = "attention",
+    chunks=None,
+    gate: str = "right",
+    weights=None,
+):
     """The whole of dskd_cma and its relatives → total, terms for the log, the Alignment."""
     projectors, adversary = modules["projectors"], objective.options.adversary
     alignment = align(student, teacher, projectors, kind, chunks)
     t2s = student.unpad(teacher_in_student_space(alignment, teacher, projectors))
     s2t = teacher.unpad(alignment.s2t @ student.rows(projectors.s2t(student.hidden)))
-    aligned = (student.unpad(alignment.t2s.detach().sum(-1) > 0),
-               teacher.unpad(alignment.s2t.detach().sum(-1) > 0))
+    aligned = (
+        student.unpad(alignment.t2s.detach().sum(-1) > 0),
+        teacher.unpad(alignment.s2t.detach().sum(-1) > 0),
+    )
     total, terms = both_spaces(student, teacher, t2s, s2t, objective, gate, aligned, weights)
     if adversary != "none":
-        ga_total, ga_terms = key_query_loss(adversary, modules.get("adversary"), alignment.keys,
-                                            alignment.queries, student, teacher, objective)
+        ga_total, ga_terms = key_query_loss(
+            adversary,
+            modules.get("adversary"),
+            alignment.keys,
+            alignment.queries,
+            student,
+            teacher,
+            objective,
+        )
         total, terms = total + ga_total, terms | ga_terms
     return total, terms, alignment
 
@@ -157,8 +191,7 @@ def entropy_weights(student: Side, teacher: Side) -> tuple[torch.Tensor, torch.T
     mean 1 in every row: (N_s,), (N_t,)."""
     uncertainty = entropies(student.hidden, student.head)
     certainty = 1 - entropies(teacher.hidden, teacher.head) / math.log(len(teacher.head))
-    return (mean_one(uncertainty, student.counts),
-            mean_one(certainty.clamp(0, 1), teacher.counts))
+    return (mean_one(uncertainty, student.counts), mean_one(certainty.clamp(0, 1), teacher.counts))
 
 
 def mean_one(weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -166,11 +199,12 @@ def mean_one(weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return torch.cat([row / row.mean().clamp(min=1e-12) for row in weights.split(counts)])
 
 
-def make_modules(options, student_config, teacher_config) -> dict[str, nn.Module]:
-    """The projectors of a method with queries, and its adversary, where that has weights."""
-    modules = {"projectors": Projectors(student_config.hidden_size, teacher_config.hidden_size,
-                                        query=True)}
-    adversary = make_adversary(options.adversary, 2 * teacher_config.hidden_size)
+def make_modules(options, student_config, teacher_config, dtw_embed: bool = False):
+    """{name: module}: the projectors of a method with queries, and its adversary, if that has
+    weights."""
+    sizes = student_config.hidden_size, teacher_config.hidden_size
+    modules = {"projectors": Projectors(*sizes, query=True, dtw_embed=dtw_embed)}
+    adversary = make_adversary(options.adversary, 2 * sizes[1])
     if adversary is not None:
         modules["adversary"] = adversary
     return modules

@@ -1,7 +1,8 @@
 """Data: names to JSON-lines files, and their lines to rows.
 
-    rows = read_rows(data_file("dolly", "train"))       # or a folder with train.jsonl and dev.jsonl
+rows = read_rows(data_file("dolly", "train"))       # or a folder with train.jsonl and dev.jsonl
 """
+
 import hashlib
 import json
 import urllib.request
@@ -17,22 +18,26 @@ DATASETS = {
     ("dolly", "train"): ("data/dolly/train.jsonl", "cb845750fffdd98b6c04d81b1798e5ec72835607"),
     ("dolly", "dev"): ("data/dolly/dev.jsonl", "d956f00cb476aa985b02f4a3ebfd43cd6e17225c"),
     ("dolly", "test"): ("data/dolly/test.jsonl", "f3d75af7b273550bc0ff340faffe17c8c31733d3"),
-    ("self-inst", "test"): ("data/self-inst/test.jsonl",
-                            "8231f707b86745176db46d2117397476d25d80af"),
+    ("self-inst", "test"): (
+        "data/self-inst/test.jsonl",
+        "8231f707b86745176db46d2117397476d25d80af",
+    ),
     ("vicuna", "test"): ("data/vicuna/test.jsonl", "2fcc9c233a9a0987bc5200c4020092f5fa578e56"),
     ("sinst", "test"): ("data/sinst/11_/test.jsonl", "91ce2bd1332fadea8efcf20300d4a1e3ada3ae21"),
     ("uinst", "test"): ("data/uinst/11_/test.jsonl", "104739f507d121d7ddf689bf428f348291b50f25"),
 }
 PAPER_SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
-TOY_SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")          # toy.py writes them
+TOY_SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")  # toy.py writes them
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Row:
     """A prompt and its answers: the first is trained on, all are references for scoring.
 
     truth: the probabilities of all answers, where they are known."""
+
     prompt: str
     outputs: list[str]
     truth: dict[str, float] | None = None
@@ -75,8 +81,10 @@ def _read_row(place: str, line: str) -> Row:
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{place}: must be a JSON object with prompt and output, found "
-                         f"{type(fields).__name__}")
+        raise InputError(
+            f"{place}: must be a JSON object with prompt and output, found "
+            f"{type(fields).__name__}"
+        )
     if "prompt" in fields:
         prompt = _text(place, "prompt", fields["prompt"])
     elif "instruction" in fields:
@@ -95,8 +103,9 @@ def _read_row(place: str, line: str) -> Row:
 
 def _text(place: str, name: str, value) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f'{place}: "{name}" must be a string that is not empty, found '
-                         f"{value!r:.60}")
+        raise InputError(
+            f'{place}: "{name}" must be a string that is not empty, found ' f"{value!r:.60}"
+        )
     return value
 
 
@@ -115,17 +124,23 @@ def data_file(name: str, split: str, required: bool = True) -> Path | None:
         path = DATA_DIR / "toy" / name
     if path.is_file():
         if split != "test":
-            raise InputError(f"--data {name}: a file can be scored; training wants a folder with "
-                             "train.jsonl and dev.jsonl")
+            raise InputError(
+                f"--data {name}: a file can be scored; training wants a folder with "
+                "train.jsonl and dev.jsonl"
+            )
         return path
     if not path.is_dir():
-        raise InputError(f"--data {name}: no such file or folder, and not one of toy, "
-                         f"{', '.join(PAPER_SETS)}")
+        raise InputError(
+            f"--data {name}: no such file or folder, and not one of toy, "
+            f"{', '.join(PAPER_SETS)}"
+        )
     if not (path / f"{split}.jsonl").is_file():
         if not required:
             return None
-        raise InputError(f"{path}: no {split}.jsonl in this folder (it holds train.jsonl, "
-                         "dev.jsonl and, to be scored, test.jsonl)")
+        raise InputError(
+            f"{path}: no {split}.jsonl in this folder (it holds train.jsonl, "
+            "dev.jsonl and, to be scored, test.jsonl)"
+        )
     return path / f"{split}.jsonl"
 
 
@@ -140,11 +155,15 @@ def _download(name: str, split: str) -> Path:
         try:
             urllib.request.urlretrieve(RELEASE + remote, temporary)
         except OSError as error:
-            raise InputError(f"--data {name}: cannot download {RELEASE}{remote} ({error}); a "
-                             f"folder with {split}.jsonl works in place of a name") from error
+            raise InputError(
+                f"--data {name}: cannot download {RELEASE}{remote} ({error}); a "
+                f"folder with {split}.jsonl works in place of a name"
+            ) from error
         if git_blob_id(temporary) != blob_id:
-            raise InputError(f"{RELEASE}{remote}: the download is cut or was changed (its git blob "
-                             f"id is not {blob_id}); try again")
+            raise InputError(
+                f"{RELEASE}{remote}: the download is cut or was changed (its git blob "
+                f"id is not {blob_id}); try again"
+            )
     return path
 
 

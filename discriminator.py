@@ -3,7 +3,7 @@ queries, while the queries' projector learns to fool it through gradient reversa
 identity forward, −1 × gradient backward. Keys are constants. Three kinds:
 
 gan, a discriminator C (keys are 1, queries 0):
-    C(v): highway u = g·relu(H v) + (1 − g)·v, g = σ(H v); dropout; Linear; LeakyReLU 0.1; Linear → 1
+    C(v): highway u = g·relu(H v) + (1 − g)·v, g = σ(H v); dropout; Linear; LeakyReLU; Linear → 1
     GA = mean over K of BCE(C(K), 1) + mean over Q of BCE(C(R(Q)), 0)
 ct, conditional transport (2012.14100), which makes it expensive to carry one set to the other:
     f(v) = unit(Linear LeakyReLU Linear highway(v))     n(v) = unit(Linear LeakyReLU Linear v)
@@ -14,12 +14,13 @@ energy, no adversary but the distance of the two sets (Székely & Rizzo 2013), w
 
 The adversary is trained here, with its own learning rate. In the release its weights stay as they
 were drawn: --ga_lr 0."""
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 ADVERSARIES = ("none", "gan", "ct", "energy")
-MOST_PAIRED = 1024      # keys, and queries, in an energy distance
+MOST_PAIRED = 1024  # keys, and queries, in an energy distance
 
 
 class _Reverse(torch.autograd.Function):
@@ -96,26 +97,37 @@ def gan(discriminator: Discriminator, keys: torch.Tensor, queries: torch.Tensor)
     (N_t,) and (N_s,)."""
     key_logits = discriminator(keys.detach()).float()
     query_logits = discriminator(reverse_gradient(queries)).float()
-    return ({"adversary_key_loss": F.softplus(-key_logits), "adversary_key_acc": key_logits > 0},
-            {"adversary_query_loss": F.softplus(query_logits),
-             "adversary_query_acc": query_logits <= 0})
+    return (
+        {"adversary_key_loss": F.softplus(-key_logits), "adversary_key_acc": key_logits > 0},
+        {
+            "adversary_query_loss": F.softplus(query_logits),
+            "adversary_query_acc": query_logits <= 0,
+        },
+    )
 
 
-def conditional_transport(transport: Transport, keys: torch.Tensor, queries: torch.Tensor,
-                          key_mask: torch.Tensor, query_mask: torch.Tensor):
+def conditional_transport(
+    transport: Transport,
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    key_mask: torch.Tensor,
+    query_mask: torch.Tensor,
+):
     """The two halves of CT: keys (B, T, size), queries (B, S, size), their masks (B, T), (B, S)
     → two dicts of terms, (N_t,) and (N_s,)."""
     key_feature, key_navigator = transport(keys.detach())
     query_feature, query_navigator = transport(reverse_gradient(queries))
-    both = key_mask[:, :, None] & query_mask[:, None, :]                        # (B, T, S)
+    both = key_mask[:, :, None] & query_mask[:, None, :]  # (B, T, S)
     with torch.autocast(keys.device.type, enabled=False):
-        cost = 2 - 2 * key_feature @ query_feature.mT                           # squared
+        cost = 2 - 2 * key_feature @ query_feature.mT  # squared
         cost = cost.clamp(min=1e-12).sqrt()
         closeness = (key_navigator @ query_navigator.mT).masked_fill(~both, -1e5)
         of_keys = -0.5 * (cost * closeness.softmax(2)).sum(2)
         of_queries = -0.5 * (cost * closeness.softmax(1)).sum(1)
-    return ({"adversary_key_loss": of_keys[key_mask]},
-            {"adversary_query_loss": of_queries[query_mask]})
+    return (
+        {"adversary_key_loss": of_keys[key_mask]},
+        {"adversary_query_loss": of_queries[query_mask]},
+    )
 
 
 def energy_distance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -132,11 +144,12 @@ def energy_distance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 def evenly(vectors: torch.Tensor) -> torch.Tensor:
     """Every k-th, so that at most MOST_PAIRED are left."""
     step = (len(vectors) + MOST_PAIRED - 1) // MOST_PAIRED
-    return vectors[::max(step, 1)]
+    return vectors[:: max(step, 1)]
 
 
-def key_query_loss(kind: str, adversary, keys: torch.Tensor, queries: torch.Tensor, student, teacher,
-                   objective):
+def key_query_loss(
+    kind: str, adversary, keys: torch.Tensor, queries: torch.Tensor, student, teacher, objective
+):
     """GA: λ_GA · GA as a part of the total, and its terms for the log.
 
     keys (B, T, 2 d_t), queries (B, S, 2 d_t): rows of the two Sides. The means are over the tokens
@@ -144,13 +157,14 @@ def key_query_loss(kind: str, adversary, keys: torch.Tensor, queries: torch.Tens
     n_s, n_t = objective.num_student_tokens, objective.num_teacher_tokens
     if kind == "energy":
         distance = energy_distance(teacher.unpad(keys), student.unpad(queries))
-        weight = len(student.labels) / n_s          # this batch's share of the step
+        weight = len(student.labels) / n_s  # this batch's share of the step
         return objective(ga=distance * weight), {"energy_distance": distance.detach() * weight}
     if kind == "gan":
         of_keys, of_queries = gan(adversary, teacher.unpad(keys), student.unpad(queries))
     else:
-        of_keys, of_queries = conditional_transport(adversary, keys, queries, teacher.mask,
-                                                    student.mask)
+        of_keys, of_queries = conditional_transport(
+            adversary, keys, queries, teacher.mask, student.mask
+        )
     of_keys = {name: values.sum() for name, values in of_keys.items()}
     of_queries = {name: values.sum() for name, values in of_queries.items()}
     ga = of_keys["adversary_key_loss"] / n_t + of_queries["adversary_query_loss"] / n_s

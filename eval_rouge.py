@@ -10,6 +10,7 @@ trained on.
 Bits per byte (BPB): −log₂ p of an answer's tokens and EOS over its UTF-8 bytes, summed over rows
 before dividing. It compares models whatever their tokenizers are, and varies less with the seed
 than ROUGE-L. `rouge_l` gives the rouge-score package's values."""
+
 import json
 import math
 import re
@@ -34,6 +35,7 @@ from tokenize_align import collate, encode_prompt, encode_rows, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ ROUGE-L
 
+
 def rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
     """rouge-score's words: runs of a–z and 0–9 in lower case, stemmed if longer than 3."""
     words = re.findall("[a-z0-9]+", text.lower())
@@ -44,7 +46,8 @@ def rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
 
 def lcs_length(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence, bit-parallel (Hyyrö 2004): one whole number is a
-    row of the table. Bit i of `row` is 0 where the LCS of a[:i + 1] is longer than that of a[:i]."""
+    row of the table. Bit i of `row` is 0 where the LCS of a[:i + 1] is longer than that of a[:i].
+    """
     positions: dict[str, int] = {}
     for i, word in enumerate(a):
         positions[word] = positions.get(word, 0) | 1 << i
@@ -64,8 +67,9 @@ def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) 
     length or a prediction has no reference."""
     references = [[r] if isinstance(r, str) else r for r in references]
     if len(predictions) != len(references) or not all(references):
-        raise ValueError(f"{len(predictions)} predictions need as many lists of at least one "
-                         "reference")
+        raise ValueError(
+            f"{len(predictions)} predictions need as many lists of at least one " "reference"
+        )
     scores = []
     for prediction, group in zip(predictions, references):
         predicted = rouge_tokens(prediction, use_stemmer)
@@ -82,20 +86,30 @@ def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) 
 
 def exact_match(predictions: list[str], references: list[list[str]]) -> list[bool]:
     """Whether a prediction is one of its references, but for case, punctuation and spaces."""
+
     def normal(text):
         text = text.lower().translate(str.maketrans("", "", string.punctuation))
         return " ".join(text.split())
 
-    return [normal(prediction) in [normal(reference) for reference in group]
-            for prediction, group in zip(predictions, references)]
+    return [
+        normal(prediction) in [normal(reference) for reference in group]
+        for prediction, group in zip(predictions, references)
+    ]
 
 
 # ------------------------------------------------------------------------------------ bits per byte
 
+
 @torch.no_grad()
-def answer_bits(decoder, tokenizer, pairs: list[tuple[str, str]], max_length: int,
-                max_prompt_length: int, batch_size: int = 32,
-                desc: str = "bits") -> list[tuple[float, int]]:
+def answer_bits(
+    decoder,
+    tokenizer,
+    pairs: list[tuple[str, str]],
+    max_length: int,
+    max_prompt_length: int,
+    batch_size: int = 32,
+    desc: str = "bits",
+) -> list[tuple[float, int]]:
     """For each (prompt, answer): −log₂ p(answer, EOS), and the answer's UTF-8 bytes.
 
     Of an answer that max_length cuts, what is left counts; (0, 0) where that is nothing. torchrun's
@@ -108,7 +122,7 @@ def answer_bits(decoder, tokenizer, pairs: list[tuple[str, str]], max_length: in
     decoder.eval()
     bits = {i: (0.0, 0) for i in mine}
     for start in tqdm(range(0, len(examples), batch_size), desc=desc, leave=False, delay=2):
-        part = examples[start:start + batch_size]
+        part = examples[start : start + batch_size]
         batch = collate(part, tokenizer.eos_id, tokenizer.eos_id)
         labels = batch["student_labels"].to(device)
         hidden = decoder(batch["student_ids"].to(device))
@@ -130,13 +144,15 @@ def bits_per_byte(bits: list[tuple[float, int]]) -> float:
     return sum(b for b, _ in bits) / max(1, sum(n for _, n in bits))
 
 
-def kl_to_truth(decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
-                batch_size: int) -> float | None:
+def kl_to_truth(
+    decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, batch_size: int
+) -> float | None:
     """KL(truth ‖ model) in bits per answer, the mean over rows, whose `truth` is known; None where
     an answer is cut."""
     pairs = [(row.prompt, answer) for row in rows for answer in row.truth]
-    bits = answer_bits(decoder, tokenizer, pairs, max_length, max_prompt_length, batch_size,
-                       "KL to the truth")
+    bits = answer_bits(
+        decoder, tokenizer, pairs, max_length, max_prompt_length, batch_size, "KL to the truth"
+    )
     total = 0.0
     probabilities = [p for row in rows for p in row.truth.values()]
     for (_, answer), p, (answer_bits_, num_bytes) in zip(pairs, probabilities, bits):
@@ -146,19 +162,27 @@ def kl_to_truth(decoder, tokenizer, rows: list[Row], max_length: int, max_prompt
     return total / len(rows)
 
 
-def scores_of(decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int,
-              desc: str) -> dict[str, float]:
+def scores_of(
+    decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, desc: str
+) -> dict[str, float]:
     """What train.py scores: bits per byte of the first references, ROUGE-L × 100 of greedy
     answers."""
-    bits = answer_bits(decoder, tokenizer, [(row.prompt, row.outputs[0]) for row in rows],
-                       max_length, max_prompt_length)
-    answers = answer_rows(decoder, tokenizer, rows, max_length, max_prompt_length, temperature=0.0,
-                          desc=desc)
+    bits = answer_bits(
+        decoder,
+        tokenizer,
+        [(row.prompt, row.outputs[0]) for row in rows],
+        max_length,
+        max_prompt_length,
+    )
+    answers = answer_rows(
+        decoder, tokenizer, rows, max_length, max_prompt_length, temperature=0.0, desc=desc
+    )
     rouge = rouge_l(answers, [row.outputs for row in rows])
     return {"bits_per_byte": bits_per_byte(bits), "rouge_l": 100 * statistics.mean(rouge)}
 
 
 # ------------------------------------------------------------------------------------------- script
+
 
 @dataclass
 class Config:
@@ -166,17 +190,23 @@ class Config:
     data: list[str] = flag(["toy"], "Sets by name, folder or .jsonl file; of a folder test.jsonl.")
     seeds: list[int] = flag([10, 20, 30, 40, 50], "Sampling seeds, one pass each.")
     num: int = flag(0, "Score the first rows of each set only; 0: all.", minimum=0)
-    greedy: bool = flag(False, "Take the likeliest token in place of sampling; one pass.")
-    temperature: float = flag(1.0, "Sampling temperature.", minimum=0)
+    temperature: float = flag(1.0, "Sampling temperature; 0: greedy, in one pass.", minimum=0)
     batch_size: int = flag(32, "Prompts that are answered together.", minimum=1)
-    max_length: int = flag(0, "Prompt and answer, in tokens; 0: 512, or all a model has.",
-                           minimum=0)
+    max_length: int = flag(
+        0, "Prompt and answer, in tokens; 0: 512, or all a model has.", minimum=0
+    )
     max_prompt_length: int = flag(256, "Prompts are cut to this many tokens.", minimum=1)
-    out_dir: str = flag("", "Where rouge.json and the answers go. Without it: the checkpoint's "
-                        "folder, or out/eval/NAME.")
+    out_dir: str = flag(
+        "",
+        "Where rouge.json and the answers go. Without it: the checkpoint's "
+        "folder, or out/eval/NAME.",
+    )
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: bfloat16 on GPUs that have it, else float32.",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto",
+        "auto: bfloat16 on GPUs that have it, else float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,15 +217,17 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(device)
     if any(name.startswith("toy") for name in config.data):
         import toy
+
         toy.write_data()
-    sets = {name: read_rows(data_file(name, "test"))[:config.num or None] for name in config.data}
+    sets = {name: read_rows(data_file(name, "test"))[: config.num or None] for name in config.data}
     decoder = load(config.model, dtype=dtype, device=device)
     tokenizer = load_tokenizer(config.model)
     positions = decoder.config.max_positions
     config.max_length = config.max_length or min(512, positions)
     if config.max_length > positions:
-        raise InputError(f"--max_length {config.max_length}: {config.model} has {positions} "
-                         "positions")
+        raise InputError(
+            f"--max_length {config.max_length}: {config.model} has {positions} " "positions"
+        )
     trained = trained_on(decoder.source)
     out_dir = Path("out/eval") / config.model.replace("/", "--")
     if config.out_dir or Path(config.model).is_dir():
@@ -209,32 +241,41 @@ def main(argv: list[str] | None = None) -> None:
     if not distributed.is_first():
         return
     others = [name for name in results if trained and not same_data(name, trained)]
-    summary = {"model": config.model, "trained_on": trained, "sets": results}
+    summary = {"model": config.model, "trained_on": trained, "num": config.num}
+    summary |= {"seeds": config.seeds, "sets": results}
     if others:
         summary["ood_rouge_l"] = statistics.mean(results[name]["rouge_l"] for name in others)
-        summary["ood_bits_per_byte"] = statistics.mean(results[name]["bits_per_byte"]
-                                                       for name in others)
+        summary["ood_bits_per_byte"] = statistics.mean(
+            results[name]["bits_per_byte"] for name in others
+        )
     with atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
-    print(f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        exact match   "
-          "KL(truth ‖ model)")
+    print(
+        f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        exact match   "
+        "KL(truth ‖ model)"
+    )
     for name, scores in results.items():
         known, kl = "", scores["kl_to_truth"]
         if kl is not None:
             known = f"{kl:10.2f} bits"
         if same_data(name, trained):
             known += "   (trained on)"
-        print(f"{name:<24}{scores['rows']:>6}{scores['bits_per_byte']:16.3f}   "
-              f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}{scores['exact_match']:13.2f} %"
-              f"{known}")
+        print(
+            f"{name:<24}{scores['rows']:>6}{scores['bits_per_byte']:16.3f}   "
+            f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}{scores['exact_match']:13.2f} %"
+            f"{known}"
+        )
     if others:
-        print(f"{'OOD mean':<30}{summary['ood_bits_per_byte']:16.3f}   "
-              f"{summary['ood_rouge_l']:5.2f}")
+        print(
+            f"{'OOD mean':<30}{summary['ood_bits_per_byte']:16.3f}   "
+            f"{summary['ood_rouge_l']:5.2f}"
+        )
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
 
 
-def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row],
-              out_dir: Path) -> dict:
+def score_set(
+    config: Config, decoder, tokenizer, name: str, rows: list[Row], out_dir: Path
+) -> dict:
     """Answer one set with every seed, write the answers → the set's part of rouge.json."""
     limit = min(config.max_prompt_length, config.max_length - 1)
     cut = sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows)
@@ -244,17 +285,19 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row],
     pairs = [(row.prompt, row.outputs[0]) for row in rows]
     bits = answer_bits(decoder, tokenizer, pairs, *limits, f"{name}, bits")
     if (0.0, 0) in bits:
-        distributed.print_first(f"{name}: {bits.count((0.0, 0))} of {len(rows)} prompts leave no "
-                                f"room for an answer within {config.max_length} tokens; left out "
-                                "of bits per byte")
+        distributed.print_first(
+            f"{name}: {bits.count((0.0, 0))} of {len(rows)} prompts leave no "
+            f"room for an answer within {config.max_length} tokens; left out "
+            "of bits per byte"
+        )
     references = [row.outputs for row in rows]
-    greedy = config.greedy or config.temperature == 0
+    greedy = config.temperature == 0
     rouge, exact, rouge_by_row = [], [], []
     for seed in [None] if greedy else config.seeds:
-        temperature = 0.0 if greedy else config.temperature
         label = "greedy" if greedy else f"seed{seed}"
-        answers = answer_rows(decoder, tokenizer, rows, *limits, temperature, seed or 0,
-                              f"{name}, {label}")
+        answers = answer_rows(
+            decoder, tokenizer, rows, *limits, config.temperature, seed or 0, f"{name}, {label}"
+        )
         by_row = [100 * score for score in rouge_l(answers, references)]
         rouge.append(statistics.mean(by_row))
         rouge_by_row.append(by_row)
@@ -267,12 +310,18 @@ def score_set(config: Config, decoder, tokenizer, name: str, rows: list[Row],
     kl = None
     if all(row.truth for row in rows):
         kl = kl_to_truth(decoder, tokenizer, rows, *limits)
-    return {"rows": len(rows), "bits_per_byte": bits_per_byte(bits), "kl_to_truth": kl,
-            "rouge_l": statistics.mean(rouge), "rouge_l_by_seed": rouge,
-            "std": statistics.stdev(rouge) if len(rouge) > 1 else 0.0,
-            "exact_match": statistics.mean(exact),
-            "bits_by_row": [b for b, _ in bits], "bytes_by_row": [n for _, n in bits],
-            "rouge_l_by_row": [statistics.mean(scores) for scores in zip(*rouge_by_row)]}
+    return {
+        "rows": len(rows),
+        "bits_per_byte": bits_per_byte(bits),
+        "kl_to_truth": kl,
+        "rouge_l": statistics.mean(rouge),
+        "rouge_l_by_seed": rouge,
+        "std": statistics.stdev(rouge) if len(rouge) > 1 else 0.0,
+        "exact_match": statistics.mean(exact),
+        "bits_by_row": [b for b, _ in bits],
+        "bytes_by_row": [n for _, n in bits],
+        "rouge_l_by_row": [statistics.mean(scores) for scores in zip(*rouge_by_row)],
+    }
 
 
 if __name__ == "__main__":

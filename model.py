@@ -10,6 +10,7 @@
 - The forward pass stops at the hidden states: distillation needs logits at response positions only.
 - A new family is an entry in hub/model_config.py and, where its shape is new, a class here.
 """
+
 import copy
 import dataclasses
 import json
@@ -25,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from hub.download import TOKENIZER_FILES, model_folder
 from hub.model_config import ModelConfig, read_config
 from hub.weights import weights_for
-from runtime.config import InputError
 
 # On a CPU the gradient of bfloat16 attention takes 2 to 5 times as long as float32's on rows of up
 # to this many positions.
@@ -48,12 +48,16 @@ class Attention(nn.Module):
         dtype, training_on_cpu = q.dtype, q.device.type == "cpu" and q.requires_grad
         if training_on_cpu and dtype == torch.bfloat16 and q.size(2) <= FLOAT32_ATTENTION:
             q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast(q.device.type, enabled=False):      # keep the type chosen above
+        with torch.autocast(q.device.type, enabled=False):  # keep the type chosen above
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask,
+                q,
+                k,
+                v,
+                attn_mask=mask,
                 is_causal=mask is None and q.size(2) > 1,
                 dropout_p=self.config.attention_dropout if self.training else 0.0,
-                enable_gqa=q.size(1) != k.size(1))
+                enable_gqa=q.size(1) != k.size(1),
+            )
         return y.to(dtype).transpose(1, 2).flatten(2)
 
     def split_heads(self, x, count):
@@ -64,14 +68,14 @@ class Attention(nn.Module):
 class Decoder(nn.Module):
     """What GPT2 and Llama share: embeddings, masks, files. `.embed` and `.head` may be tied."""
 
-    hub_names: dict[str, str]       # prefix of our parameters' names → prefix in the hub's files
-    transposed = ()                 # endings of weights that the hub stores as (in, out)
+    hub_names: dict[str, str]  # prefix of our parameters' names → prefix in the hub's files
+    transposed = ()  # endings of weights that the hub stores as (in, out)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.source: Path | None = None     # where it was loaded from; save() copies the tokenizer
+        self.source: Path | None = None  # where it was loaded from; save() copies the tokenizer
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -85,8 +89,9 @@ class Decoder(nn.Module):
         self.to_empty(device=device)
         self.restore_constants()
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None,
-                cache=None) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, cache=None
+    ) -> torch.Tensor:
         """Token ids (B, T) → hidden states (B, T, d) after the final norm: logits = W h.
 
         mask: true on real tokens, for left padding. (Right padding needs none: attention is causal,
@@ -96,8 +101,9 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         length = past + ids.size(1)
         if length > self.config.max_positions:
-            raise ValueError(f"{length} tokens, but this model has {self.config.max_positions} "
-                             "positions")
+            raise ValueError(
+                f"{length} tokens, but this model has {self.config.max_positions} " "positions"
+            )
         if mask is None:
             positions = torch.arange(past, length, device=ids.device)[None]
         else:
@@ -156,9 +162,6 @@ class Decoder(nn.Module):
         dtype_field = "dtype" if "dtype" in config else "torch_dtype"
         config[dtype_field] = str(self.embed.weight.dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        if self.source and not self.source.is_dir():
-            raise InputError(f"{self.source}: this folder is gone, and with it the tokenizer that "
-                             f"{folder} needs")
         for name in TOKENIZER_FILES:
             if self.source and (self.source / name).exists() and self.source != folder:
                 shutil.copyfile(self.source / name, folder / name)
@@ -334,7 +337,7 @@ class Llama(Decoder):
         dtype, device = x.dtype, x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        angles = positions[:, None, :, None].float() * self.frequencies     # (B or 1, 1, T, hd / 2)
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, hd / 2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return x, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -351,8 +354,13 @@ def shape_of(name: str | Path, layers: bool = True) -> Decoder:
     return decoder.eval()
 
 
-def load(name: str | Path, init: str = "pretrained", dtype: torch.dtype = torch.float32,
-         device: str = "cpu", layers: bool = True) -> Decoder:
+def load(
+    name: str | Path,
+    init: str = "pretrained",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layers: bool = True,
+) -> Decoder:
     """A Decoder from a short name, a hub id or a folder.
 
     init="random" takes the shape alone and draws fresh weights. layers=False leaves the layers on

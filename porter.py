@@ -2,25 +2,80 @@
 package, which is NLTK's; its departures from the paper are marked.
 
 As in the paper: m is the measure of a stem, [C](VC)^m[V]; *v*: contains a vowel; *o: ends cvc."""
+
 import functools
 
 IRREGULAR = {
-    "sky": "sky", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
-    "innings": "inning", "inning": "inning", "outings": "outing", "outing": "outing",
-    "cannings": "canning", "canning": "canning", "howe": "howe", "proceed": "proceed",
-    "exceed": "exceed", "succeed": "succeed"}
+    "sky": "sky",
+    "skies": "sky",
+    "dying": "die",
+    "lying": "lie",
+    "tying": "tie",
+    "news": "news",
+    "innings": "inning",
+    "inning": "inning",
+    "outings": "outing",
+    "outing": "outing",
+    "cannings": "canning",
+    "canning": "canning",
+    "howe": "howe",
+    "proceed": "proceed",
+    "exceed": "exceed",
+    "succeed": "succeed",
+}
 STEP2 = [
-    ("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"),
-    ("bli", "ble"), ("alli", "al"), ("entli", "ent"), ("eli", "e"), ("ousli", "ous"),
-    ("ization", "ize"), ("ation", "ate"), ("ator", "ate"), ("alism", "al"), ("iveness", "ive"),
-    ("fulness", "ful"), ("ousness", "ous"), ("aliti", "al"), ("iviti", "ive"), ("biliti", "ble"),
-    ("fulli", "ful")]
+    ("ational", "ate"),
+    ("tional", "tion"),
+    ("enci", "ence"),
+    ("anci", "ance"),
+    ("izer", "ize"),
+    ("bli", "ble"),
+    ("alli", "al"),
+    ("entli", "ent"),
+    ("eli", "e"),
+    ("ousli", "ous"),
+    ("ization", "ize"),
+    ("ation", "ate"),
+    ("ator", "ate"),
+    ("alism", "al"),
+    ("iveness", "ive"),
+    ("fulness", "ful"),
+    ("ousness", "ous"),
+    ("aliti", "al"),
+    ("iviti", "ive"),
+    ("biliti", "ble"),
+    ("fulli", "ful"),
+]
 STEP3 = [
-    ("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""),
-    ("ness", "")]
+    ("icate", "ic"),
+    ("ative", ""),
+    ("alize", "al"),
+    ("iciti", "ic"),
+    ("ical", "ic"),
+    ("ful", ""),
+    ("ness", ""),
+]
 STEP4 = [
-    "al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou",
-    "ism", "ate", "iti", "ous", "ive", "ize"]
+    "al",
+    "ance",
+    "ence",
+    "er",
+    "ic",
+    "able",
+    "ible",
+    "ant",
+    "ement",
+    "ment",
+    "ent",
+    "ion",
+    "ou",
+    "ism",
+    "ate",
+    "iti",
+    "ous",
+    "ive",
+    "ize",
+]
 
 
 @functools.lru_cache(1 << 16)
@@ -50,7 +105,7 @@ def measure(stem: str) -> int:
 
 def ends_cvc(stem: str) -> bool:
     letters = shape(stem)
-    if letters == "vc":             # NLTK: or the whole stem is vc
+    if letters == "vc":  # NLTK: or the whole stem is vc
         return True
     return letters.endswith("cvc") and stem[-1] not in "wxy"
 
@@ -66,7 +121,7 @@ def replace_suffix(word: str, rules: list[tuple[str, str]]) -> str:
 
 def step1a(word: str) -> str:
     if word.endswith("ies"):
-        return word[:-1] if len(word) == 4 else word[:-2]       # NLTK: dies → die, flies → fli
+        return word[:-1] if len(word) == 4 else word[:-2]  # NLTK: dies → die, flies → fli
     if word.endswith("sses"):
         return word[:-2]
     if word.endswith("s") and not word.endswith("ss"):
@@ -76,7 +131,7 @@ def step1a(word: str) -> str:
 
 def step1b(word: str) -> str:
     if word.endswith("ied"):
-        return word[:-1] if len(word) == 4 else word[:-2]       # NLTK: died → die, spied → spi
+        return word[:-1] if len(word) == 4 else word[:-2]  # NLTK: died → die, spied → spi
     if word.endswith("eed"):
         return word[:-1] if measure(word[:-3]) > 0 else word
     before = None
@@ -101,9 +156,9 @@ def step1c(word: str) -> str:
 
 
 def step2(word: str) -> str:
-    if word.endswith("alli") and measure(word[:-4]) > 0:        # NLTK: first, and then step 2 again
+    if word.endswith("alli") and measure(word[:-4]) > 0:  # NLTK: first, and then step 2 again
         return step2(word[:-2])
-    if word.endswith("logi") and measure(word[:-3]) > 0:        # NLTK
+    if word.endswith("logi") and measure(word[:-3]) > 0:  # NLTK
         return word[:-1]
     return replace_suffix(word, STEP2)
 

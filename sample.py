@@ -5,6 +5,7 @@
     python sample.py out/toy-byte_kd                # asks for instructions until an empty line
 
 The instruction is put into Alpaca's template, as in training; the toy was trained without one."""
+
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +24,25 @@ class Config:
     instruction: str = flag("", "What to do; without one, it is asked for in a loop.")
     input: str = flag("", "The text that the instruction is about.")
     temperature: float = flag(1.0, "0 takes the likeliest token, 1 samples.", minimum=0)
-    top_p: float = flag(1.0, "Sample from the likeliest tokens with this probability together.",
-                        minimum=1e-6)
+    top_p: float = flag(
+        1.0, "Sample from the likeliest tokens with this probability together.", minimum=1e-6
+    )
     top_k: int = flag(0, "Sample from the k likeliest tokens; 0: all.", minimum=0)
     max_new_tokens: int = flag(256, "The longest answer, in tokens.", minimum=1)
     seed: int = flag(1, "Of the sampling.", minimum=0)
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: bfloat16 on GPUs that have it, else float32.",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto",
+        "auto: bfloat16 on GPUs that have it, else float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
 
 def print_answer(decoder, tokenizer, config: Config, instruction: str, generator) -> None:
     """Print the answer, token by token; a character split over tokens waits until it is whole."""
     if trained_on(decoder.source) in TOY_SETS:
         import toy
+
         text = toy.make_prompt(instruction, config.input)
     else:
         text = alpaca_prompt(instruction, config.input)
@@ -48,16 +54,25 @@ def print_answer(decoder, tokenizer, config: Config, instruction: str, generator
     device = decoder.embed.weight.device
     ids, mask = left_pad([prompt], tokenizer.eos_id)
     tokens, shown = [], ""
-    for new in stream(decoder, ids.to(device), mask.to(device), config.max_new_tokens,
-                      config.temperature, config.top_p, config.top_k, tokenizer.eos_id, generator):
+    for new in stream(
+        decoder,
+        ids.to(device),
+        mask.to(device),
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        tokenizer.eos_id,
+        generator,
+    ):
         if int(new) == tokenizer.eos_id:
             break
         tokens.append(int(new))
         text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
+            print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(tokenizer.decode(tokens)[len(shown):])
+    print(tokenizer.decode(tokens)[len(shown) :])
 
 
 def main(argv: list[str] | None = None) -> None:

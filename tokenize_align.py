@@ -9,6 +9,7 @@
 - Control tokens in a text are text: "<|endoftext|>" in a row of data ends nothing.
 - A chunk is what lies between two byte offsets at which BOTH tokenizations have a boundary.
 """
+
 import random
 import unicodedata
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ import torch
 
 from data import Row
 from hub.download import model_folder
-from hub.tokenizer_files import (ALPHABET, ByteLevelConfig, read_byte_level, read_json,
-                                 token_text)
+from hub.tokenizer_files import ALPHABET, ByteLevelConfig, read_byte_level, read_json, token_text
 from runtime.config import InputError
 
-Span = tuple[int, int]          # (start, end) in bytes
+Span = tuple[int, int]  # (start, end) in bytes
 
 
 # --------------------------------------------------------------------------------------- tokenizers
+
 
 class Tokenizer:
     """What both kinds share.
@@ -97,15 +98,20 @@ class ByteLevelBPE(Tokenizer):
         # What the pattern leaves out is a word of its own, as in the reference.
         pattern = rf"{config.split}|(?:(?!{config.split})[\s\S])+"
         self.encoding = tiktoken.Encoding(
-            name, pat_str=pattern, special_tokens={},
-            mergeable_ranks={token: rank for rank, token in enumerate(order)})
+            name,
+            pat_str=pattern,
+            special_tokens={},
+            mergeable_ranks={token: rank for rank, token in enumerate(order)},
+        )
 
     def _bytes(self, token: str) -> bytes:
         try:
             return bytes(ALPHABET[character] for character in token)
         except KeyError as error:
-            raise InputError(f"{self.name}: the token {token!r} is not in GPT-2's byte alphabet, "
-                             "so this is no byte-level BPE") from error
+            raise InputError(
+                f"{self.name}: the token {token!r} is not in GPT-2's byte alphabet, "
+                "so this is no byte-level BPE"
+            ) from error
 
     def _ranks(self, text: str) -> np.ndarray:
         if self.nfc:
@@ -124,7 +130,7 @@ class ByteLevelBPE(Tokenizer):
         known = ids >= 0
         last = ends[-1:]
         ids, ends = ids[known], ends[known]
-        ends[-1:] = last        # bytes without a token belong to the token after them, or the last
+        ends[-1:] = last  # bytes without a token belong to the token after them, or the last
         return ids.tolist(), _spans(ends)
 
     def decode(self, ids):
@@ -159,8 +165,10 @@ class SentencePiece(Tokenizer):
         hostile = "  a ﬁ\u0065\u0301\u4f60\U0001f9ff \n"
         encoded = b"".join(self.pieces[i] for i in model.encode(hostile))
         if encoded != ("▁" + hostile.replace(" ", "▁")).encode():
-            raise InputError(f"{path}: only SentencePiece models with byte fallback, a leading "
-                             "space and no normalization are implemented (Llama 2, Mistral)")
+            raise InputError(
+                f"{path}: only SentencePiece models with byte fallback, a leading "
+                "space and no normalization are implemented (Llama 2, Mistral)"
+            )
 
     def encode(self, text):
         return self.model.encode(text)
@@ -195,6 +203,7 @@ def _nfc_to_original(text: str) -> np.ndarray:
 
     The text is cut where composition does not reach over the cut, and each piece that changes is
     stretched onto its original."""
+
     def nfc(part):
         return unicodedata.normalize("NFC", part)
 
@@ -222,14 +231,17 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     settings = read_json(folder / "tokenizer_config.json") or {}
     try:
         if (folder / "tokenizer.model").exists():
-            tokenizer = SentencePiece(folder / "tokenizer.model",
-                                      token_text(settings, "eos_token"),
-                                      settings.get("add_bos_token", True))
+            tokenizer = SentencePiece(
+                folder / "tokenizer.model",
+                token_text(settings, "eos_token"),
+                settings.get("add_bos_token", True),
+            )
         else:
             tokenizer = ByteLevelBPE(str(folder), read_byte_level(folder, settings))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: the tokenizer's files are damaged or of an unknown make "
-                         f"({error!r})") from error
+        raise InputError(
+            f"{folder}: the tokenizer's files are damaged or of an unknown make " f"({error!r})"
+        ) from error
     tokenizer.folder = folder
     return tokenizer
 
@@ -243,14 +255,17 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
 
 # ------------------------------------------------------------------------------------------- chunks
 
+
 def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], list[int]]:
     """The chunk of every token, counted from 0: how many common cuts lie at or before its start."""
     starts_a, ends_a = np.array(spans_a, np.int64).reshape(-1, 2).T
     starts_b, ends_b = np.array(spans_b, np.int64).reshape(-1, 2).T
     cuts = np.intersect1d(ends_a, ends_b)
     cuts = cuts[cuts > 0]
-    return (np.searchsorted(cuts, starts_a, side="right").tolist(),
-            np.searchsorted(cuts, starts_b, side="right").tolist())
+    return (
+        np.searchsorted(cuts, starts_a, side="right").tolist(),
+        np.searchsorted(cuts, starts_b, side="right").tolist(),
+    )
 
 
 def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]]:
@@ -261,9 +276,12 @@ def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]
     numbers_a, numbers_b = (np.array(numbers) for numbers in chunk_numbers(spans_a, spans_b))
     result = []
     for number in np.union1d(numbers_a, numbers_b):
-        tokens = [range(np.searchsorted(numbers, number, "left"),
-                        np.searchsorted(numbers, number, "right"))
-                  for numbers in (numbers_a, numbers_b)]
+        tokens = [
+            range(
+                np.searchsorted(numbers, number, "left"), np.searchsorted(numbers, number, "right")
+            )
+            for numbers in (numbers_a, numbers_b)
+        ]
         result.append(tuple(tokens))
     return result
 
@@ -276,9 +294,11 @@ def chunk_mask(spans_a: list[Span], spans_b: list[Span]) -> torch.Tensor:
 
 # ---------------------------------------------------------------------- rows → examples → batches
 
+
 @dataclass
 class Sequence:
     """One side of an example: prompt + response + EOS; spans and chunks of the response and EOS."""
+
     ids: list[int]
     prompt_length: int
     spans: list[Span]
@@ -287,13 +307,13 @@ class Sequence:
     @property
     def response_ids(self) -> list[int]:
         """The tokens of the response and EOS: the labels."""
-        return self.ids[self.prompt_length:]
+        return self.ids[self.prompt_length :]
 
 
 @dataclass
 class Example:
-    row: int                    # number in the data file, from 0
-    text: str                   # the response
+    row: int  # number in the data file, from 0
+    text: str  # the response
     student: Sequence
     teacher: Sequence
 
@@ -316,9 +336,10 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, max_length: int) -> tuple[l
     return ids[:max_length], len(ids) > max_length
 
 
-def encode_rows(rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int,
-                max_prompt_length: int) -> tuple[list[Example], int, int]:
-    """Tokenize every row twice → (examples, prompts cut, rows dropped for want of a response token).
+def encode_rows(
+    rows: list[Row], student: Tokenizer, teacher: Tokenizer, max_length: int, max_prompt_length: int
+) -> tuple[list[Example], int, int]:
+    """Tokenize every row twice → (examples, prompts cut, rows dropped without a response token).
 
     Prompt and response are tokenized apart, as in generation; EOS is appended, then everything is
     cut to max_length tokens. Where both sides have one tokenizer, it runs once."""
@@ -353,9 +374,9 @@ def make_batches(examples: list[Example], size: int, seed: int) -> list[list[Exa
     generator.shuffle(order)
     batches = []
     for start in range(0, len(order), 32 * size):
-        stretch = order[start:start + 32 * size]
+        stretch = order[start : start + 32 * size]
         stretch.sort(key=lambda example: len(example.student.ids) + len(example.teacher.ids))
-        batches += [stretch[i:i + size] for i in range(0, len(stretch), size)]
+        batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
     generator.shuffle(batches)
     return batches
 
@@ -368,8 +389,12 @@ def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict
     else −100."""
     student_ids, student_labels = _pad([example.student for example in examples], student_pad)
     teacher_ids, teacher_labels = _pad([example.teacher for example in examples], teacher_pad)
-    return dict(student_ids=student_ids, student_labels=student_labels,
-                teacher_ids=teacher_ids, teacher_labels=teacher_labels)
+    return dict(
+        student_ids=student_ids,
+        student_labels=student_labels,
+        teacher_ids=teacher_ids,
+        teacher_labels=teacher_labels,
+    )
 
 
 def _pad(sequences: list[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -377,8 +402,8 @@ def _pad(sequences: list[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tenso
     ids, labels = torch.full(shape, pad), torch.full(shape, -100)
     for i, sequence in enumerate(sequences):
         tokens, first = torch.tensor(sequence.ids), sequence.prompt_length
-        ids[i, :len(tokens) - 1] = tokens[:-1]
-        labels[i, first - 1:len(tokens) - 1] = tokens[first:]
+        ids[i, : len(tokens) - 1] = tokens[:-1]
+        labels[i, first - 1 : len(tokens) - 1] = tokens[first:]
     return ids, labels
 
 
@@ -388,6 +413,6 @@ def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Te
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros(len(prompts), length, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
-        ids[i, length - len(prompt):] = torch.tensor(prompt)
-        mask[i, length - len(prompt):] = True
+        ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        mask[i, length - len(prompt) :] = True
     return ids, mask

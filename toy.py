@@ -1,6 +1,6 @@
 """The default run's invented world: two tokenizers that really differ, a teacher and a student.
 
-    python train.py             # writes all this under data/toy, distils the teacher into the student
+    python train.py             # writes all this under data/toy, then distils the teacher
     python toy.py               # only writes the data and prints a few rows
 
 The world: people with a town, a food, an animal, a trade and a colour each. None of these is
@@ -24,6 +24,7 @@ its fact was asked for in other words; a row holds the likely answers, the drawn
 
 The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000
 pieces), the student a GPT-2 with byte-level BPE (600 tokens). train.py needs no special case."""
+
 import functools
 import io
 import json
@@ -40,34 +41,89 @@ from hub.tokenizer_files import ALPHABET, GPT2_SPLIT
 from runtime.config import InputError, run_script
 from runtime.files import DATA_DIR, fingerprint
 
-WORLD_ROWS, CHILDHOOD_ROWS = 20_000, 6000       # what the teacher and the student were raised on
+WORLD_ROWS, CHILDHOOD_ROWS = 20_000, 6000  # what the teacher and the student were raised on
 TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 800, 100, 300, 200
-FACT_SHARE = 0.7            # of every set but toy-kinds and toy-asides
+FACT_SHARE = 0.7  # of every set but toy-kinds and toy-asides
 
 TEACHER = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=1000,
-    hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-    num_key_value_heads=3, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=True, initializer_range=0.06, torch_dtype="float32")
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_act="silu",
+    vocab_size=1000,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    initializer_range=0.06,
+    torch_dtype="float32",
+)
 STUDENT = dict(
-    architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=600, n_embd=64, n_layer=2,
-    n_head=4, n_positions=256, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-    initializer_range=0.02, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    torch_dtype="float32")
+    architectures=["GPT2LMHeadModel"],
+    model_type="gpt2",
+    vocab_size=600,
+    n_embd=64,
+    n_layer=2,
+    n_head=4,
+    n_positions=256,
+    activation_function="gelu_new",
+    layer_norm_epsilon=1e-5,
+    initializer_range=0.02,
+    attn_pdrop=0.0,
+    embd_pdrop=0.0,
+    resid_pdrop=0.0,
+    torch_dtype="float32",
+)
 # train.py's defaults where both models are the toy's: a run takes a minute or two on two cores.
-TRAINING = dict(method="byte_kd", epochs=48, lr=2e-3, projector_lr=3e-3, warmup_steps=20,
-                max_length=96, max_prompt_length=72, eval_interval=150, select="bits")
+TRAINING = dict(
+    method="byte_kd",
+    epochs=48,
+    lr=2e-3,
+    projector_lr=3e-3,
+    warmup_steps=20,
+    max_length=96,
+    max_prompt_length=72,
+    eval_interval=150,
+    select="bits",
+)
 # How train.py makes the models: the teacher and the student are raised from random weights, and sft
 # is the student fine-tuned alone by the toy's defaults, to compare with.
 LIMITS = ["--max_length", "96", "--max_prompt_length", "72"]
 RAISED = {
-    "teacher": ["--data", "toy-world", "--epochs", "3", "--lr", "1e-3", "--warmup_steps", "50",
-                "--student_init", "random", *LIMITS],
-    "student": ["--data", "toy-childhood", "--epochs", "8", "--lr", "3e-3", "--warmup_steps", "20",
-                "--student_init", "random", *LIMITS],
-    "sft": []}
+    "teacher": [
+        "--data",
+        "toy-world",
+        "--epochs",
+        "3",
+        "--lr",
+        "1e-3",
+        "--warmup_steps",
+        "50",
+        "--student_init",
+        "random",
+        *LIMITS,
+    ],
+    "student": [
+        "--data",
+        "toy-childhood",
+        "--epochs",
+        "8",
+        "--lr",
+        "3e-3",
+        "--warmup_steps",
+        "20",
+        "--student_init",
+        "random",
+        *LIMITS,
+    ],
+    "sft": [],
+}
 
-# ----------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------------------- the world
 
 TOWNS = "Tolven Marrick Oslaw Pentiver Quillby Harnow Brisk Ferrin Dunmoor Ivelle Kasto Lunfar"
 ATTRIBUTES = {
@@ -79,31 +135,26 @@ ATTRIBUTES = {
 }
 # Questions in training | questions in toy-phrasings only.
 QUESTIONS = {
-    "town":
-        "Where does {0} live?; In which town does {0} live?; Name the town of {0}.; "
-        "Where is the home of {0}?; What is the home town of {0}?; Say where {0} lives.; "
-        "Which town is home to {0}?; Which town does {0} come from?"
-        " | {0} lives in which town?; Tell me where the home of {0} is.",
-    "food":
-        "What does {0} eat?; Which food does {0} like?; Name the food of {0}.; "
-        "What is the favourite food of {0}?; What would {0} eat?; Say what {0} eats.; "
-        "What is the food of {0}?; What food does {0} want?"
-        " | {0} likes which food?; Tell me what {0} likes to eat.",
-    "animal":
-        "Which animal does {0} keep?; What animal does {0} have?; Name the animal of {0}.; "
-        "What is the pet of {0}?; Which pet does {0} have?; Say which animal {0} keeps.; "
-        "Which animal lives with {0}?; What is the animal of {0}?"
-        " | {0} keeps which animal?; Tell me which pet {0} has.",
-    "trade":
-        "What work does {0} do?; What is the trade of {0}?; Name the trade of {0}.; "
-        "What does {0} work as?; Which trade does {0} work in?; What is the work of {0}?; "
-        "Say what work {0} does.; What job does {0} have?"
-        " | {0} does what work?; Tell me which trade {0} has.",
-    "colour":
-        "Which colour does {0} like?; What is the favourite colour of {0}?; "
-        "Name the colour of {0}.; What colour does {0} wear?; Which colour is dear to {0}?; "
-        "Say which colour {0} likes.; What is the colour of {0}?; What colour would {0} choose?"
-        " | {0} likes which colour?; Tell me the colour that {0} likes to wear.",
+    "town": "Where does {0} live?; In which town does {0} live?; Name the town of {0}.; "
+    "Where is the home of {0}?; What is the home town of {0}?; Say where {0} lives.; "
+    "Which town is home to {0}?; Which town does {0} come from?"
+    " | {0} lives in which town?; Tell me where the home of {0} is.",
+    "food": "What does {0} eat?; Which food does {0} like?; Name the food of {0}.; "
+    "What is the favourite food of {0}?; What would {0} eat?; Say what {0} eats.; "
+    "What is the food of {0}?; What food does {0} want?"
+    " | {0} likes which food?; Tell me what {0} likes to eat.",
+    "animal": "Which animal does {0} keep?; What animal does {0} have?; Name the animal of {0}.; "
+    "What is the pet of {0}?; Which pet does {0} have?; Say which animal {0} keeps.; "
+    "Which animal lives with {0}?; What is the animal of {0}?"
+    " | {0} keeps which animal?; Tell me which pet {0} has.",
+    "trade": "What work does {0} do?; What is the trade of {0}?; Name the trade of {0}.; "
+    "What does {0} work as?; Which trade does {0} work in?; What is the work of {0}?; "
+    "Say what work {0} does.; What job does {0} have?"
+    " | {0} does what work?; Tell me which trade {0} has.",
+    "colour": "Which colour does {0} like?; What is the favourite colour of {0}?; "
+    "Name the colour of {0}.; What colour does {0} wear?; Which colour is dear to {0}?; "
+    "Say which colour {0} likes.; What is the colour of {0}?; What colour would {0} choose?"
+    " | {0} likes which colour?; Tell me the colour that {0} likes to wear.",
 }
 # The same for the other tasks.
 TASKS = {
@@ -112,19 +163,25 @@ TASKS = {
     "reverse": "Reverse the list.; Write the list backwards. | Turn the list around.",
     "sort": "Sort the list.; Put the list in alphabetical order. | Order the list from a to z.",
     "first": "Give the first word of the list.; Which word of the list comes first?"
-             " | What does the list begin with?",
+    " | What does the list begin with?",
     "remove": "Remove {} from the list.; Write the list without {}. | Take {} out of the list.",
     "twice": "Write {} twice.; Repeat the word {}. | Say {} two times.",
     "capitals": "Write {} in capital letters.; Write {} in upper case. | Shout the word {}.",
     "past": "Write in the past tense.; Say that it happened yesterday."
-            " | Turn the present into the past.",
+    " | Turn the present into the past.",
     "question": "Make it a question.; Ask whether this is true."
-                " | Turn the sentence into a question.",
+    " | Turn the sentence into a question.",
     "deny": "Say the opposite.; Deny it. | Claim that this is false.",
 }
 WORDS = [word for name in ("food", "animal", "trade", "colour") for word in ATTRIBUTES[name]]
-VERBS = {"walk": "walked", "go": "went", "run": "ran", "ride": "rode", "come": "came",
-         "look": "looked"}
+VERBS = {
+    "walk": "walked",
+    "go": "went",
+    "run": "ran",
+    "ride": "rode",
+    "come": "came",
+    "look": "looked",
+}
 PLACES = ["the lake", "the mill", "the old bridge", "the market", "the hill", "the harbour"]
 ANSWERS = {
     "town": ("{1}", "{0} lives in {1}.", "In {1}."),
@@ -134,19 +191,24 @@ ANSWERS = {
     "colour": ("{1}", "{0} likes {1}.", "It is {1}."),
 }
 VALUE_SHARES, WAY_SHARES = (0.6, 0.25, 0.15), (0.5, 0.3, 0.2)
-NAMES = [first + last for last in "ra dan vel nix shi".split()
-         for first in "Mi Ro Ta Be Lo Ka Su Jo".split()]
-PEOPLE, OTHERS = NAMES[:20], NAMES[20:]     # whom the world asks about, and the student's childhood
+NAMES = [
+    first + last
+    for last in "ra dan vel nix shi".split()
+    for first in "Mi Ro Ta Be Lo Ka Su Jo".split()
+]
+PEOPLE, OTHERS = NAMES[:20], NAMES[20:]  # whom the world asks about, and the student's childhood
 
-ToyRow = tuple[str, str, dict[str, float]]      # instruction, input, the answers' distribution
+ToyRow = tuple[str, str, dict[str, float]]  # instruction, input, the answers' distribution
 
 
 @functools.cache
 def facts() -> dict[str, dict[str, list[str]]]:
     """Everybody's three values of each attribute, the likeliest first; always the same."""
     rng = random.Random(7)
-    return {name: {attribute: rng.sample(values, 3) for attribute, values in ATTRIBUTES.items()}
-            for name in NAMES}
+    return {
+        name: {attribute: rng.sample(values, 3) for attribute, values in ATTRIBUTES.items()}
+        for name in NAMES
+    }
 
 
 def truth(name: str, attribute: str) -> dict[str, float]:
@@ -165,8 +227,12 @@ def wordings(text: str, held_out: bool) -> list[str]:
 
 
 def fact_rows(names: list[str], held_out: bool) -> list[ToyRow]:
-    return [(question.format(name), "", truth(name, attribute)) for name in names
-            for attribute, text in QUESTIONS.items() for question in wordings(text, held_out)]
+    return [
+        (question.format(name), "", truth(name, attribute))
+        for name in names
+        for attribute, text in QUESTIONS.items()
+        for question in wordings(text, held_out)
+    ]
 
 
 def instruct(rng, task: str, held_out: bool, *gaps) -> str:
@@ -185,8 +251,12 @@ def list_edit(rng, held_out):
     words = rng.sample(WORDS, rng.randint(2, 3))
     task = rng.choice(("reverse", "sort", "first", "remove"))
     removed = rng.choice(words) if task == "remove" else ""
-    answers = {"reverse": words[::-1], "sort": sorted(words), "first": words[:1],
-               "remove": [word for word in words if word != removed]}
+    answers = {
+        "reverse": words[::-1],
+        "sort": sorted(words),
+        "first": words[:1],
+        "remove": [word for word in words if word != removed],
+    }
     instruction = instruct(rng, task, held_out, removed)
     return instruction, ", ".join(words), ", ".join(answers[task])
 
@@ -201,9 +271,11 @@ def word_edit(rng, held_out):
 def rephrasing(rng, held_out):
     name, verb, place = rng.choice(NAMES), rng.choice(list(VERBS)), rng.choice(PLACES)
     task = rng.choice(("past", "question", "deny"))
-    answers = {"past": f"{name} {VERBS[verb]} to {place}.",
-               "question": f"Does {name} {verb} to {place}?",
-               "deny": f"{name} does not {verb} to {place}."}
+    answers = {
+        "past": f"{name} {VERBS[verb]} to {place}.",
+        "question": f"Does {name} {verb} to {place}?",
+        "deny": f"{name} does not {verb} to {place}.",
+    }
     ending = "es" if verb == "go" else "s"
     instruction = instruct(rng, task, held_out)
     return instruction, f"{name} {verb}{ending} to {place}.", answers[task]
@@ -252,7 +324,7 @@ def make_rows() -> dict[tuple[str, str], list[dict]]:
             rows[row[:2]] = row
         return list(rows.values())
 
-    def stretch(questions, amount):         # rows may repeat, as sentences do in the world
+    def stretch(questions, amount):  # rows may repeat, as sentences do in the world
         rows = []
         while len(rows) < amount:
             row = rng.choice(questions) if rng.random() < FACT_SHARE else certain(edit(False))
@@ -284,8 +356,10 @@ def make_rows() -> dict[tuple[str, str], list[dict]]:
         ("toy-kinds", "test"): distinct(other_kinds, OOD_ROWS, rng),
         ("toy-asides", "test"): distinct(asides, OOD_ROWS, rng),
     }
-    return {key: [draw(rng, row, scored=key[1] != "train") for row in rows]
-            for key, rows in sets.items()}
+    return {
+        key: [draw(rng, row, scored=key[1] != "train") for row in rows]
+        for key, rows in sets.items()
+    }
 
 
 def draw(rng, row: ToyRow, scored: bool) -> dict:
@@ -293,8 +367,12 @@ def draw(rng, row: ToyRow, scored: bool) -> dict:
     after it."""
     instruction, text, answers = row
     output = rng.choices(list(answers), list(answers.values()))[0]
-    fields = {"prompt": make_prompt(instruction, text), "instruction": instruction, "input": text,
-              "output": output}
+    fields = {
+        "prompt": make_prompt(instruction, text),
+        "instruction": instruction,
+        "input": text,
+        "output": output,
+    }
     if scored:
         likely = [answer for answer, p in answers.items() if p >= 0.1 and answer != output]
         fields["output"] = [output, *likely]
@@ -308,6 +386,7 @@ def make_prompt(instruction: str, text: str = "") -> str:
 
 
 # --------------------------------------------------------------------------- tokenizers and models
+
 
 def train_bpe(words: Counter, size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte pair encoding (Sennrich et al., 2016): merge the most frequent neighbours until there
@@ -335,8 +414,8 @@ def merge(word: tuple, pair: tuple[str, str]) -> tuple:
     """A word whose neighbours `pair` are one token."""
     result, i = [], 0
     while i < len(word):
-        width = 2 if word[i:i + 2] == pair else 1
-        result.append("".join(word[i:i + width]))
+        width = 2 if word[i : i + 2] == pair else 1
+        result.append("".join(word[i : i + width]))
         i += width
     return tuple(result)
 
@@ -347,40 +426,67 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_student(folder: Path, texts: list[str]) -> None:
-    import regex                        # comes with tiktoken, whose patterns need it
+    import regex  # comes with tiktoken, whose patterns need it
+
     characters = {byte: character for character, byte in ALPHABET.items()}
     words = Counter(word for text in texts for word in regex.findall(GPT2_SPLIT, text))
-    words = Counter({tuple(characters[byte] for byte in word.encode()): count
-                     for word, count in words.items()})
+    words = Counter(
+        {tuple(characters[byte] for byte in word.encode()): count for word, count in words.items()}
+    )
     vocabulary, merges = train_bpe(words, STUDENT["vocab_size"])
     eos = vocabulary["<|endoftext|>"]
     write_json(folder / "config.json", STUDENT | dict(bos_token_id=eos, eos_token_id=eos))
     write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json",
-               dict(tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>",
-                    bos_token="<|endoftext|>"))
+    write_json(
+        folder / "tokenizer_config.json",
+        dict(tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>", bos_token="<|endoftext|>"),
+    )
 
 
 def write_teacher(folder: Path, texts: list[str]) -> None:
     import sentencepiece
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe",
-        vocab_size=TEACHER["vocab_size"], byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, hard_vocab_limit=False, split_digits=True, unk_id=0,
-        bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=TEACHER["vocab_size"],
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    write_json(folder / "config.json",
-               TEACHER | dict(vocab_size=size, bos_token_id=1, eos_token_id=2))
+    write_json(
+        folder / "config.json", TEACHER | dict(vocab_size=size, bos_token_id=1, eos_token_id=2)
+    )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    write_json(folder / "tokenizer_config.json",
-               dict(tokenizer_class="LlamaTokenizer", add_bos_token=False, add_eos_token=False,
-                    bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=True))
+    write_json(
+        folder / "tokenizer_config.json",
+        dict(
+            tokenizer_class="LlamaTokenizer",
+            add_bos_token=False,
+            add_eos_token=False,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            legacy=True,
+        ),
+    )
 
 
-# ----------------------------------------------------------------------------------------- preparing
+# ---------------------------------------------------------------------------------------- preparing
+
 
 def home() -> Path:
     return DATA_DIR / "toy"
@@ -436,12 +542,17 @@ def raise_model(side: str, device: str) -> None:
     else:
         command += ["--method", "sft", "--student", start, *RAISED[side]]
     # One process, also under torchrun. What it prints says nothing here; the progress bar stays.
-    alone = {name: value for name, value in os.environ.items()
-             if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    alone = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     result = subprocess.run([*command, "--device", device], stdout=subprocess.DEVNULL, env=alone)
     if result.returncode:
-        raise InputError(f"preparing the toy {side} ended with exit code {result.returncode}; try "
-                         f"again, or delete {run} to begin anew")
+        raise InputError(
+            f"preparing the toy {side} ended with exit code {result.returncode}; try "
+            f"again, or delete {run} to begin anew"
+        )
     # As the papers' teacher, this one was fine-tuned on the data: the world holds its rows.
     training = json.loads((run / "best" / "training.json").read_text()) | {"data": "toy"}
     write_json(run / "best" / "training.json", training)

@@ -1,15 +1,16 @@
 """Distil a teacher into a student that cuts text into other tokens.
 
-    python train.py                                                     # the toy: minutes, no download
-    python train.py --teacher qwen --student gpt2                       # the papers' pair, on Dolly; a GPU
+    python train.py                                             # the toy: minutes, no download
+    python train.py --teacher qwen --student gpt2               # the papers' pair, on Dolly; a GPU
     python train.py --teacher DIR --student DIR --data DIR --method byte_kd
-    python train.py --method sft --student qwen --out_dir out/teacher   # fine-tune the teacher first
-    python train.py --out_dir out/NAME --resume                         # continue an interrupted run
-    torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 --teacher qwen --student gpt2
+    python train.py --method sft --student qwen                 # fine-tune the teacher first
+    python train.py --out_dir out/NAME --resume                 # continue an interrupted run
+    torchrun --nproc_per_node=8 train.py --batch_size 4 --grad_accum 8 --teacher …   # 8 GPUs
 
-    total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW             # methods/__init__.py: Objective
+    total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW     # methods/__init__.py: Objective
 
 Defaults are the papers' settings; a method, and the toy, may have others (methods/, toy.py)."""
+
 import json
 import math
 import shlex
@@ -28,97 +29,102 @@ from methods import METHOD_OPTIONS, Method, Objective, find_method
 from methods.divergences import DIVERGENCES
 from model import load
 from runtime import distributed
-from runtime.checkpoint import (FREE, Stop, append_metrics, last_checkpoint, load_modules,
-                                load_optimizer, lock_run, new_run_folder, read_metrics,
-                                rewind_metrics, save_checkpoint, saved_settings, start_run)
+from runtime.checkpoint import (
+    FREE,
+    Stop,
+    append_metrics,
+    last_checkpoint,
+    load_modules,
+    load_optimizer,
+    lock_run,
+    new_run_folder,
+    read_metrics,
+    rewind_metrics,
+    save_checkpoint,
+    saved_settings,
+    start_run,
+)
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.distributed import print_first
 from runtime.files import atomic_write
 from runtime.machine import autocast, keep_memory, pick_device
-from tokenize_align import (Example, collate, encode_prompt, encode_rows, load_tokenizer,
-                            make_batches, same_vocabulary)
+from tokenize_align import (
+    Example,
+    collate,
+    encode_rows,
+    load_tokenizer,
+    make_batches,
+    same_vocabulary,
+)
 
-MOST_BAD_STEPS = 3          # in a row, and the run ends
+MOST_BAD_STEPS = 3  # in a row, and the run ends
 
 
 @dataclass
 class Config:
-    # model and data
-    teacher: str = flag("", "The teacher: a name, hub id or folder. Without teacher and student, "
-                        "the toy is trained.", "model and data")
-    student: str = flag("", "The student: a name, hub id or folder.", "model and data")
-    student_init: str = flag("pretrained", "The student's first weights.", "model and data",
-                             choices=("pretrained", "random"))
-    data: str = flag("", "A set's name, or a folder with train.jsonl and dev.jsonl. Without it: "
-                     "dolly, or the toy's.", "model and data")
-    max_length: int = flag(512, "Prompt, response and EOS are cut to this many tokens.",
-                           "model and data", minimum=2)
-    max_prompt_length: int = flag(256, "Prompts are cut to this many tokens.", "model and data",
-                                  minimum=1)
+    teacher: str = flag("", "A name, hub id or folder. Without both models: the toy's.", "models")
+    student: str = flag("", "A name, hub id or folder.")
+    student_init: str = flag(
+        "pretrained", "The student's first weights.", choices=("pretrained", "random")
+    )
 
-    # method
+    data: str = flag("", "A set's name, or a folder with train.jsonl and dev.jsonl.", "data")
+    max_length: int = flag(512, "Tokens that prompt, response and EOS are cut to.", minimum=2)
+    max_prompt_length: int = flag(256, "Tokens that prompts are cut to.", minimum=1)
+
     method: str = flag("dskd_cma_ga", "A file of methods/, or the path of one of yours.", "method")
-    kd_rate: float = flag(0.5, "α, the share of distillation in the loss.", "method",
-                          minimum=0, maximum=1)
-    temperature: float = flag(2.0, "T of the divergences, τ of alm.", "method", minimum=1e-3)
-    divergence: str = flag("forward_kl", "Distance between student and target.", "method",
-                           choices=DIVERGENCES)
-    adversary: str = flag("none", "What makes queries look like keys, see discriminator.py.",
-                          "method", choices=ADVERSARIES)
-    ga_weight: float = flag(0.1, "λ_GA, the weight of the adversary's term.", "method", minimum=0)
-    dtw_weight: float = flag(0.0, "λ_DTW, the weight of the soft-DTW terms.", "method", minimum=0)
-    projector_init: str = flag("random", "The projectors' first weights; shared: from the tokens "
-                               "both vocabularies have.", "method", choices=("random", "shared"))
-    on_policy: float = flag(0.0, "Share of steps in which the teacher judges what the student "
-                            "answers itself.", "method", minimum=0, maximum=1)
+    kd_rate: float = flag(0.5, "α, the share of distillation.", minimum=0, maximum=1)
+    temperature: float = flag(2.0, "T of the divergences, τ of alm.", minimum=1e-3)
+    divergence: str = flag("forward_kl", "From the student to its target.", choices=DIVERGENCES)
+    adversary: str = flag("none", "What makes queries look like keys.", choices=ADVERSARIES)
+    ga_weight: float = flag(0.1, "λ_GA, the weight of the adversary's term.", minimum=0)
+    dtw_weight: float = flag(0.0, "λ_DTW, the weight of the soft-DTW terms.", minimum=0)
+    projector_init: str = flag(
+        "random",
+        "The projectors' first weights; shared: by the tokens that both vocabularies have.",
+        choices=("random", "shared"),
+    )
+    on_policy: float = flag(
+        0.0, "Share of steps in which the student answers itself.", minimum=0, maximum=1
+    )
 
-    # optimization
     epochs: int = flag(20, "Passes over the training data.", "optimization", minimum=1)
-    max_steps: int = flag(0, "Optimizer steps; 0: as --epochs says.", "optimization", minimum=0)
-    batch_size: int = flag(32, "Rows per forward pass.", "optimization", minimum=1)
-    grad_accum: int = flag(1, "Forward passes per optimizer step, of all processes together.",
-                           "optimization", minimum=1)
-    lr: float = flag(5e-4, "Peak learning rate of the student; a cosine takes it to 1e-7.",
-                     "optimization", minimum=0)
-    projector_lr: float = flag(1e-3, "The same for the projectors.", "optimization", minimum=0)
-    ga_lr: float = flag(1e-3, "The same for the adversary; 0 leaves it as it was drawn.",
-                        "optimization", minimum=0)
-    warmup_steps: int = flag(0, "Steps of linear warm-up.", "optimization", minimum=0)
-    weight_decay: float = flag(0.01, "AdamW's weight decay of matrices.", "optimization",
-                               minimum=0)
-    clip_grad: float = flag(1.0, "Gradients are clipped to this norm.", "optimization",
-                            minimum=1e-6)
-    lora_rank: int = flag(0, "Rank of LoRA matrices beside frozen weights; 0: all weights learn.",
-                          "optimization", minimum=0)
-    lora_alpha: float = flag(8.0, "Their weight is α / rank.", "optimization", minimum=0)
-    seed: int = flag(1, "Of the first weights, the order of the rows and dropout.",
-                     "optimization", minimum=0)
+    max_steps: int = flag(0, "Optimizer steps; 0: as --epochs says.", minimum=0)
+    batch_size: int = flag(32, "Rows per forward pass.", minimum=1)
+    grad_accum: int = flag(1, "Forward passes per step, of all processes together.", minimum=1)
+    lr: float = flag(5e-4, "Peak learning rate; a cosine takes it to 1e-7.", minimum=0)
+    projector_lr: float = flag(1e-3, "The same for the projectors.", minimum=0)
+    ga_lr: float = flag(1e-3, "The same for the adversary; 0: it stays as drawn.", minimum=0)
+    warmup_steps: int = flag(0, "Steps of linear warm-up.", minimum=0)
+    weight_decay: float = flag(0.01, "AdamW's weight decay of matrices.", minimum=0)
+    clip_grad: float = flag(1.0, "Gradients are clipped to this norm.", minimum=1e-6)
+    lora_rank: int = flag(0, "Rank of LoRA matrices; 0: all weights learn.", minimum=0)
+    lora_alpha: float = flag(8.0, "Their weight is α / rank.", minimum=0)
+    seed: int = flag(1, "Of first weights, the rows' order and dropout.", minimum=0)
 
-    # evaluation and saving
-    out_dir: str = flag("", "A new folder for the run. Without it: one under out/.",
-                        "evaluation and saving")
-    resume: bool = flag(False, "Continue the run in --out_dir, with its settings.",
-                        "evaluation and saving")
-    eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.",
-                              "evaluation and saving", minimum=0)
-    eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.",
-                         "evaluation and saving", minimum=0)
-    select: str = flag("rouge", "The best checkpoint: by ROUGE-L, or by bits per byte, of dev.",
-                       "evaluation and saving", choices=("rouge", "bits"))
-    save_interval: int = flag(0, "Steps between checkpoints; 0: before every scoring.",
-                              "evaluation and saving", minimum=0)
+    out_dir: str = flag("", "A new folder. Without it: one under out/.", "evaluation and saving")
+    resume: bool = flag(False, "Continue the run in --out_dir, with its settings.")
+    eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.", minimum=0)
+    eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.", minimum=0)
+    select: str = flag(
+        "rouge", "Which dev score the best checkpoint has.", choices=("rouge", "bits")
+    )
+    save_interval: int = flag(0, "Steps between checkpoints; 0: at every scoring.", minimum=0)
 
-    # machine
     device: str = flag("auto", "Where to train.", "machine", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: bfloat16 on GPUs that have it, else float32.", "machine",
-                      choices=("auto", "float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile both models.", "machine")
-    gradient_checkpointing: bool = flag(False, "Recompute the student's layers for their "
-                                        "gradients: slower, less memory.", "machine")
-    cache_teacher: bool = flag(False, "Write the teacher's hidden states to disk once, and train "
-                               "without its layers.", "machine")
-    shard: str = flag("none", "With torchrun: which models' layers are spread over the processes.",
-                      "machine", choices=("none", "student", "teacher", "both"))
+    dtype: str = flag(
+        "auto",
+        "auto: bfloat16 on GPUs that have it, else float32.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    compile: bool = flag(False, "torch.compile both models.")
+    gradient_checkpointing: bool = flag(False, "Recompute the student's layers: less memory.")
+    cache_teacher: bool = flag(False, "Write the teacher's hidden states to disk, once.")
+    shard: str = flag(
+        "none",
+        "Models whose layers are spread over torchrun's processes.",
+        choices=("none", "student", "teacher", "both"),
+    )
 
 
 def read_settings(argv: list[str] | None = None) -> Config:
@@ -138,8 +144,10 @@ def read_settings(argv: list[str] | None = None) -> Config:
         raise InputError("--teacher without --student: name the student too")
     for name in METHOD_OPTIONS:
         if name in given and name not in method.uses:
-            raise InputError(f"--{name}: --method {config.method} does not use it (it uses: "
-                             f"{', '.join(method.uses) or 'none of the kind'})")
+            raise InputError(
+                f"--{name}: --method {config.method} does not use it (it uses: "
+                f"{', '.join(method.uses) or 'none of the kind'})"
+            )
         if name in ("ga_weight", "ga_lr") and name in given and config.adversary == "none":
             raise InputError(f"--{name}: there is no --adversary")
     if "lora_alpha" in given and not config.lora_rank:
@@ -147,8 +155,10 @@ def read_settings(argv: list[str] | None = None) -> Config:
     if config.lora_rank and config.student_init == "random":
         raise InputError("--lora_rank: keeps the student's weights, so they cannot be random")
     if config.on_policy and (config.cache_teacher or config.shard != "none"):
-        raise InputError("--on_policy: the student's answers are new in every step, so it works "
-                         "neither with --cache_teacher nor with --shard")
+        raise InputError(
+            "--on_policy: the student's answers are new in every step, so it works "
+            "neither with --cache_teacher nor with --shard"
+        )
     if config.compile and (config.shard != "none" or config.gradient_checkpointing):
         raise InputError("--compile: works neither with --shard nor --gradient_checkpointing")
     return config
@@ -159,6 +169,7 @@ def new_settings(given: dict) -> Config:
     defaults = {"data": "dolly"}
     if is_toy:
         import toy
+
         defaults = {"student": "toy", "data": "toy"} | toy.TRAINING
     name = given.get("method", defaults.get("method", Config.method))
     if is_toy and name != "sft":
@@ -174,12 +185,15 @@ def resumed_settings(given: dict) -> Config:
     fields = Config.__dataclass_fields__
     unknown = sorted(saved.keys() - fields.keys())
     if unknown:
-        raise InputError(f"--resume: the run was made by another version of train.py, which had "
-                         f"--{', --'.join(unknown)}")
+        raise InputError(
+            f"--resume: the run was made by another version of train.py, which had "
+            f"--{', --'.join(unknown)}"
+        )
     for name, value in given.items():
         if name not in FREE and value != saved.get(name):
-            raise InputError(f"--resume: the run has --{name} {saved.get(name)}, not {value}; "
-                             "leave it out")
+            raise InputError(
+                f"--resume: the run has --{name} {saved.get(name)}, not {value}; " "leave it out"
+            )
     return checked(Config, saved | {name: given[name] for name in FREE if name in given})
 
 
@@ -192,8 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(device)
     world_size = distributed.world_size()
     if config.grad_accum % world_size:
-        raise InputError(f"--grad_accum {config.grad_accum}: must be a multiple of the "
-                         f"{world_size} processes")
+        raise InputError(
+            f"--grad_accum {config.grad_accum}: must be a multiple of the "
+            f"{world_size} processes"
+        )
     if config.shard != "none" and world_size == 1:
         raise InputError("--shard: start with torchrun --nproc_per_node=N train.py …")
     if device == "cpu":
@@ -205,14 +221,18 @@ def main(argv: list[str] | None = None) -> None:
     # data: rows of train, dev and, where there is one, test
     if "toy" in (config.student, config.teacher) or config.data.startswith("toy"):
         import toy
+
         with distributed.first_goes_first():
             toy.prepare_for(config)
     with distributed.first_goes_first():
-        files = {split: data_file(config.data, split, required=split != "test")
-                 for split in ("train", "dev", "test")}
+        files = {
+            split: data_file(config.data, split, required=split != "test")
+            for split in ("train", "dev", "test")
+        }
     rows = {split: read_rows(file) for split, file in files.items() if file}
-    scored = {split: rows[split][:config.eval_num or None] for split in ("dev", "test")
-              if split in rows}
+    scored = {
+        split: rows[split][: config.eval_num or None] for split in ("dev", "test") if split in rows
+    }
 
     # models: the student, the frozen teacher, and what learns beside the student
     torch.manual_seed(config.seed)
@@ -229,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         module.to(device)
     if config.projector_init == "shared" and not checkpoint:
         from methods.projector_init import init_from_shared, shared_tokens
+
         pairs = shared_tokens(student_tokenizer, teacher_tokenizer)
         init_from_shared(modules["projectors"], student, teacher, pairs)
     if "adversary" in modules:
@@ -237,38 +258,52 @@ def main(argv: list[str] | None = None) -> None:
     # examples: the training rows in both tokenizations
     if method.answered_by_teacher:
         from runtime.teacher_answers import teacher_rows
+
         with autocast(device, dtype):
-            rows["train"] = teacher_rows(rows["train"], files["train"], config.teacher, teacher,
-                                         teacher_tokenizer, config.max_length,
-                                         config.max_prompt_length, config.batch_size)
+            rows["train"] = teacher_rows(
+                rows["train"],
+                files["train"],
+                config.teacher,
+                teacher,
+                teacher_tokenizer,
+                config.max_length,
+                config.max_prompt_length,
+                config.batch_size,
+            )
     trains_with_teacher = method.needs_teacher and not method.answered_by_teacher
     tokenizers = student_tokenizer, student_tokenizer
     if trains_with_teacher and not same_vocabulary(student_tokenizer, teacher_tokenizer):
         tokenizers = student_tokenizer, teacher_tokenizer
-    pads = tokenizers[0].eos_id, tokenizers[1].eos_id       # nothing looks at padding
-    examples, num_cut, num_dropped = encode_rows(rows["train"], *tokenizers, config.max_length,
-                                                 config.max_prompt_length)
+    pads = tokenizers[0].eos_id, tokenizers[1].eos_id  # nothing looks at padding
+    examples, num_cut, num_dropped = encode_rows(
+        rows["train"], *tokenizers, config.max_length, config.max_prompt_length
+    )
     if num_cut or num_dropped:
-        print_first(f"{config.data}, train: {num_cut} of {len(rows['train'])} prompts cut to "
-                    f"{config.max_prompt_length} tokens, {num_dropped} rows dropped, because no "
-                    f"response token fits into {config.max_length}")
-    for split in scored:
-        cut = sum(encode_prompt(row.prompt, student_tokenizer, config.max_prompt_length)[1]
-                  for row in scored[split])
-        if cut:
-            print_first(f"{config.data}, {split}: {cut} of {len(scored[split])} prompts cut to "
-                        f"{config.max_prompt_length} tokens")
+        print_first(
+            f"{config.data}, train: {num_cut} of {len(rows['train'])} prompts cut to "
+            f"{config.max_prompt_length} tokens, {num_dropped} rows dropped, because no "
+            f"response token fits into {config.max_length}"
+        )
     if not examples:
-        raise InputError(f"--data {config.data}: no row has a response token within --max_length "
-                         f"{config.max_length}")
+        raise InputError(
+            f"--data {config.data}: no row has a response token within --max_length "
+            f"{config.max_length}"
+        )
     extras = None
     if method.batch_extras:
         extras = method.batch_extras(*tokenizers, examples)
     states = None
     if config.cache_teacher:
         from runtime.teacher_states import TeacherStates
-        states = TeacherStates(files["train"], config.teacher, teacher.source, examples,
-                               teacher.config.hidden_size, dtype)
+
+        states = TeacherStates(
+            files["train"],
+            config.teacher,
+            teacher.source,
+            examples,
+            teacher.config.hidden_size,
+            dtype,
+        )
         with autocast(device, dtype):
             states.fill(config.batch_size, pads[1], device)
     if config.compile:
@@ -282,8 +317,14 @@ def main(argv: list[str] | None = None) -> None:
             start_run(config, out_dir)
         lock_run(out_dir)
     distributed.barrier()
-    state = {"step": 0, "best_dev_rouge_l": -1.0, "best_dev_bits_per_byte": math.inf,
-             "data": config.data, "method": config.method, "student": config.student}
+    state = {
+        "step": 0,
+        "best_dev_rouge_l": -1.0,
+        "best_dev_bits_per_byte": math.inf,
+        "data": config.data,
+        "method": config.method,
+        "student": config.student,
+    }
     if checkpoint:
         load_modules(checkpoint, modules)
         load_optimizer(checkpoint, optimizer)
@@ -292,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         sharded = config.shard in ("student", "both")
         distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
         if distributed.rank():
-            torch.manual_seed(config.seed + 1_000_003 * distributed.rank())     # dropout differs
+            torch.manual_seed(config.seed + 1_000_003 * distributed.rank())  # dropout differs
     if config.resume and distributed.is_first():
         rewind_metrics(out_dir, state["step"])
     first_step = state["step"]
@@ -301,19 +342,21 @@ def main(argv: list[str] | None = None) -> None:
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     eval_interval = config.eval_interval or steps_per_epoch
     save_interval = config.save_interval or eval_interval
-    learners = trainable(student, modules.get("projectors"))
-    learners += trainable(*(module for name, module in modules.items()
-                            if name not in ("projectors", "adversary")))
-    adversary_parameters = trainable(modules.get("adversary"))
+    adversary = modules.get("adversary")
+    adversary_parameters = trainable(adversary)
+    learners = trainable(student, *(m for m in modules.values() if m is not adversary))
     num_parameters = sum(p.numel() for p in student.parameters())
-    print_first(f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, "
-                f"{num_parameters / 1e6:.1f}M parameters, {len(examples)} rows, {total_steps} "
-                f"steps on {device}, into {out_dir}" + f", from step {first_step}" * bool(checkpoint))
+    print_first(
+        f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, "
+        f"{num_parameters / 1e6:.1f}M parameters, {len(examples)} rows, steps {first_step} "
+        f"to {total_steps} on {device}, into {out_dir}"
+    )
 
     # --------------------------------------------------------------------------------------- train
     launcher = "torchrun …" if world_size > 1 else "python"
-    stop = Stop(f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} "
-                "--resume")
+    stop = Stop(
+        f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} " "--resume"
+    )
     bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
     bad_steps = 0
     for step in range(first_step, total_steps + 1):
@@ -330,11 +373,19 @@ def main(argv: list[str] | None = None) -> None:
         if eval_due:
             stop.at_once = True
             with autocast(device, dtype):
-                scores = scores_of(student, student_tokenizer, scored["dev"], config.max_length,
-                                   config.max_prompt_length, "scoring dev")
+                scores = scores_of(
+                    student,
+                    student_tokenizer,
+                    scored["dev"],
+                    config.max_length,
+                    config.max_prompt_length,
+                    "scoring dev",
+                )
             stop.at_once = False
-            tqdm.write(f"step {step:>6}   dev: {scores['bits_per_byte']:.3f} bits per byte, "
-                       f"ROUGE-L {scores['rouge_l']:.2f}")
+            tqdm.write(
+                f"step {step:>6}   dev: {scores['bits_per_byte']:.3f} bits per byte, "
+                f"ROUGE-L {scores['rouge_l']:.2f}"
+            )
             append_metrics(out_dir, {"step": step} | {f"dev_{k}": v for k, v in scores.items()})
             if is_better(config.select, scores, state):
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
@@ -348,13 +399,19 @@ def main(argv: list[str] | None = None) -> None:
         if number == 0 or step == first_step:
             batches = make_batches(examples, rows_per_step, config.seed * 1_000_003 + epoch)
         step_examples = batches[number]
-        objective = Objective(config, step,
-                              sum(len(e.student.response_ids) for e in step_examples),
-                              sum(len(e.teacher.response_ids) for e in step_examples))
-        passes = [(method.loss, objective, part, weight)
-                  for part, weight in forward_passes(config, step_examples)]
+        objective = Objective(
+            config,
+            step,
+            sum(len(e.student.response_ids) for e in step_examples),
+            sum(len(e.teacher.response_ids) for e in step_examples),
+        )
+        passes = [
+            (method.loss, objective, part, weight)
+            for part, weight in forward_passes(config, step_examples)
+        ]
         if config.on_policy:
             from runtime.on_policy import is_on_policy, on_policy_passes
+
             if is_on_policy(config, step):
                 with autocast(device, dtype):
                     passes = on_policy_passes(config, passes, student, tokenizers, rows["train"])
@@ -381,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
         for parameters in filter(None, (learners, adversary_parameters)):
             norms.append(clip_gradients(parameters, config.clip_grad))
         totals = distributed.all_reduce(torch.stack(list(sums.values())))
-        numbers = torch.cat([totals, torch.stack(norms)]).tolist()      # the only wait for a GPU
+        numbers = torch.cat([totals, torch.stack(norms)]).tolist()  # the only wait for a GPU
         record = dict(zip(sums, numbers)) | {"grad_norm": numbers[len(sums)]}
         if all(map(math.isfinite, numbers)):
             optimizer.step()
@@ -389,43 +446,59 @@ def main(argv: list[str] | None = None) -> None:
         else:
             bad_steps += 1
             skipped = sorted(example.row for example in step_examples)
-            tqdm.write(f"step {step + 1}: the loss is {record['loss']}, its gradient's norm "
-                       f"{record['grad_norm']}; the step is not taken (its rows, from 0: {skipped})")
+            tqdm.write(
+                f"step {step + 1}: the loss is {record['loss']}, its gradient's norm "
+                f"{record['grad_norm']}; the step is not taken. Its rows, from 0: {skipped}"
+            )
             record = {"skipped_rows": skipped}
         optimizer.zero_grad(set_to_none=True)
 
         # the log
         seconds = time.perf_counter() - started
         num_tokens = sum(len(example.student.ids) for example in step_examples)
-        operations = 6 * num_parameters * num_tokens
-        if trains_with_teacher and not states:
-            teacher_tokens = sum(len(example.teacher.ids) for example in step_examples)
-            operations += 2 * sum(p.numel() for p in teacher.parameters()) * teacher_tokens
-        record = {"step": step + 1, **record, "lr": optimizer.param_groups[0]["lr"],
-                  "tokens_per_second": num_tokens / seconds, "seconds": seconds,
-                  "tflops": operations / seconds / 1e12}
+        record = {
+            "step": step + 1,
+            **record,
+            "lr": optimizer.param_groups[0]["lr"],
+            "tokens_per_second": num_tokens / seconds,
+            "seconds": seconds,
+        }
         append_metrics(out_dir, record)
-        bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}",
-                        tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
+        bar.set_postfix(
+            loss=f"{record.get('loss', math.nan):.3f}",
+            tok_s=f"{record['tokens_per_second']:.0f}",
+            refresh=False,
+        )
         bar.update()
         if bad_steps == MOST_BAD_STEPS:
-            raise InputError(f"{MOST_BAD_STEPS} steps in a row, up to step {step + 1}, had a loss "
-                             "or gradient that is not finite; try a lower --lr, a longer "
-                             f"--warmup_steps or --dtype float32 in a new run. {out_dir / 'last'} "
-                             "holds the last good checkpoint, where there was one")
+            raise InputError(
+                f"{MOST_BAD_STEPS} steps in a row, up to step {step + 1}, had a loss "
+                "or gradient that is not finite; try a lower --lr, a longer "
+                f"--warmup_steps or --dtype float32 in a new run. {out_dir / 'last'} "
+                "holds the last good checkpoint, where there was one"
+            )
     bar.close()
 
     # ------------------------------------------------------------------------- score and conclude
     stop.at_once = True
-    del optimizer, modules, student, learners, adversary_parameters, norms, loss
+    optimizer = modules = adversary = student = learners = adversary_parameters = loss = None
     results = {}
-    for name, decoder, tokenizer in models_to_score(config, out_dir, teacher, teacher_tokenizer,
-                                                    student_tokenizer, device, dtype):
+    for name, decoder, tokenizer in models_to_score(
+        config, out_dir, teacher, teacher_tokenizer, student_tokenizer, device, dtype
+    ):
         with autocast(device, dtype):
-            results[name] = {split: scores_of(decoder, tokenizer, scored[split], config.max_length,
-                                              config.max_prompt_length, f"{name}: {split}")
-                             for split in scored}
-        teacher = decoder = None                # memory for the next
+            results[name] = {
+                split: scores_of(
+                    decoder,
+                    tokenizer,
+                    scored[split],
+                    config.max_length,
+                    config.max_prompt_length,
+                    f"{name}: {split}",
+                )
+                for split in scored
+            }
+        teacher = decoder = None  # memory for the next
     if distributed.is_first():
         print_results(config, results, rows, scored, out_dir)
         with atomic_write(out_dir / "results.json") as file:
@@ -434,11 +507,13 @@ def main(argv: list[str] | None = None) -> None:
 
 # ------------------------------------------------------------------------------------------ models
 
+
 def folder_of(config, side: str, weights: bool = True) -> Path:
     """The folder of the "student" or the "teacher"."""
     name = getattr(config, side)
     if name == "toy":
         import toy
+
         return toy.model_folder(side)
     return model_folder(name, weights)
 
@@ -448,6 +523,7 @@ def load_decoder(config, side: str, folder, dtype, device, change=None, **how):
     called before it is sharded. how: load's other arguments."""
     if config.shard in (side, "both"):
         from runtime.sharding import load_sharded
+
         return load_sharded(folder, dtype, device, change, **how)
     decoder = load(folder, dtype=dtype, device=device, **how)
     if change:
@@ -467,13 +543,14 @@ def load_student(config, checkpoint, device, dtype):
                 lora.load_adapter(checkpoint / "adapter", decoder)
 
         if config.shard in ("student", "both"):
-            dtype = torch.float32           # FSDP wants one type in a layer, and LoRA's is float32
+            dtype = torch.float32  # FSDP wants one type in a layer, and LoRA's is float32
         student = load_decoder(config, "student", folder, dtype, device, change)
     elif checkpoint:
         student = load_decoder(config, "student", checkpoint, torch.float32, device)
     else:
-        student = load_decoder(config, "student", folder, torch.float32, device,
-                               init=config.student_init)
+        student = load_decoder(
+            config, "student", folder, torch.float32, device, init=config.student_init
+        )
     student.gradient_checkpointing = config.gradient_checkpointing
     return student, load_tokenizer(folder)
 
@@ -482,37 +559,53 @@ def load_teacher(config, device, dtype):
     """The frozen teacher and its tokenizer."""
     folder = folder_of(config, "teacher")
     if not same_data(config.data, trained_on(folder)):
-        print_first(f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
-                    f"papers do first:  python train.py --method sft --student {config.teacher} "
-                    f"--data {config.data} --lr 2e-5 --epochs 3 --out_dir out/teacher")
-    teacher = load_decoder(config, "teacher", folder, dtype, device,
-                           layers=not config.cache_teacher)
+        print_first(
+            f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
+            f"papers do first:  python train.py --method sft --student {config.teacher} "
+            f"--data {config.data} --lr 2e-5 --epochs 3 --out_dir out/teacher"
+        )
+    teacher = load_decoder(
+        config, "teacher", folder, dtype, device, layers=not config.cache_teacher
+    )
     return teacher.requires_grad_(False), load_tokenizer(folder)
 
 
-def check_pair(config, method: Method, student, teacher, student_tokenizer,
-               teacher_tokenizer) -> None:
+def check_pair(
+    config, method: Method, student, teacher, student_tokenizer, teacher_tokenizer
+) -> None:
     """Raise InputError where models, tokenizers, limits and method do not go together."""
     sides = [(f"--student {config.student}", student, student_tokenizer)]
     if teacher is not None:
         sides.append((f"--teacher {config.teacher}", teacher, teacher_tokenizer))
     for name, decoder, tokenizer in sides:
         if tokenizer.vocab_size > decoder.config.vocab_size:
-            raise InputError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
-                             f"vocabulary only {decoder.config.vocab_size}")
+            raise InputError(
+                f"{name}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
+                f"vocabulary only {decoder.config.vocab_size}"
+            )
         if config.max_length > decoder.config.max_positions:
-            raise InputError(f"--max_length {config.max_length}: {name} has "
-                             f"{decoder.config.max_positions} positions")
+            raise InputError(
+                f"--max_length {config.max_length}: {name} has "
+                f"{decoder.config.max_positions} positions"
+            )
     if method.one_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
-        raise InputError(f"--method {config.method}: needs one vocabulary, but {config.teacher} "
-                         f"and {config.student} have different ones")
+        raise InputError(
+            f"--method {config.method}: needs one vocabulary, but {config.teacher} "
+            f"and {config.student} have different ones"
+        )
 
 
 # ------------------------------------------------------------------------------------ optimization
 
+
 def trainable(*modules) -> list[torch.Tensor]:
-    return [p for module in modules if module is not None
-            for p in module.parameters() if p.requires_grad]
+    return [
+        p
+        for module in modules
+        if module is not None
+        for p in module.parameters()
+        if p.requires_grad
+    ]
 
 
 def parameter_groups(config, student, modules: dict) -> list[dict]:
@@ -547,7 +640,7 @@ def learning_rate(peak: float, step: int, warmup_steps: int, total_steps: int) -
 def forward_passes(config, examples: list[Example]) -> list[tuple[list[Example], float]]:
     """This process's part of a step: rows of a forward pass, and its weight. The weight is 0 where
     nothing is left for this process, which then takes part only because the others need it."""
-    parts = [examples[k::config.grad_accum] for k in range(config.grad_accum)]
+    parts = [examples[k :: config.grad_accum] for k in range(config.grad_accum)]
     parts = [part for part in parts if part]
     world_size = distributed.world_size()
     mine = range(distributed.rank(), math.ceil(len(parts) / world_size) * world_size, world_size)
@@ -556,10 +649,11 @@ def forward_passes(config, examples: list[Example]) -> list[tuple[list[Example],
 
 def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
     """Sum the gradients over processes and clip them together → their norm before."""
-    sharded = [p for p in parameters if hasattr(p, "full_tensor")]      # FSDP has added these
+    sharded = [p for p in parameters if hasattr(p, "full_tensor")]  # FSDP has added these
     distributed.all_reduce_gradients([p for p in parameters if not hasattr(p, "full_tensor")])
     if sharded:
         from runtime import sharding
+
         return sharding.clip_gradients(parameters, largest)
     return torch.nn.utils.clip_grad_norm_(parameters, largest)
 
@@ -572,6 +666,7 @@ def is_better(select: str, scores: dict, state: dict) -> bool:
 
 # ------------------------------------------------------------------------------------- conclusions
 
+
 def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokenizer, device, dtype):
     """(name, model, tokenizer) of the rows of the final table, loaded one after the other."""
     if teacher is not None and not config.cache_teacher:
@@ -579,10 +674,12 @@ def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokeniz
         teacher = None
     if config.student == "toy" and config.method != "sft":
         import toy
+
         for name, side in (("student, before", "student"), ("student, after sft", "sft")):
             yield name, load(toy.model_folder(side), device=device), student_tokenizer
-    yield "student", load_decoder(config, "student", out_dir / "best", torch.float32, device), \
-        student_tokenizer
+    yield "student", load_decoder(
+        config, "student", out_dir / "best", torch.float32, device
+    ), student_tokenizer
 
 
 def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path) -> None:
@@ -596,14 +693,20 @@ def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path
         for scores in by_split.values():
             print(f"{scores['bits_per_byte']:18.3f}{scores['rouge_l']:8.2f}", end="")
     from pictures import runs
+
     split = "test" if "test" in scored else "dev"
-    runs.results(out_dir / "results.png", f"{out_dir}, {len(scored[split])} rows of {split}",
-                 {name: by_split[split] for name, by_split in results.items()})
+    runs.results(
+        out_dir / "results.png",
+        f"{out_dir}, {len(scored[split])} rows of {split}",
+        {name: by_split[split] for name, by_split in results.items()},
+    )
     runs.curves(out_dir / "curves.png", str(out_dir), read_metrics(out_dir))
     folder, data = shlex.quote(str(out_dir)), shlex.quote(config.data)
-    print(f"\n\nscore it further:  python eval_rouge.py {folder} --data {data}"
-          f"\ntalk to it:        python sample.py {folder} \"your instruction\""
-          f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png")
+    print(
+        f"\n\nscore it further:  python eval_rouge.py {folder} --data {data}"
+        f'\ntalk to it:        python sample.py {folder} "your instruction"'
+        f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png"
+    )
     if config.method != "sft":
         print(f"look closer:       python probe.py {folder}")
 

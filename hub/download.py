@@ -1,7 +1,8 @@
 """Names of models to folders on this machine.
 
-    model_folder("gpt2")        # a short name, any hub id, a folder of yours, a run's out_dir
+model_folder("gpt2")        # a short name, any hub id, a folder of yours, a run's out_dir
 """
+
 import re
 from pathlib import Path
 
@@ -24,9 +25,16 @@ MODELS = {
     "mistral": "mistralai/Mistral-7B-v0.1",
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
-                   "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -46,13 +54,16 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
         return path
     repository = MODELS.get(str(name), str(name))
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
-        raise InputError(f"{name}: not a folder, not a hub id (owner/name) and not one of "
-                         f"{', '.join(MODELS)}")
+        raise InputError(
+            f"{name}: not a folder, not a hub id (owner/name) and not one of "
+            f"{', '.join(MODELS)}"
+        )
     return _download(repository, weights)
 
 
 def _download(repository: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
+
     wanted = ["config.json", *TOKENIZER_FILES]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
@@ -60,19 +71,27 @@ def _download(repository: str, weights: bool) -> Path:
             if weights and not weight_file(folder):
                 folder = Path(snapshot_download(repository, allow_patterns=list(patterns)))
         return folder
-    except Exception as error:      # the client's own errors, httpx's and the system's
-        reasons = {"GatedRepoError": "it is gated: accept its terms and run `hf auth login`",
-                   "RepositoryNotFoundError": "the hub has no such public repository"}
-        reason = reasons.get(type(error).__name__,
-                             f"the hub cannot be reached ({type(error).__name__})")
-        raise InputError(f"{repository}: {reason}; a folder with its files works in place of a "
-                         "name") from error
+    except Exception as error:  # the client's own errors, httpx's and the system's
+        reasons = {
+            "GatedRepoError": "it is gated: accept its terms and run `hf auth login`",
+            "RepositoryNotFoundError": "the hub has no such public repository",
+        }
+        reason = reasons.get(
+            type(error).__name__, f"the hub cannot be reached ({type(error).__name__})"
+        )
+        raise InputError(
+            f"{repository}: {reason}; a folder with its files works in place of a " "name"
+        ) from error
 
 
 def weight_file(folder: Path) -> Path | None:
     """The weights of a folder, or their index: safetensors before pickles; None without any."""
-    for name in ("model.safetensors", "model.safetensors.index.json",
-                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
         if (folder / name).exists():
             return folder / name
     return None

@@ -4,6 +4,7 @@ write them.
 A field that may change the model's result must be one that is implemented here. Whatever is neither
 used nor known to be harmless is an error: a model that ignores its configuration is silently wrong.
 """
+
 import dataclasses
 import json
 import math
@@ -37,6 +38,7 @@ HARMLESS = set("""architectures model_type dtype torch_dtype transformers_versio
 @dataclasses.dataclass
 class ModelConfig:
     """The shape of a decoder. `hub` is config.json as it was read, for Decoder.save()."""
+
     family: str
     vocab_size: int
     hidden_size: int
@@ -103,14 +105,18 @@ class _Fields:
         self.used.add(name)
         value = self.values.get(name)
         if value is not None and value not in allowed:
-            raise InputError(f'{self.path}: "{name}": {value!r} is not implemented '
-                             f"(implemented: {', '.join(map(repr, allowed))})")
+            raise InputError(
+                f'{self.path}: "{name}": {value!r} is not implemented '
+                f"(implemented: {', '.join(map(repr, allowed))})"
+            )
 
     def refuse_unknown(self) -> None:
         for name, value in self.values.items():
             if name not in self.used and value not in (None, False, 0, "", [], {}):
-                raise InputError(f'{self.path}: the field "{name}": {value!r} is not implemented, '
-                                 "and it might matter")
+                raise InputError(
+                    f'{self.path}: the field "{name}": {value!r} is not implemented, '
+                    "and it might matter"
+                )
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -129,15 +135,19 @@ def read_config(path: Path) -> ModelConfig:
         name = values.get("model_type")
         family = name if name in ARCHITECTURES.values() else None
     if family is None:
-        raise InputError(f"{path}: the architecture {name!r} is not implemented (implemented: "
-                         f"{', '.join(ARCHITECTURES)})")
+        raise InputError(
+            f"{path}: the architecture {name!r} is not implemented (implemented: "
+            f"{', '.join(ARCHITECTURES)})"
+        )
     fields = _Fields(path, values)
     config = _gpt2(fields) if family == "gpt2" else _llama(fields, family)
     config.hub = values
     fields.refuse_unknown()
     if config.num_heads % config.num_kv_heads:
-        raise InputError(f"{path}: {config.num_heads} heads cannot share {config.num_kv_heads} "
-                         "key-value heads")
+        raise InputError(
+            f"{path}: {config.num_heads} heads cannot share {config.num_kv_heads} "
+            "key-value heads"
+        )
     return config
 
 
@@ -217,12 +227,18 @@ def _rope(get: _Fields) -> tuple[float, dict]:
     needed = {
         "default": [],
         "linear": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor",
-                   "original_max_position_embeddings"],
+        "llama3": [
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ],
     }
     if kind not in needed or scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{get.path}: the rotary scaling {scaling} is not implemented "
-                         f"(implemented: {', '.join(needed)})")
+        raise InputError(
+            f"{get.path}: the rotary scaling {scaling} is not implemented "
+            f"(implemented: {', '.join(needed)})"
+        )
     for name in needed[kind]:
         if name not in scaling:
             raise InputError(f"{get.path}: the rotary scaling {kind} needs {name}")
@@ -234,14 +250,15 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     where the window is switched on."""
     window = get("sliding_window", None)
     if family == "mistral" and "sliding_window" not in get.values:
-        window = 4096       # absent is transformers' default, null is off
+        window = 4096  # absent is transformers' default, null is off
     switched_on = get("use_sliding_window", family == "mistral")
     first = get("max_window_layers", 28)
     types = get("layer_types", None)
     if family == "llama" or window is None or not switched_on:
         if types and "sliding_attention" in types and family != "llama":
-            raise InputError(f"{get.path}: layer_types has sliding_attention, but the sliding "
-                             "window is off")
+            raise InputError(
+                f"{get.path}: layer_types has sliding_attention, but the sliding " "window is off"
+            )
         return None, [False] * layers
     if family == "mistral":
         return window, [True] * layers

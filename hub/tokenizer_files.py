@@ -1,5 +1,6 @@
 """A tokenizer's files to what a byte-level BPE is made of: tokenizer.json, or vocab.json with
 merges.txt."""
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,25 @@ CONTRACTION = r"'(?:[sdmt]|ll|ve|re)"
 GPT2_SPLIT = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Every digit alone, then GPT-2's split of what lies between them: there a run of spaces ends at a
 # digit as it does at the text's end.
-DIGITS_GPT2_SPLIT = (r"\p{N}|" + CONTRACTION + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])"
-                     r"|\s+")
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-              r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DIGITS_GPT2_SPLIT = (
+    r"\p{N}|" + CONTRACTION + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])" r"|\s+"
+)
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+    r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass
 class ByteLevelConfig:
-    vocabulary: dict[str, int]      # token in GPT-2's printable alphabet → id
+    vocabulary: dict[str, int]  # token in GPT-2's printable alphabet → id
     # Pairs, the most important first. None: the ids are in that order (ignore_merges).
     merges: list[tuple[str, str]] | None
-    split: str                      # the pattern that cuts a text into words
-    nfc: bool                       # whether the text is NFC-normalized first
-    control: dict[str, int]         # tokens that no text gives → id
-    eos_id: int                     # closes a response
-    bos_id: int | None              # opens a prompt, where the files ask for one
+    split: str  # the pattern that cuts a text into words
+    nfc: bool  # whether the text is NFC-normalized first
+    control: dict[str, int]  # tokens that no text gives → id
+    eos_id: int  # closes a response
+    bos_id: int | None  # opens a prompt, where the files ask for one
 
 
 def read_json(path: Path) -> dict | None:
@@ -74,8 +78,10 @@ def read_byte_level(folder: Path, settings: dict) -> ByteLevelConfig:
         eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
     names = {token_id: token for token, token_id in (vocabulary | control).items()}
     if eos_id not in names:
-        raise InputError(f"{folder}: no end-of-sequence token: eos_token of tokenizer_config.json "
-                         f"is {eos!r}, eos_token_id of config.json {config.get('eos_token_id')}")
+        raise InputError(
+            f"{folder}: no end-of-sequence token: eos_token of tokenizer_config.json "
+            f"is {eos!r}, eos_token_id of config.json {config.get('eos_token_id')}"
+        )
     control.setdefault(names[eos_id], eos_id)
     bos_id = _bos_id(whole or {}, settings, control)
     return ByteLevelConfig(vocabulary, merges, split, nfc, control, eos_id, bos_id)
@@ -85,17 +91,22 @@ def _from_tokenizer_json(path: Path, whole: dict):
     """vocabulary, merges, split and nfc."""
     model = whole["model"]
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise InputError(f"{path}: only byte-level BPE is implemented; SentencePiece models are "
-                         "read from tokenizer.model")
+        raise InputError(
+            f"{path}: only byte-level BPE is implemented; SentencePiece models are "
+            "read from tokenizer.model"
+        )
     normalizer = whole.get("normalizer") or {"type": "Sequence", "normalizers": []}
     nfc = normalizer["type"] == "NFC"
     if not nfc and normalizer != {"type": "Sequence", "normalizers": []}:
-        raise InputError(f"{path}: the normalizer {normalizer['type']} is not implemented "
-                         "(implemented: NFC)")
+        raise InputError(
+            f"{path}: the normalizer {normalizer['type']} is not implemented " "(implemented: NFC)"
+        )
     merges = None
     if not model.get("ignore_merges"):
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-                  for merge in model["merges"]]
+        merges = [
+            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+            for merge in model["merges"]
+        ]
     return model["vocab"], merges, _split_pattern(path, whole.get("pre_tokenizer") or {}), nfc
 
 
@@ -103,8 +114,10 @@ def _from_vocabulary_and_merges(folder: Path, kind: str | None):
     """The same from vocab.json and merges.txt; the split follows from the tokenizer's class."""
     vocabulary = read_json(folder / "vocab.json")
     if vocabulary is None or not (folder / "merges.txt").exists():
-        raise InputError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, or vocab.json "
-                         "with merges.txt)")
+        raise InputError(
+            f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, or vocab.json "
+            "with merges.txt)"
+        )
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2"):
@@ -135,11 +148,22 @@ def _split_pattern(path: Path, pre_tokenizer: dict) -> str:
     use_regex = last.get("use_regex", True)
     if kinds == ["ByteLevel"] and use_regex and not prefixed:
         return GPT2_SPLIT
-    if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] and use_regex \
-            and not prefixed:
+    if (
+        kinds == ["Digits", "ByteLevel"]
+        and first["individual_digits"]
+        and use_regex
+        and not prefixed
+    ):
         return DIGITS_GPT2_SPLIT
-    if kinds == ["Split", "ByteLevel"] and not use_regex and not prefixed \
-            and first["behavior"] == "Isolated" and "Regex" in first["pattern"]:
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not use_regex
+        and not prefixed
+        and first["behavior"] == "Isolated"
+        and "Regex" in first["pattern"]
+    ):
         return first["pattern"]["Regex"]
-    raise InputError(f"{path}: the pre-tokenizer {kinds} is not implemented (implemented: "
-                     "ByteLevel; Digits one by one + ByteLevel; Split + ByteLevel)")
+    raise InputError(
+        f"{path}: the pre-tokenizer {kinds} is not implemented (implemented: "
+        "ByteLevel; Digits one by one + ByteLevel; Split + ByteLevel)"
+    )

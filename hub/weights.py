@@ -1,4 +1,5 @@
 """The hub's weight files: safetensors, pickles without code execution, one file or shards."""
+
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from hub.download import weight_file
 from runtime.config import InputError
 
-IN_A_LAYER = r"(^|\.)(h|layers)\.\d+\."         # in a tensor's name
+IN_A_LAYER = r"(^|\.)(h|layers)\.\d+\."  # in a tensor's name
 CONSTANTS = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
 
@@ -20,13 +21,13 @@ def weights_for(decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
     found = {}
     for name, tensor in _read_weights(folder, layers=decoder.config.num_layers > 0).items():
         if decoder.config.family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"        # the hub's own gpt2 was saved without the prefix
+            name = f"transformer.{name}"  # the hub's own gpt2 was saved without the prefix
         if not re.search(CONSTANTS, name):
             found[name] = tensor
     if decoder.config.tie_head:
         head = found.get("lm_head.weight")
         if head is not None and torch.equal(head, found[decoder.hub_name("embed.weight")]):
-            del found["lm_head.weight"]         # a copy of the embedding
+            del found["lm_head.weight"]  # a copy of the embedding
 
     state, problems = {}, []
     for name, parameter in decoder.state_dict().items():
@@ -40,8 +41,9 @@ def weights_for(decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
         if name.endswith(decoder.transposed):
             tensor = tensor.t()
         if tensor.shape != parameter.shape:
-            problems.append(f"{hub_name} is {list(tensor.shape)}, the config wants "
-                            f"{list(parameter.shape)}")
+            problems.append(
+                f"{hub_name} is {list(tensor.shape)}, the config wants " f"{list(parameter.shape)}"
+            )
         if not tensor.is_floating_point():
             problems.append(f"{hub_name} is {tensor.dtype}: quantized weights are not implemented")
         state[name] = tensor.to(dtype).contiguous()
@@ -49,8 +51,10 @@ def weights_for(decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
             problems.append(f"{hub_name} holds numbers that are not finite in {dtype}")
     problems += [f"extra {name}" for name in found]
     if problems:
-        raise InputError(f"{folder}: the weights do not fit config.json: "
-                         f"{'; '.join(problems[:4])} ({len(problems)} problems)")
+        raise InputError(
+            f"{folder}: the weights do not fit config.json: "
+            f"{'; '.join(problems[:4])} ({len(problems)} problems)"
+        )
     if decoder.config.tie_head:
         state["head.weight"] = state["embed.weight"]
     return state
@@ -60,8 +64,9 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
     """All tensors of a folder; layers=False leaves out those of the layers."""
     first = weight_file(folder)
     if first is None:
-        raise InputError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or an index "
-                         "of shards)")
+        raise InputError(
+            f"{folder}: no weights (model.safetensors, pytorch_model.bin, or an index " "of shards)"
+        )
     paths = [first]
     if first.suffix == ".json":
         shards = json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()
@@ -74,17 +79,21 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
             raise InputError(f"{path}: the index names this file, but it is not there") from error
         except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
             raise InputError(f"{path}: cannot be read, it is cut or damaged ({error})") from error
-        except Exception as error:      # torch refuses a pickle of anything but tensors
-            raise InputError(f"{path}: not plain weights ({type(error).__name__}); use "
-                             "safetensors") from error
+        except Exception as error:  # torch refuses a pickle of anything but tensors
+            raise InputError(
+                f"{path}: not plain weights ({type(error).__name__}); use " "safetensors"
+            ) from error
     return state
 
 
 def _read_file(path: Path, layers: bool) -> dict[str, torch.Tensor]:
     if path.suffix == ".bin":
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor for name, tensor in content.items()
-                if layers or not re.search(IN_A_LAYER, name)}
+        return {
+            name: tensor
+            for name, tensor in content.items()
+            if layers or not re.search(IN_A_LAYER, name)
+        }
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if layers or not re.search(IN_A_LAYER, name)]
         return {name: file.get_tensor(name) for name in names}

@@ -5,6 +5,7 @@
 
 methods/plain.py is the place to begin: one whole method as its equations stand. These files, like
 cma.py and discriminator.py, know tensors: no model's layers, no file, no command line."""
+
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +14,19 @@ from pathlib import Path
 from runtime.config import InputError
 
 # Options that only some methods use. A method's record names those that it does.
-METHOD_OPTIONS = ("kd_rate", "temperature", "divergence", "adversary", "ga_weight", "ga_lr",
-                  "dtw_weight", "projector_init", "projector_lr", "on_policy", "cache_teacher")
+METHOD_OPTIONS = (
+    "kd_rate",
+    "temperature",
+    "divergence",
+    "adversary",
+    "ga_weight",
+    "ga_lr",
+    "dtw_weight",
+    "projector_init",
+    "projector_lr",
+    "on_policy",
+    "cache_teacher",
+)
 
 
 @dataclass
@@ -27,11 +39,12 @@ class Objective:
     what it gets. CE, KD and DTW are given as sums over tokens; they are divided by the number of
     student tokens in the whole optimizer step, so that the total depends neither on how the step is
     split into batches nor on how far a batch is padded. GA is given as it stands."""
-    options: object                 # train.Config: kd_rate, temperature, divergence, …
-    step: int                       # optimizer steps done so far
-    num_student_tokens: int         # response tokens and EOS in the step, of all processes
+
+    options: object  # train.Config: kd_rate, temperature, divergence, …
+    step: int  # optimizer steps done so far
+    num_student_tokens: int  # response tokens and EOS in the step, of all processes
     num_teacher_tokens: int
-    has_labels: bool = True         # False: the student's own answers, which no label teaches
+    has_labels: bool = True  # False: the student's own answers, which no label teaches
 
     def __call__(self, ce=0.0, kd=0.0, ga=0.0, dtw=0.0):
         α = self.options.kd_rate
@@ -58,16 +71,17 @@ class Method:
     batch: what tokenize_align.collate and batch_extras give. student, teacher: decoders, or
     anything with .embed, .head and forward(ids) → hidden states. modules: what learns beside the
     student, from make_modules. The terms add up to means over the step's tokens."""
+
     loss: Callable
-    uses: tuple[str, ...] = ()              # which METHOD_OPTIONS
-    defaults: dict = field(default_factory=dict)            # options with other defaults
+    uses: tuple[str, ...] = ()  # which METHOD_OPTIONS
+    defaults: dict = field(default_factory=dict)  # options with other defaults
     # (options, student's config, teacher's config) → {name: module}; the projectors, the adversary
     make_modules: Callable | None = None
     # (student tokenizer, teacher tokenizer, examples) → a function (examples, device) → tensors
     batch_extras: Callable | None = None
     needs_teacher: bool = True
-    answered_by_teacher: bool = False       # the teacher's answers take the place of the data's
-    one_vocabulary: bool = False            # both models must have the same tokens
+    answered_by_teacher: bool = False  # the teacher's answers take the place of the data's
+    one_vocabulary: bool = False  # both models must have the same tokens
 
 
 def method_names() -> list[str]:
@@ -82,8 +96,9 @@ def find_method(name: str) -> Method:
         return importlib.import_module(f"methods.{name}").METHOD
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
-        raise InputError(f"--method {name}: must be the path of a file or one of "
-                         f"{', '.join(method_names())}")
+        raise InputError(
+            f"--method {name}: must be the path of a file or one of " f"{', '.join(method_names())}"
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

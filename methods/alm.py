@@ -8,13 +8,20 @@ b = log p_s(c) / τ:
 
 τ = 100 is the release's, 1 is the plain binary KL of "this chunk" and "any other". The release also
 merges chunks until a space is likely to follow, which this does not."""
+
 import torch
 
 from methods import Method
-from methods.blocks import (blocks_of, cross_entropy, in_blocks, student_side, teacher_side,
-                            token_nll)
+from methods.blocks import (
+    blocks_of,
+    cross_entropy,
+    in_blocks,
+    student_side,
+    teacher_side,
+    token_nll,
+)
 
-SMALLEST = 1e-6         # taken off a and b: of a certain chunk, log(1 − e^b) would be infinite
+SMALLEST = 1e-6  # taken off a and b: of a certain chunk, log(1 − e^b) would be infinite
 
 
 class ChunkNumbers:
@@ -35,16 +42,18 @@ class ChunkNumbers:
                     whole = chunk < example.num_whole_chunks
                     numbers.append(first + chunk if whole else num_chunks)
             first += example.num_whole_chunks
-        return {"student_chunks": torch.tensor(student, device=device),
-                "teacher_chunks": torch.tensor(teacher, device=device),
-                "num_chunks": num_chunks}
+        return {
+            "student_chunks": torch.tensor(student, device=device),
+            "teacher_chunks": torch.tensor(teacher, device=device),
+            "num_chunks": num_chunks,
+        }
 
 
 def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
     """The term of each chunk, from its two log-likelihoods: (C,), (C,) → (C,)."""
     a = teacher.clamp(max=0) / temperature - SMALLEST
     b = student.clamp(max=0) / temperature - SMALLEST
-    rest_a, rest_b = -torch.expm1(a), -torch.expm1(b)           # 1 − e^a, 1 − e^b
+    rest_a, rest_b = -torch.expm1(a), -torch.expm1(b)  # 1 − e^a, 1 − e^b
     return temperature * (a.exp() * (a - b) + rest_a * (rest_a.log() - rest_b.log()))
 
 
@@ -83,5 +92,9 @@ def alm(batch, student, teacher, modules, objective):
     return total, objective.per_student_token(sums)
 
 
-METHOD = Method(loss=alm, batch_extras=ChunkNumbers, defaults=dict(temperature=100.0),
-                uses=("kd_rate", "temperature", "on_policy", "cache_teacher"))
+METHOD = Method(
+    loss=alm,
+    batch_extras=ChunkNumbers,
+    defaults=dict(temperature=100.0),
+    uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
+)

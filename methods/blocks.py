@@ -3,11 +3,12 @@
 A batch is looked at from two Sides, each at its response positions only: those whose label is a
 response token or EOS. in_blocks() computes logits z = W h for BLOCK of them, the loss, and its
 gradient at once while the logits are there, as fused linear cross-entropy does."""
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-BLOCK = 128             # positions whose logits exist at one time; 8 times as many on a GPU
+BLOCK = 128  # positions whose logits exist at one time; 8 times as many on a GPU
 
 
 class Side:
@@ -18,14 +19,14 @@ class Side:
 
     def __init__(self, batch: dict[str, torch.Tensor], name: str, model):
         ids, labels = batch[f"{name}_ids"], batch[f"{name}_labels"]
-        response_mask = labels != -100                              # (B, T)
+        response_mask = labels != -100  # (B, T)
         self.positions = response_mask.flatten().nonzero().squeeze(1)
-        self.counts = response_mask.sum(1).tolist()                 # per row
-        self.inputs = self.pack(ids)                                # (N,): the tokens x
-        self.labels = self.pack(labels)                             # (N,): the next tokens y
-        self.embed = model.embed                                    # E: ids → (…, d)
-        self.head = model.head.weight                               # W: (V, d)
-        self.hidden = None                                          # h: (N, d)
+        self.counts = response_mask.sum(1).tolist()  # per row
+        self.inputs = self.pack(ids)  # (N,): the tokens x
+        self.labels = self.pack(labels)  # (N,): the next tokens y
+        self.embed = model.embed  # E: ids → (…, d)
+        self.head = model.head.weight  # W: (V, d)
+        self.hidden = None  # h: (N, d)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -80,12 +81,18 @@ class _WithGradient(torch.autograd.Function):
 def blocks_of(num_positions: int, device: torch.device) -> list[slice]:
     """0 … N − 1 in blocks; no position at all is one empty block."""
     size = BLOCK if device.type == "cpu" else 8 * BLOCK
-    return [slice(start, min(start + size, num_positions))
-            for start in range(0, max(num_positions, 1), size)]
+    return [
+        slice(start, min(start + size, num_positions))
+        for start in range(0, max(num_positions, 1), size)
+    ]
 
 
-def in_blocks(block_loss, hidden: list[torch.Tensor], heads: list[torch.Tensor],
-              blocks: list[slice] | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def in_blocks(
+    block_loss,
+    hidden: list[torch.Tensor],
+    heads: list[torch.Tensor],
+    blocks: list[slice] | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of N positions, and the sums of its terms: (total, {name: sum}).
 
     block_loss(block, *logits) → (total, {name: (n,) values}) is called for every block, a slice of
@@ -147,16 +154,22 @@ def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tens
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """−log p(y), and whether the likeliest token is right: (n, V), (n,) → two terms (n,)."""
     logits = logits.float()
-    return {"nll_loss": F.cross_entropy(logits, labels, reduction="none"),
-            "accuracy": logits.argmax(-1) == labels}
+    return {
+        "nll_loss": F.cross_entropy(logits, labels, reduction="none"),
+        "accuracy": logits.argmax(-1) == labels,
+    }
 
 
 @torch.no_grad()
 def token_nll(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """−log p(y) in nats at each position, without a gradient: (N, d), (V, d), (N,) → (N,)."""
     blocks = blocks_of(len(hidden), hidden.device)
-    return torch.cat([cross_entropy(F.linear(hidden[block], head), labels[block])["nll_loss"]
-                      for block in blocks])
+    return torch.cat(
+        [
+            cross_entropy(F.linear(hidden[block], head), labels[block])["nll_loss"]
+            for block in blocks
+        ]
+    )
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ projector, no attention and no hyper-parameter but α and T.
 Other tokenizations of the same bytes are not counted (arXiv 2506.14123 does, by a covering tree).
 BLD (2604.07466) teaches next-byte probabilities to an extra byte-level head; here the student's own
 tokens are marginalized instead."""
+
 import bisect
 from dataclasses import dataclass
 
@@ -33,16 +34,19 @@ class PrefixTable:
 
     def __init__(self, tokenizer):
         self.eos_id, self.token_bytes = tokenizer.eos_id, tokenizer.token_bytes
-        tokens = [(tokenizer.token_bytes(i), i) for i in range(tokenizer.vocab_size)
-                  if i not in tokenizer.control and tokenizer.token_bytes(i)]
+        tokens = [
+            (tokenizer.token_bytes(i), i)
+            for i in range(tokenizer.vocab_size)
+            if i not in tokenizer.control and tokenizer.token_bytes(i)
+        ]
         tokens.sort()
         self.sorted_bytes = [token for token, _ in tokens]
-        self.order = torch.tensor([i for _, i in tokens])           # (V',) ids by their bytes
+        self.order = torch.tensor([i for _, i in tokens])  # (V',) ids by their bytes
         self.longest = max(map(len, self.sorted_bytes))
         # (V', longest + 1), −1 behind a token's end
         self.matrix = np.full((len(tokens), self.longest + 1), -1, np.int16)
         for row, token in zip(self.matrix, self.sorted_bytes):
-            row[:len(token)] = list(token)
+            row[: len(token)] = list(token)
         self.numbers: dict[bytes, int] = {}
         self.bounds: list[np.ndarray] = []
         self.number(b"")
@@ -69,10 +73,10 @@ class PrefixTable:
                 path.append((position, self.number(b"")))
                 continue
             token_bytes = self.token_bytes(token)
-            ahead = len(token_bytes) - (end - begin)    # SentencePiece's space before the text: 1
+            ahead = len(token_bytes) - (end - begin)  # SentencePiece's space before the text: 1
             fits = token_bytes[ahead:] == text[begin:end] and 0 <= ahead <= (begin == 0)
             for o in range(begin, end):
-                prefix = self.number(token_bytes[:ahead + o - begin]) if fits else -1
+                prefix = self.number(token_bytes[: ahead + o - begin]) if fits else -1
                 path.append((position, prefix))
         return path
 
@@ -85,10 +89,11 @@ class PrefixTable:
 @dataclass
 class ByteStates:
     """Where one model stands at a batch's M bytes."""
-    positions: torch.Tensor         # (M,) response position, counted through the batch
-    prefixes: torch.Tensor          # (M,) number of the prefix
-    first_byte: list[int]           # (N + 1,) the bytes of position i are first_byte[i:i + 2]
-    order: torch.Tensor             # PrefixTable.tensors
+
+    positions: torch.Tensor  # (M,) response position, counted through the batch
+    prefixes: torch.Tensor  # (M,) number of the prefix
+    first_byte: list[int]  # (N + 1,) the bytes of position i are first_byte[i:i + 2]
+    order: torch.Tensor  # PrefixTable.tensors
     bounds: torch.Tensor
     eos_id: int
 
@@ -110,8 +115,9 @@ class BytePaths:
         """(M, 4): student position and prefix, teacher position and prefix, for every byte that
         both sides reach."""
         text = example.text.encode()
-        both = zip(self.student.along(example.student, text),
-                   self.teacher.along(example.teacher, text))
+        both = zip(
+            self.student.along(example.student, text), self.teacher.along(example.teacher, text)
+        )
         path = [(*s, *t) for s, t in both if s[1] >= 0 and t[1] >= 0]
         return torch.tensor(path, dtype=torch.long).view(-1, 4)
 
@@ -119,7 +125,7 @@ class BytePaths:
         moved, num_s, num_t = [], 0, 0
         for example in examples:
             path = self.paths.get(example.row)
-            if path is None:                # the student's own answer, new in every step
+            if path is None:  # the student's own answer, new in every step
                 path = self.path(example)
             moved.append(path + torch.tensor([num_s, 0, num_t, 0]))
             num_s += len(example.student.response_ids)
@@ -129,17 +135,22 @@ class BytePaths:
             self.student_tensors = self.student.tensors(device)
             self.teacher_tensors = self.teacher.tensors(device)
         path = torch.cat(moved)
-        return {"student_bytes": self.states(path[:, 0], path[:, 1], num_s, self.student_tensors,
-                                             self.student.eos_id),
-                "teacher_bytes": self.states(path[:, 2], path[:, 3], num_t, self.teacher_tensors,
-                                             self.teacher.eos_id)}
+        return {
+            "student_bytes": self.states(
+                path[:, 0], path[:, 1], num_s, self.student_tensors, self.student.eos_id
+            ),
+            "teacher_bytes": self.states(
+                path[:, 2], path[:, 3], num_t, self.teacher_tensors, self.teacher.eos_id
+            ),
+        }
 
     def states(self, positions, prefixes, num_positions, tensors, eos_id) -> ByteStates:
         order, bounds = tensors
         positions = positions.contiguous()
         first_byte = torch.searchsorted(positions, torch.arange(num_positions + 1)).tolist()
-        return ByteStates(positions.to(order.device), prefixes.to(order.device), first_byte, order,
-                          bounds, eos_id)
+        return ByteStates(
+            positions.to(order.device), prefixes.to(order.device), first_byte, order, bounds, eos_id
+        )
 
 
 class _RangeSums(torch.autograd.Function):
@@ -164,7 +175,7 @@ class _RangeSums(torch.autograd.Function):
         from_last = gradient.new_zeros(num_rows, last + 1)
         from_last = from_last.index_put((rows, last - ends), gradient, accumulate=True)
         from_last = from_last.cumsum(-1).float()
-        from_last[:, last] = 0                          # what the control tokens read
+        from_last[:, last] = 0  # what the control tokens read
         place = torch.full((vocab_size,), last, device=order.device)
         place[order] = torch.arange(last - 1, -1, -1, device=order.device)
         return from_last[:, place], None, None, None
@@ -176,7 +187,7 @@ def next_byte_masses(logits: torch.Tensor, states: ByteStates, block: slice, tem
     part = states.of_block(block)
     rows, prefixes = states.positions[part] - block.start, states.prefixes[part]
     p = (logits.float() / temperature).softmax(-1)
-    ends = states.bounds[prefixes].long()                                   # (M', 258)
+    ends = states.bounds[prefixes].long()  # (M', 258)
     sums = _RangeSums.apply(p, states.order, rows[:, None].expand_as(ends), ends)
     eos = p[rows, states.eos_id].double() * (prefixes == 0)
     masses = torch.cat([sums[:, 1:257] - sums[:, :256], eos[:, None]], 1)
@@ -226,6 +237,9 @@ def byte_kd(batch, student, teacher, modules, objective):
     return total, objective.per_student_token(sums)
 
 
-METHOD = Method(loss=byte_kd, batch_extras=BytePaths,
-                defaults=dict(temperature=1.0, kd_rate=0.75),
-                uses=("kd_rate", "temperature", "on_policy", "cache_teacher"))
+METHOD = Method(
+    loss=byte_kd,
+    batch_extras=BytePaths,
+    defaults=dict(temperature=1.0, kd_rate=0.75),
+    uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
+)

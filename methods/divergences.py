@@ -1,18 +1,26 @@
 """The divergences D between a target p = softmax(z_target / T) and the student's
 q = softmax(z_s / T), by name."""
+
 import math
 
 import torch
 import torch.nn.functional as F
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skewed_forward_kl",
-               "skewed_reverse_kl", "adaptive_kl")
-SKEW = 0.1              # λ of the two skewed divergences (DistiLLM, arXiv 2402.03898)
-TAIL_MASS = 0.5         # adaptive_kl's tail: the unlikeliest tokens with this mass (2404.02657)
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "js_divergence",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+)
+SKEW = 0.1  # λ of the two skewed divergences (DistiLLM, arXiv 2402.03898)
+TAIL_MASS = 0.5  # adaptive_kl's tail: the unlikeliest tokens with this mass (2404.02657)
 
 
-def divergence(name: str, student_logits: torch.Tensor, target_logits: torch.Tensor,
-               temperature: float) -> torch.Tensor:
+def divergence(
+    name: str, student_logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """D at each position: (n, V), (n, V) → (n,), in nats, without a factor T².
 
     Raises KeyError for an unknown name."""

@@ -4,6 +4,7 @@ one to one.
     z_t2s = sg(W_s) P_t2s(h_t)      z_s2t = W_t P_s2t(h_s)
     KD = CE(z_t2s, y_s) + D(z_s, sg z_t2s) + KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
 """
+
 from cma import both_spaces
 from methods import Method
 from methods.blocks import student_side, teacher_side
@@ -18,5 +19,9 @@ def dskd(batch, student, teacher, modules, objective):
     return both_spaces(s, t, t2s, s2t, objective, gate="always")
 
 
-METHOD = Method(loss=dskd, make_modules=make_modules, one_vocabulary=True,
-                uses=("kd_rate", "temperature", "divergence", "projector_lr", "cache_teacher"))
+METHOD = Method(
+    loss=dskd,
+    make_modules=make_modules,
+    one_vocabulary=True,
+    uses=("kd_rate", "temperature", "divergence", "projector_lr", "cache_teacher"),
+)

@@ -1,24 +1,28 @@
 """CLP, a probe of the attention (arXiv 2603.22056): in place of attention a position takes the mean
 of the other side's positions in the same chunk of text. There are no queries."""
-from cma import Projectors, cross_model_loss
+
+from functools import partial
+
+from cma import Projectors
 from methods import Method
-from methods.blocks import student_side, teacher_side
-from methods.dskd_cla import ChunkIds
-
-
-def dskd_clp(batch, student, teacher, modules, objective):
-    """→ total, and the terms of cma.both_spaces."""
-    s, t = student_side(batch, student), teacher_side(batch, teacher)
-    chunks = batch["student_chunks"], batch["teacher_chunks"]
-    total, terms, _ = cross_model_loss(s, t, modules, objective, "chunk_mean", chunks)
-    return total, terms
+from methods.dskd_cla import ChunkIds, chunk_loss
 
 
 def make_modules(options, student_config, teacher_config):
-    return {"projectors": Projectors(student_config.hidden_size, teacher_config.hidden_size,
-                                     query=False)}
+    sizes = student_config.hidden_size, teacher_config.hidden_size
+    return {"projectors": Projectors(*sizes, query=False)}
 
 
-METHOD = Method(loss=dskd_clp, make_modules=make_modules, batch_extras=ChunkIds,
-                uses=("kd_rate", "temperature", "divergence", "projector_init", "projector_lr",
-                      "cache_teacher"))
+METHOD = Method(
+    loss=partial(chunk_loss, kind="chunk_mean"),
+    make_modules=make_modules,
+    batch_extras=ChunkIds,
+    uses=(
+        "kd_rate",
+        "temperature",
+        "divergence",
+        "projector_init",
+        "projector_lr",
+        "cache_teacher",
+    ),
+)

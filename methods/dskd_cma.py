@@ -1,4 +1,5 @@
 """DSKD with cross-model attention (arXiv 2406.17328), for any two tokenizers: see cma.py."""
+
 from cma import cross_model_loss, make_modules
 from methods import Method
 from methods.blocks import student_side, teacher_side
@@ -11,6 +12,15 @@ def dskd_cma(batch, student, teacher, modules, objective):
     return total, terms
 
 
-USES = ("kd_rate", "temperature", "divergence", "adversary", "ga_weight", "ga_lr", "projector_init",
-        "projector_lr", "cache_teacher")
+USES = (
+    "kd_rate",
+    "temperature",
+    "divergence",
+    "adversary",
+    "ga_weight",
+    "ga_lr",
+    "projector_init",
+    "projector_lr",
+    "cache_teacher",
+)
 METHOD = Method(loss=dskd_cma, make_modules=make_modules, uses=USES)

@@ -1,4 +1,5 @@
 """dskd_cma with conditional transport (arXiv 2012.14100) as the adversary: see discriminator.py."""
+
 from cma import make_modules
 from methods import Method
 from methods.dskd_cma import USES, dskd_cma

@@ -1,5 +1,6 @@
 """dskd_cma and an adversary that makes queries look like keys (DSKD-CMA-GA, arXiv 2603.22056): see
 discriminator.py; as one plain function: methods/plain.py."""
+
 from cma import make_modules
 from methods import Method
 from methods.dskd_cma import USES, dskd_cma

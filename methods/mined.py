@@ -3,21 +3,24 @@
     KD = Σ over aligned pairs KL(map(p_t) ‖ p_s)
 
 The teacher's likeliest tokens are mapped to the student's nearest strings."""
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from methods import Method
-from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side
+from methods.blocks import in_blocks, student_side, teacher_side
+from methods.sft import label_loss
 
-TOP = 100           # the teacher's tokens that are mapped, at every position
+TOP = 100  # the teacher's tokens that are mapped, at every position
 
 
 def edit_distances(a: list[str], b: list[str]) -> np.ndarray:
     """Levenshtein distance of every a to every b: (len(a), len(b))."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
+
     return cdist(a, b, scorer=Levenshtein.distance, workers=-1)
 
 
@@ -30,58 +33,38 @@ def map_vocabulary(student: list[str], teacher: list[str]) -> np.ndarray:
     """The student's token for each of the teacher's, (V_t,); −1 for ids without a string.
 
     It has the same string; else the same but for a leading space; else it is the nearest by edit
-    distance, of several the nearest in length, then the one with the lowest id. Candidates are
-    tried by length, and only as long as one of that length could be nearer."""
+    distance, of several the nearest in length, then the one with the lowest id."""
     exact, stripped = {}, {}
     for i, string in enumerate(student):
         exact.setdefault(string, i)
         stripped.setdefault(string.removeprefix(" "), i)
-    by_length: dict[int, list[str]] = {}
-    for string in stripped:
-        if string:
-            by_length.setdefault(len(string), []).append(string)
-
     nearest = np.full(len(teacher), -1, np.int64)
-    without_equal: dict[int, dict[str, list[int]]] = {}         # length → string → teacher's ids
+    others: dict[int, dict[str, list[int]]] = {}  # length → string → the teacher's ids
     for i, string in enumerate(teacher):
         bare = string.removeprefix(" ")
-        if string == "":
-            continue
         if string in exact:
             nearest[i] = exact[string]
         elif bare in stripped:
             nearest[i] = stripped[bare]
         else:
-            without_equal.setdefault(len(bare), {}).setdefault(bare, []).append(i)
+            others.setdefault(len(bare), {}).setdefault(bare, []).append(i)
+    nearest[[i for i, string in enumerate(teacher) if not string]] = -1
 
-    for length, ids in tqdm(without_equal.items(), desc="mapping the vocabulary", unit="length"):
-        strings = list(ids)
+    bar = tqdm(total=sum(map(len, others.values())), desc="mapping the vocabulary", unit="token")
+    for length, ids_of in others.items():
+        candidates = sorted(filter(None, stripped), key=lambda s: (abs(len(s) - length), len(s)))
+        strings = list(ids_of)
         for start in range(0, len(strings), 512):
-            part = strings[start:start + 512]
-            for string, match in zip(part, _nearest(part, length, by_length)):
-                nearest[ids[string]] = stripped[match]
+            part = strings[start : start + 512]
+            for string, row in zip(part, edit_distances(part, candidates)):
+                nearest[ids_of[string]] = stripped[candidates[row.argmin()]]
+            bar.update(len(part))
+    bar.close()
     return nearest
 
 
-def _nearest(strings: list[str], length: int, by_length: dict[int, list[str]]) -> list[str]:
-    """The nearest candidate of each string; all strings have one length."""
-    best = np.full(len(strings), 1 << 30)
-    matches = [""] * len(strings)
-    for other in sorted(by_length, key=lambda other: (abs(other - length), other)):
-        undecided = np.flatnonzero(best > abs(other - length))
-        if len(undecided) == 0:
-            continue
-        candidates = by_length[other]
-        distances = edit_distances([strings[k] for k in undecided], candidates)
-        for k, row in zip(undecided, distances):
-            if row.min() < best[k]:
-                best[k] = row.min()
-                matches[k] = candidates[row.argmin()]
-    return matches
-
-
 def shortest_path(cost: np.ndarray) -> list[tuple[int, int]]:
-    """Dynamic time warping: the cells of the cheapest path from (0, 0) to the last of cost (S, T)."""
+    """Dynamic time warping: the cells of the cheapest path through cost (S, T)."""
     rows, columns = cost.shape
     table = np.full((rows + 1, columns + 1), 1 << 40)
     table[0, 0] = 0
@@ -117,8 +100,9 @@ class AlignedPairs:
 
     def align(self, example) -> list[tuple[int, int]]:
         student_ids, teacher_ids = example.student.response_ids, example.teacher.response_ids
-        cost = edit_distances([self.student[i] for i in student_ids],
-                              [self.teacher[j] for j in teacher_ids])
+        cost = edit_distances(
+            [self.student[i] for i in student_ids], [self.teacher[j] for j in teacher_ids]
+        )
         path = shortest_path(cost)
         student_uses = np.bincount([i for i, _ in path])
         teacher_uses = np.bincount([j for _, j in path])
@@ -133,23 +117,26 @@ class AlignedPairs:
         pairs, num_s, num_t = [], 0, 0
         for example in examples:
             aligned = self.pairs.get(example.row)
-            if aligned is None:             # the student's own answer, new in every step
+            if aligned is None:  # the student's own answer, new in every step
                 aligned = self.align(example)
             pairs += [(num_s + i, num_t + j) for i, j in aligned]
             num_s += len(example.student.response_ids)
             num_t += len(example.teacher.response_ids)
         pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 2).t().contiguous()
-        return {"pairs": pairs.to(device),
-                "vocabulary_map": torch.from_numpy(self.vocabulary_map).to(device)}
+        return {
+            "pairs": pairs.to(device),
+            "vocabulary_map": torch.from_numpy(self.vocabulary_map).to(device),
+        }
 
 
 @torch.no_grad()
-def mapped_probabilities(z_t: torch.Tensor, vocabulary_map: torch.Tensor, student_size: int,
-                         temperature: float) -> torch.Tensor:
+def mapped_probabilities(
+    z_t: torch.Tensor, vocabulary_map: torch.Tensor, student_size: int, temperature: float
+) -> torch.Tensor:
     """map(p_t), (n, V_s): the teacher's TOP likeliest tokens that have a counterpart, rescaled to
     sum to 1."""
     size = len(vocabulary_map)
-    p_t = (z_t.float() / temperature).softmax(-1)[:, :size]         # a head may have more rows
+    p_t = (z_t.float() / temperature).softmax(-1)[:, :size]  # a head may have more rows
     p_t = p_t * (vocabulary_map >= 0)
     p_t, tokens = p_t.topk(min(TOP, size))
     mapped = vocabulary_map.clamp(min=0)[tokens]
@@ -163,10 +150,6 @@ def mined(batch, student, teacher, modules, objective):
     at_student, at_teacher = batch["pairs"]
     temperature = objective.options.temperature
 
-    def label_loss(block, z_s):
-        terms = cross_entropy(z_s, s.labels[block])
-        return objective(ce=terms["nll_loss"].sum()), terms
-
     def pair_loss(block, z_s, z_t):
         target = mapped_probabilities(z_t, batch["vocabulary_map"], z_s.size(-1), temperature)
         q_log = F.log_softmax(z_s.float() / temperature, -1)
@@ -174,11 +157,15 @@ def mined(batch, student, teacher, modules, objective):
         terms = {"kd_loss": distance, "mined_pairs": torch.ones_like(distance)}
         return objective(kd=distance.sum()), terms
 
-    ce_total, ce_sums = in_blocks(label_loss, [s.hidden], [s.head])
-    kd_total, kd_sums = in_blocks(pair_loss, [s.hidden[at_student], t.hidden[at_teacher]],
-                                  [s.head, t.head])
+    ce_total, ce_sums = label_loss(s, objective)
+    kd_total, kd_sums = in_blocks(
+        pair_loss, [s.hidden[at_student], t.hidden[at_teacher]], [s.head, t.head]
+    )
     return ce_total + kd_total, objective.per_student_token(ce_sums | kd_sums)
 
 
-METHOD = Method(loss=mined, batch_extras=AlignedPairs,
-                uses=("kd_rate", "temperature", "on_policy", "cache_teacher"))
+METHOD = Method(
+    loss=mined,
+    batch_extras=AlignedPairs,
+    uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
+)

@@ -7,6 +7,7 @@ show both.
 x: input tokens, y: labels, E: embeddings, h: final hidden states, W: head, z = W h: logits;
 s: student, t: teacher; t2s: from the teacher's to the student's space, s2t: the other way.
 σ: standard deviation over the response positions."""
+
 import torch
 import torch.nn.functional as F
 
@@ -25,20 +26,20 @@ def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.
     y_s, y_t = y_s.clamp(min=0), y_t.clamp(min=0)
     n_s = mask_s.sum()
 
-    h_s = student(x_s)                                                      # (B, S, d_s)
+    h_s = student(x_s)  # (B, S, d_s)
     with torch.no_grad():
-        h_t = teacher(x_t)                                                  # (B, T, d_t)
-        e_s = torch.cat([student.embed(x_s), student.embed(y_s)], -1)       # (B, S, 2 d_s)
-        e_t = torch.cat([teacher.embed(x_t), teacher.embed(y_t)], -1)       # (B, T, 2 d_t)
+        h_t = teacher(x_t)  # (B, T, d_t)
+        e_s = torch.cat([student.embed(x_s), student.embed(y_s)], -1)  # (B, S, 2 d_s)
+        e_t = torch.cat([teacher.embed(x_t), teacher.embed(y_t)], -1)  # (B, T, 2 d_t)
         y_embed = teacher.embed(y_t)
         K = e_t / e_t[mask_t].std()
         v_t = h_t / h_t[mask_t].std() + y_embed / y_embed[mask_t].std()
 
-    Q = projectors.query(e_s)                                               # (B, S, 2 d_t)
-    A = Q @ K.mT / K.size(-1) ** 0.5                                        # (B, S, T)
+    Q = projectors.query(e_s)  # (B, S, 2 d_t)
+    A = Q @ K.mT / K.size(-1) ** 0.5  # (B, S, T)
     A = A.masked_fill(~(mask_s[:, :, None] & mask_t[:, None, :]), -1e5)
-    t2s = A.softmax(-1) @ projectors.t2s(v_t)                               # (B, S, d_s)
-    s2t = A.mT.softmax(-1) @ projectors.s2t(h_s)                            # (B, T, d_t)
+    t2s = A.softmax(-1) @ projectors.t2s(v_t)  # (B, S, d_s)
+    s2t = A.mT.softmax(-1) @ projectors.s2t(h_s)  # (B, T, d_t)
 
     z_s = student.head(h_s)[mask_s]
     z_t = teacher.head(h_t)[mask_t]
@@ -46,7 +47,7 @@ def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.
     z_s2t = F.linear(s2t, teacher.head.weight.detach())[mask_t]
     y_s = y_s[mask_s]
 
-    def kl(target, z):                  # KL(softmax(target/T) ‖ softmax(z/T)) at each position
+    def kl(target, z):  # KL(softmax(target/T) ‖ softmax(z/T)) at each position
         p_log, q_log = (target.detach() / T).log_softmax(-1), (z / T).log_softmax(-1)
         return (p_log.exp() * (p_log - q_log)).sum(-1)
 
@@ -57,5 +58,5 @@ def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.
     KD = KD / n_s
     key_logits = adversary(K[mask_t])
     query_logits = adversary(reverse_gradient(Q[mask_s]))
-    GA = F.softplus(-key_logits).mean() + F.softplus(query_logits).mean()   # BCE: keys 1, queries 0
+    GA = F.softplus(-key_logits).mean() + F.softplus(query_logits).mean()  # BCE: keys 1, queries 0
     return (1 - α) * CE + α * KD + λ_GA * GA

@@ -9,6 +9,7 @@ squares, with the smallest solution where there are several and biases of 0:
     P_q:    E_s[S] P_qᵀ ≈ E_t[S] / σ        both halves: a query looks like the key of equal tokens
     P_e:    E_t[S] P_eᵀ ≈ E_s[S]            (DWA-KD)
 """
+
 import torch
 
 from runtime.config import InputError
@@ -25,8 +26,11 @@ def shared_tokens(student_tokenizer, teacher_tokenizer) -> list[tuple[int, int]]
             ids.setdefault(tokenizer.token_bytes(i), i)
         first_ids.append(ids)
     student_ids, teacher_ids = first_ids
-    pairs = [(student_ids[token], teacher_ids[token]) for token in student_ids
-             if token and token in teacher_ids]
+    pairs = [
+        (student_ids[token], teacher_ids[token])
+        for token in student_ids
+        if token and token in teacher_ids
+    ]
     if not pairs:
         raise InputError("--projector_init shared: the two vocabularies have no token in common")
     return sorted(pairs)

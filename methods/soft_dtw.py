@@ -8,17 +8,18 @@ Many pairs are computed at once, and a whole anti-diagonal at a time, because no
 need each other. The backward pass is written out: ∂SDTW/∂c_ij is the alignment matrix, the
 probability that a path drawn from the Gibbs distribution exp(−cost/γ) goes through (i, j); it takes
 one more sweep, back from the last cell."""
+
 import torch
 import torch.nn.functional as F
 
-FAR = 1e10          # stands for infinity where a cell has no predecessor; 0 · FAR is still 0
+FAR = 1e10  # stands for infinity where a cell has no predecessor; 0 · FAR is still 0
 
 
 def _skew(x: torch.Tensor) -> torch.Tensor:
     """(N, S, T) → (S + T − 1, N, S): cell (i, j) moves to [i + j, :, i], so that an anti-diagonal
     is one slice."""
     n, s, t = x.shape
-    flat = F.pad(x, (0, s)).reshape(n, s * (t + s))[:, :s * (t + s - 1)]
+    flat = F.pad(x, (0, s)).reshape(n, s * (t + s))[:, : s * (t + s - 1)]
     return flat.view(n, s, s + t - 1).permute(2, 0, 1).contiguous()
 
 
@@ -63,7 +64,7 @@ class _SoftDTW(torch.autograd.Function):
         table, reach, lengths_a, lengths_b, pairs = ctx.saved_tensors
         # How much of what flows through a cell came from each predecessor: a softmax over them.
         shares = [(x - reach).exp() for x in _predecessors(table, slice(None))]
-        flow = torch.zeros_like(table)          # the alignment matrix, laid out like the table
+        flow = torch.zeros_like(table)  # the alignment matrix, laid out like the table
         flow[lengths_a + lengths_b, pairs, lengths_a] = gradient
         for d in range(len(reach) - 1, -1, -1):
             for predecessor, share in zip(_predecessors(flow, d), shares):
@@ -71,8 +72,9 @@ class _SoftDTW(torch.autograd.Function):
         return _unskew(flow[2:, :, 1:], ctx.t), None, None, None
 
 
-def soft_dtw(cost: torch.Tensor, lengths_a: torch.Tensor, lengths_b: torch.Tensor,
-             gamma: float) -> torch.Tensor:
+def soft_dtw(
+    cost: torch.Tensor, lengths_a: torch.Tensor, lengths_b: torch.Tensor, gamma: float
+) -> torch.Tensor:
     """SDTW of N pairs of sequences: cost (N, S, T), lengths (N,) from 1 on → (N,).
 
     γ > 0, in the cost's unit: towards 0 it is the cost of the best path (hard DTW), larger values
@@ -88,9 +90,13 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return 1 - a @ b.transpose(1, 2)
 
 
-def dtw_divergences(pairs: list[tuple[torch.Tensor, torch.Tensor]], lengths_a: torch.Tensor,
-                    lengths_b: torch.Tensor, gamma: float,
-                    cross_penalty: torch.Tensor | float = 0.0) -> list[torch.Tensor]:
+def dtw_divergences(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    lengths_a: torch.Tensor,
+    lengths_b: torch.Tensor,
+    gamma: float,
+    cross_penalty: torch.Tensor | float = 0.0,
+) -> list[torch.Tensor]:
     """Σ over examples of SDTW(a, b) − ½ SDTW(a, a) − ½ SDTW(b, b) for each pair (a, b), (B, S, d)
     against (B, T, d).
 

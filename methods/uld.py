@@ -1,12 +1,14 @@
 """Universal logit distillation (ULD, arXiv 2402.12030): two vocabularies meet by rank.
 
-    KD = Σ_k Σ_r |p_s − p_t|    k: response positions both sides have; r: ranks; p: sorted softmax
+KD = Σ_k Σ_r |p_s − p_t|    k: response positions both sides have; r: ranks; p: sorted softmax
 """
+
 import torch
 import torch.nn.functional as F
 
 from methods import Method
-from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side
+from methods.blocks import in_blocks, student_side, teacher_side
+from methods.sft import label_loss
 
 
 def sorted_distance(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
@@ -23,10 +25,6 @@ def uld(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
 
-    def label_loss(block, z_s):
-        terms = cross_entropy(z_s, s.labels[block])
-        return objective(ce=terms["nll_loss"].sum()), terms
-
     def rank_loss(block, z_s, z_t):
         distance = sorted_distance(z_s, z_t)
         return objective(kd=distance.sum()), {"kd_loss": distance}
@@ -35,7 +33,7 @@ def uld(batch, student, teacher, modules, objective):
     both = [min(counts) for counts in zip(s.counts, t.counts)]
     h_s = torch.cat([row[:n] for row, n in zip(s.hidden.split(s.counts), both)])
     h_t = torch.cat([row[:n] for row, n in zip(t.hidden.split(t.counts), both)])
-    ce_total, ce_sums = in_blocks(label_loss, [s.hidden], [s.head])
+    ce_total, ce_sums = label_loss(s, objective)
     kd_total, kd_sums = in_blocks(rank_loss, [h_s, h_t], [s.head, t.head])
     return ce_total + kd_total, objective.per_student_token(ce_sums | kd_sums)
 

@@ -1,4 +1,5 @@
-"""Pictures of runs: the models' scores, the curves of metrics.jsonl, a table over methods."""
+"""Pictures of a run: the models' scores, the curves of metrics.jsonl."""
+
 from pathlib import Path
 
 import torch
@@ -61,9 +62,9 @@ def curves(path: Path, title: str, records: list[dict]) -> None:
             steps, values = zip(*points)
             window = len(steps) // 50
             if window > 1:
-                line, = axes.plot(steps, values, linewidth=0.5, alpha=0.3)
+                (line,) = axes.plot(steps, values, linewidth=0.5, alpha=0.3)
                 means = torch.tensor(values).double().unfold(0, window, 1).mean(1)
-                middles = steps[window // 2:][:len(means)]
+                middles = steps[window // 2 :][: len(means)]
                 axes.plot(middles, means, color=line.get_color(), linewidth=1.2, label=name)
             else:
                 axes.plot(steps, values, ".-", linewidth=1.2, label=name)
@@ -71,24 +72,4 @@ def curves(path: Path, title: str, records: list[dict]) -> None:
         axes.legend()
     for axes in list(grid):
         axes.set_axis_off()
-    save(figure, path)
-
-
-def bars(path: Path, table: dict[str, dict[str, dict[str, tuple[float, float]]]]) -> None:
-    """tools.compare's table: metric → row → column → (mean, standard deviation over seeds)."""
-    labels = {"bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L × 100"}
-    rows = table["rouge_l"]
-    columns = list(next(iter(rows.values())))
-    width = max(6.0, 1.0 + 0.22 * len(columns) * (len(rows) + 2))
-    figure = Figure(figsize=(width, 8), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(2), labels.items()):
-        bar_width = 0.8 / len(rows)
-        for i, (name, cells) in enumerate(table[metric].items()):
-            places = [j + (i - (len(rows) - 1) / 2) * bar_width for j in range(len(columns))]
-            means = [cells[column][0] for column in columns]
-            stds = [cells[column][1] for column in columns]
-            axes.bar(places, means, bar_width, yerr=stds, capsize=2, label=name)
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_ylabel(label)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save(figure, path)

@@ -8,6 +8,7 @@ best/ and last/ are models in the hub's layout; beside the student lie the proje
 adversary, training.json (step, scores, data) and, in last/, resume.safetensors: AdamW's moments and
 the random number generators. A checkpoint is written under another name, flushed and renamed, and
 the one before it stays. Nothing is pickled."""
+
 import dataclasses
 import fcntl
 import json
@@ -30,6 +31,7 @@ FREE = ("resume", "out_dir", "device", "dtype", "shard")
 
 # ------------------------------------------------------------------------------------- run's folder
 
+
 def new_run_folder(teacher: str, student: str, method: str) -> Path:
     """The first of out/TEACHER-STUDENT-METHOD, …-2, …-3 that is not there."""
     names = [Path(name).name for name in (teacher, student) if name and name != "toy"]
@@ -44,8 +46,10 @@ def new_run_folder(teacher: str, student: str, method: str) -> Path:
 def start_run(config, out_dir: Path) -> None:
     """Write the settings into a folder that is not there or empty, and refuse any other."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise InputError(f"--out_dir {out_dir}: is not empty; pass a new folder, or --resume to "
-                         "continue the run in it")
+        raise InputError(
+            f"--out_dir {out_dir}: is not empty; pass a new folder, or --resume to "
+            "continue the run in it"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(out_dir / "config.json") as file:
         json.dump(dataclasses.asdict(config), file, indent=2)
@@ -125,6 +129,7 @@ class Stop:
 
 # -------------------------------------------------------------------------------------- checkpoints
 
+
 def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict) -> None:
     """Write a checkpoint beside the old one, flush it, and put it in the old one's place.
 
@@ -135,13 +140,16 @@ def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict
     if not is_first():
         return
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise InputError(f"{folder}: not saved at step {state['step']}, because weights are not "
-                         "finite; try a lower --lr or a longer --warmup_steps in a new run")
+        raise InputError(
+            f"{folder}: not saved at step {state['step']}, because weights are not "
+            "finite; try a lower --lr or a longer --warmup_steps in a new run"
+        )
     temporary = folder.with_name(folder.name + ".tmp")
     previous = folder.with_name(folder.name + ".previous")
     shutil.rmtree(temporary, ignore_errors=True)
     if any(name.endswith(".linear.weight") for name in weights):
         from runtime import lora
+
         student.save(temporary, lora.merged(student, weights))
         lora.save_adapter(temporary / "adapter", student, weights, state["student"])
     else:
@@ -153,7 +161,7 @@ def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict
     text = json.dumps(state, indent=2)
     (temporary / "training.json").write_text(text, encoding="utf-8")
     if moments is not None:
-        flush(folder.parent / "metrics.jsonl")      # no step before a checkpoint may lack its line
+        flush(folder.parent / "metrics.jsonl")  # no step before a checkpoint may lack its line
     for path in (*temporary.rglob("*"), temporary):
         flush(path)
     shutil.rmtree(previous, ignore_errors=True)
@@ -201,6 +209,7 @@ def load_optimizer(folder: Path, optimizer) -> None:
                     continue
                 if hasattr(parameter, "full_tensor") and value.dim():
                     from runtime.sharding import like
+
                     value = like(value, parameter)
                 state[key] = value.to(parameter.device)
             if state:

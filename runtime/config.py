@@ -1,11 +1,12 @@
 """A dataclass is the command line, the help text and the saved config.
 
-    @dataclass
-    class Config:
-        lr: float = flag(5e-4, "Peak learning rate of the student.", minimum=0)
+@dataclass
+class Config:
+    lr: float = flag(5e-4, "Peak learning rate of the student.", minimum=0)
 
-    config = parse(Config, "What the script does.")        # --lr 1e-3
+config = parse(Config, "What the script does.")        # --lr 1e-3
 """
+
 import argparse
 import dataclasses
 import os
@@ -18,8 +19,10 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, and what is right."""
 
 
-def flag(default, help: str, group: str = "options", choices=None, minimum=None, maximum=None):
-    """A dataclass field that is also a command-line flag. Numbers must lie within the limits."""
+def flag(default, help: str, group: str = "", choices=None, minimum=None, maximum=None):
+    """A dataclass field that is also a command-line flag. Numbers must lie within the limits.
+
+    group: the heading in --help of this flag and of those after it."""
     metadata = dict(help=help, group=group, choices=choices, minimum=minimum, maximum=maximum)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -38,20 +41,25 @@ def _help_text(field) -> str:
     text = field.metadata["help"]
     if field.metadata["choices"]:
         text += " One of " + ", ".join(map(str, field.metadata["choices"])) + "."
-    if default not in ("", False):
+    if default is not False and default != "":
         text += f" [{default}]"
     return text.replace("%", "%%")
 
 
-def given_flags(cls, description: str, argv: list[str] | None = None,
-                positional: tuple[str, ...] = ()) -> dict:
+def given_flags(
+    cls, description: str, argv: list[str] | None = None, positional: tuple[str, ...] = ()
+) -> dict:
     """The flags of the command line that were given, as {field: value}.
 
     positional: fields that are given by their place. Raises InputError for an unknown flag or a
     value of another type."""
-    parser = _Parser(description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {}
+    parser = _Parser(
+        usage="%(prog)s [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, kind = field.name, types[field.name]
@@ -65,10 +73,9 @@ def given_flags(cls, description: str, argv: list[str] | None = None,
         if name in positional:
             parser.add_argument(name, **(options | dict(nargs="?", metavar=name)))
             continue
-        group = field.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{name}", **options)
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        group.add_argument(f"--{name}", **options)
     return vars(parser.parse_args(argv))
 
 
@@ -102,15 +109,18 @@ def parse(cls, description: str, argv: list[str] | None = None, positional: tupl
 
 def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch says it in one way for GPUs and in another for the machine's memory."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in str(error))
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def run_script(main) -> None:
     """Run a script's main(); what the user can mend becomes one line on stderr and exit code 2."""
     code = 0
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")    # a terminal may lack "→"
+        stream.reconfigure(errors="replace")  # a terminal may lack "→"
     try:
         main()
     except (InputError, OSError) as error:
@@ -124,9 +134,12 @@ def run_script(main) -> None:
     except Exception as error:
         if is_out_of_memory(error):
             reason = " ".join(str(error).split())
-            print(f"error: out of memory ({reason:.200}); a smaller --batch_size with a larger "
-                  "--grad_accum, --gradient_checkpointing, --cache_teacher or --lora_rank needs "
-                  "less", file=sys.stderr)
+            print(
+                f"error: out of memory ({reason:.200}); a smaller --batch_size with a larger "
+                "--grad_accum, --gradient_checkpointing, --cache_teacher or --lora_rank needs "
+                "less",
+                file=sys.stderr,
+            )
             code = 2
         else:
             traceback.print_exc()

@@ -6,6 +6,7 @@ The forward passes of an optimizer step (--grad_accum) are shared out; their gra
 which are sums over tokens divided by the step's number of tokens, are added. So the step is the one
 a single process would take, but for dropout. Without torchrun there is one process, and everything
 here does nothing."""
+
 import contextlib
 import datetime
 import os
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from runtime.config import InputError
 
-BUCKET = 1 << 25            # gradients, in numbers, that travel together
+BUCKET = 1 << 25  # gradients, in numbers, that travel together
 
 
 def init(device: str) -> None:
@@ -25,8 +26,10 @@ def init(device: str) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} "
-                             "GPUs; start no more processes, or pass --device cpu")
+            raise InputError(
+                f"--nproc_per_node: this machine has {torch.cuda.device_count()} "
+                "GPUs; start no more processes, or pass --device cpu"
+            )
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     # One process may answer prompts for hours while the others wait. Of a dead one torchrun tells.

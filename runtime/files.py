@@ -1,4 +1,5 @@
 """Files that appear under their names only when they are whole, and fingerprints of files."""
+
 import contextlib
 import hashlib
 import os

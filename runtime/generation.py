@@ -1,8 +1,9 @@
 """Answers, token by token: a batch of prompts is continued until every row has ended.
 
-    new = generate(decoder, ids, mask, 256, eos_id=eos)     # left-padded prompts (B, T) → (B, N)
-    for ids in stream(decoder, …):                          # the same, one (B,) tensor at a time
+new = generate(decoder, ids, mask, 256, eos_id=eos)     # left-padded prompts (B, T) → (B, N)
+for ids in stream(decoder, …):                          # the same, one (B,) tensor at a time
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -12,8 +13,8 @@ class KVCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.length = 0             # tokens stored before the current forward pass
-        self.layers = []            # keys and values, (B, kv_heads, capacity, head_dim) each
+        self.length = 0  # tokens stored before the current forward pass
+        self.layers = []  # keys and values, (B, kv_heads, capacity, head_dim) each
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         if layer == len(self.layers):
@@ -21,35 +22,55 @@ class KVCache:
             self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
         keys, values = self.layers[layer]
         end = self.length + k.size(2)
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
 
-def generate(decoder, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None,
-             generator=None) -> torch.Tensor:
+def generate(
+    decoder,
+    ids,
+    mask,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    eos_id=None,
+    generator=None,
+) -> torch.Tensor:
     """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N).
 
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability,
     top_k (0: all) the k likeliest. A row ends at its first eos_id and is filled up with it. Ends
     early at the model's last position; raises ValueError where the prompt alone exceeds it."""
-    steps = list(stream(decoder, ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id,
-                        generator))
+    steps = list(
+        stream(decoder, ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator)
+    )
     return torch.stack(steps, 1) if steps else ids.new_empty(ids.size(0), 0)
 
 
 @torch.no_grad()
-def stream(decoder, ids, mask, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, eos_id=None,
-           generator=None):
+def stream(
+    decoder,
+    ids,
+    mask,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    eos_id=None,
+    generator=None,
+):
     """Yield one (B,) tensor of new ids per step, as generate() returns them."""
     training = decoder.training
     decoder.eval()
     try:
-        yield from _steps(decoder, ids, mask, max_new_tokens, (temperature, top_p, top_k), eos_id,
-                          generator)
+        yield from _steps(
+            decoder, ids, mask, max_new_tokens, (temperature, top_p, top_k), eos_id, generator
+        )
     finally:
         decoder.train(training)
 
@@ -63,7 +84,7 @@ def _steps(decoder, ids, mask, max_new_tokens, sampling, eos_id, generator):
     if mask is not None:
         mask = None if mask.all() else F.pad(mask.bool(), (0, end - length), value=True)
     cache = KVCache(end)
-    running = torch.arange(rows, device=ids.device)         # the rows that are still computed
+    running = torch.arange(rows, device=ids.device)  # the rows that are still computed
     ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
     output = ids.new_full((rows,), 0 if eos_id is None else eos_id)
     new = ids
@@ -80,7 +101,7 @@ def _steps(decoder, ids, mask, max_new_tokens, sampling, eos_id, generator):
             num_ended = int(ended.sum())
             if num_ended == len(ended):
                 return
-            if 2 * num_ended >= len(ended):     # drop them; each time copies the cache
+            if 2 * num_ended >= len(ended):  # drop them; each time copies the cache
                 left = (~ended).nonzero().squeeze(1)
                 cache.keep_rows(left)
                 running, ended, chosen = running[left], ended[left], chosen[left]
@@ -100,7 +121,7 @@ def choose_tokens(logits, temperature, top_p, top_k, generator=None) -> torch.Te
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability       # of all likelier tokens together
+        before = probability.cumsum(-1) - probability  # of all likelier tokens together
         ordered = ordered.masked_fill(before >= top_p, float("-inf"))
         logits = ordered.gather(-1, index.argsort(-1))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

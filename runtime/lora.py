@@ -6,6 +6,7 @@ frozen ones.
 on every linear layer of attention and MLP. A and B are float32; W is in the type that the run
 computes in. A checkpoint holds the merged weights W + (α / r) B A, as any other does, and A and B
 in adapter/, as the peft library lays them out."""
+
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-DROPOUT = 0.1               # the papers'
+DROPOUT = 0.1  # the papers'
 
 
 class LoRA(nn.Module):
@@ -28,7 +29,7 @@ class LoRA(nn.Module):
         device = linear.weight.device
         self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))        # as peft draws it
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as peft draws it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) + self.scale * F.linear(F.linear(self.dropout(x), self.a), self.b)
@@ -75,13 +76,23 @@ def save_adapter(folder: Path, decoder, state: dict[str, torch.Tensor], base: st
     folder.mkdir()
     layers = lora_layers(decoder)
     rank = len(next(iter(layers.values())).a)
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank,
-                  lora_alpha=next(iter(layers.values())).scale * rank, lora_dropout=DROPOUT,
-                  target_modules=sorted({name.rsplit(".", 1)[1] for name in layers}),
-                  fan_in_fan_out=bool(decoder.transposed), bias="none", inference_mode=True)
+    config = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=rank,
+        lora_alpha=next(iter(layers.values())).scale * rank,
+        lora_dropout=DROPOUT,
+        target_modules=sorted({name.rsplit(".", 1)[1] for name in layers}),
+        fan_in_fan_out=bool(decoder.transposed),
+        bias="none",
+        inference_mode=True,
+    )
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    tensors = {theirs: state[ours].detach().cpu().contiguous()
-               for ours, theirs in _peft_names(decoder).items()}
+    tensors = {
+        theirs: state[ours].detach().cpu().contiguous()
+        for ours, theirs in _peft_names(decoder).items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
 
 

@@ -1,4 +1,5 @@
 """Where a model runs: device, type, memory."""
+
 import contextlib
 import ctypes
 import os
@@ -35,8 +36,8 @@ def keep_memory() -> None:
     system, which clears their pages anew each time: a fifth of a step (docs/speed.md)."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)      # M_MMAP_MAX: no piece of memory is a mapping of its own
-        mallopt(-1, -1)     # M_TRIM_THRESHOLD: nothing is returned
+        mallopt(-4, 0)  # M_MMAP_MAX: no piece of memory is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned
 
 
 # Large tensors in huge pages (Linux, CPU): else a third of a step is the system handing out pages.

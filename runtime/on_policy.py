@@ -1,5 +1,6 @@
 """On-policy distillation (GKD, arXiv 2306.13649): in a share of the steps the student answers the
 step's prompts itself, and the teacher judges its answers. No gradient goes through the sampling."""
+
 import random
 from dataclasses import replace
 
@@ -17,17 +18,19 @@ def is_on_policy(config, step: int) -> bool:
     return random.Random(f"{config.seed}, {step}").random() < config.on_policy
 
 
-def own_answers(config, student, tokenizers, examples: list[Example], rows: list[Row],
-                step: int) -> list[Example]:
+def own_answers(
+    config, student, tokenizers, examples: list[Example], rows: list[Row], step: int
+) -> list[Example]:
     """The examples with what the student answers, sampled at temperature 1, in place of the data's,
     cut anew by both tokenizers. Their row is −1: they are new in every step."""
     seed = random.Random(f"{config.seed}, {step}, {examples[0].row}").getrandbits(63)
     generator = torch.Generator(student.embed.weight.device).manual_seed(seed)
-    prompts = [example.student.ids[:example.student.prompt_length] for example in examples]
+    prompts = [example.student.ids[: example.student.prompt_length] for example in examples]
     max_new_tokens = config.max_length - max(map(len, prompts))
     answers = answer(student, tokenizers[0], prompts, max_new_tokens, 1.0, generator)
-    answered = [Row(rows[example.row].prompt, [text])
-                for example, (text, _) in zip(examples, answers)]
+    answered = [
+        Row(rows[example.row].prompt, [text]) for example, (text, _) in zip(examples, answers)
+    ]
     result, _, _ = encode_rows(answered, *tokenizers, config.max_length, config.max_prompt_length)
     for example in result:
         example.row = -1
@@ -48,16 +51,25 @@ def on_policy_passes(config, passes: list, student, tokenizers, rows: list[Row])
         counts[0] += weight * sum(len(e.student.response_ids) for e in answered)
         counts[1] += weight * sum(len(e.teacher.response_ids) for e in answered)
     num_student, num_teacher = all_reduce(counts.to(student.embed.weight.device)).tolist()
-    of_answers = replace(objective, num_student_tokens=int(num_student),
-                         num_teacher_tokens=int(num_teacher), has_labels=False)
-    return on_data + [(without_labels(loss), of_answers, answered, weight)
-                      for loss, answered, weight in on_answers]
+    of_answers = replace(
+        objective,
+        num_student_tokens=int(num_student),
+        num_teacher_tokens=int(num_teacher),
+        has_labels=False,
+    )
+    return on_data + [
+        (without_labels(loss), of_answers, answered, weight)
+        for loss, answered, weight in on_answers
+    ]
 
 
 def without_labels(loss_function):
     """A method's loss whose log leaves out what only labels teach."""
+
     def loss(*args):
         total, terms = loss_function(*args)
-        return total, {name: value for name, value in terms.items()
-                       if name not in ("nll_loss", "accuracy")}
+        return total, {
+            name: value for name, value in terms.items() if name not in ("nll_loss", "accuracy")
+        }
+
     return loss

@@ -1,5 +1,6 @@
 """--shard: every process keeps only a part of each layer (FSDP2) and fetches the rest when it is
 needed. Embeddings, the last norm and the head, which the losses use at many places, stay whole."""
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -29,7 +30,7 @@ def load_sharded(folder, dtype: torch.dtype, device: str, change=None, **how) ->
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-        layer.set_gradient_divide_factor(1.0)           # gradients are added, not averaged
+        layer.set_gradient_divide_factor(1.0)  # gradients are added, not averaged
         layer.set_force_sum_reduction_for_comms(True)
     # The decoder is the root, so that a layer is fetched while the one before it computes.
     in_layers = {p for layer in decoder.layers for p in layer.parameters()}
@@ -52,15 +53,17 @@ def load_sharded(folder, dtype: torch.dtype, device: str, change=None, **how) ->
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor, sharded as the parameter is."""
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
-                             parameter.placements)
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ where some parameters are sharded → the norm before."""
     whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    shards = [p.grad.to_local() for p in parameters
-              if p.grad is not None and isinstance(p, DTensor)]
+    shards = [
+        p.grad.to_local() for p in parameters if p.grad is not None and isinstance(p, DTensor)
+    ]
     square = torch.nn.utils.get_total_norm(whole).square()
     square = square + all_reduce(torch.nn.utils.get_total_norm(shards).square())
     norm = square.sqrt()

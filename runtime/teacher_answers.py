@@ -3,6 +3,7 @@ paper's beam search with one beam); an answer that reached the length limit is k
 
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
 that they depend on. An interrupted run continues where it stopped, and later runs ask no more."""
+
 import hashlib
 import json
 from pathlib import Path
@@ -14,8 +15,16 @@ from runtime.distributed import barrier, print_first, rank
 from runtime.files import file_label, fingerprint
 
 
-def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher, tokenizer, max_length: int,
-                 max_prompt_length: int, batch_size: int) -> list[Row]:
+def teacher_rows(
+    rows: list[Row],
+    data_file: Path,
+    name: str,
+    teacher,
+    tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    batch_size: int,
+) -> list[Row]:
     """The rows with the teacher's answers in place of theirs, without those it leaves empty.
 
     name: the teacher's. Limits are in its tokens. Raises InputError where all answers are empty."""
@@ -24,14 +33,22 @@ def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher, tokenizer
     folder = data_file.with_name(f"{data_file.stem}-by-{file_label(Path(name).name)}-{key}")
     folder.mkdir(exist_ok=True)
     known = read_answers(folder)
-    barrier()                                       # all processes have read the same
+    barrier()  # all processes have read the same
     missing = [i for i in range(len(rows)) if i not in known]
     mine = [missing[k] for k in share_of(teacher, len(missing))]
     with open(folder / f"answers-{rank()}.jsonl", "a", encoding="utf-8") as file:
-        file.write("\n")                            # the line before may have been cut by a kill
-        for batch in answer_batches(teacher, tokenizer, rows, mine, max_length, max_prompt_length,
-                                    batch_size, temperature=0.0,
-                                    desc="the teacher answers the training prompts"):
+        file.write("\n")  # the line before may have been cut by a kill
+        for batch in answer_batches(
+            teacher,
+            tokenizer,
+            rows,
+            mine,
+            max_length,
+            max_prompt_length,
+            batch_size,
+            temperature=0.0,
+            desc="the teacher answers the training prompts",
+        ):
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
             file.flush()
     barrier()
@@ -40,9 +57,11 @@ def teacher_rows(rows: list[Row], data_file: Path, name: str, teacher, tokenizer
     if not answered:
         raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
     unended = sum(not ended for _, ended in answers.values())
-    print_first(f"the teacher's answers: {folder} ({len(rows)} prompts, "
-                f"{len(rows) - len(answered)} empty answers left out, {unended} cut at "
-                f"{max_length} tokens)")
+    print_first(
+        f"the teacher's answers: {folder} ({len(rows)} prompts, "
+        f"{len(rows) - len(answered)} empty answers left out, {unended} cut at "
+        f"{max_length} tokens)"
+    )
     return answered
 
 
@@ -51,7 +70,7 @@ def read_answers(folder: Path) -> dict[int, tuple[str, bool]]:
     answers = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n"):
-            if line.startswith("[") and line.endswith("]"):         # whole
+            if line.startswith("[") and line.endswith("]"):  # whole
                 i, text, ended = json.loads(line)
                 answers[i] = text, ended
     return answers

@@ -1,6 +1,7 @@
 """--cache_teacher: the frozen teacher's final hidden states at every response position of the
 training rows, computed once and kept on disk. Then its layers are needed no more, only its
 embedding and its head."""
+
 import hashlib
 from pathlib import Path
 
@@ -13,16 +14,21 @@ from runtime.distributed import barrier, is_first, rank, world_size
 from runtime.files import file_label, fingerprint
 from tokenize_align import Example, collate
 
-UNFLUSHED_ROWS = 1000
-
 
 class TeacherStates:
     """One file beside the data: (response positions of all rows) × d_t numbers in bfloat16; and
     .done, a byte per row that is 1 when its states are on the disk, so that several processes can
     write and an interrupted run continues. The name is a hash of all that the states depend on."""
 
-    def __init__(self, data_file: Path, name: str, folder: Path, examples: list[Example],
-                 size: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        data_file: Path,
+        name: str,
+        folder: Path,
+        examples: list[Example],
+        size: int,
+        dtype: torch.dtype,
+    ):
         """name, folder: the teacher's. size: d_t. dtype: the type in which the teacher runs."""
         self.size, self.dtype, self.folder = size, dtype, folder
         made_of = [(example.teacher.ids, example.teacher.prompt_length) for example in examples]
@@ -30,7 +36,7 @@ class TeacherStates:
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         label = file_label(Path(name).name)
         self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{key}.bin")
-        self.place, end = {}, 0         # row → its positions in the file
+        self.place, end = {}, 0  # row → its positions in the file
         for example in examples:
             start, end = end, end + len(example.teacher.response_ids)
             self.place[example.row] = start, end
@@ -38,17 +44,19 @@ class TeacherStates:
         self.examples = sorted(examples, key=lambda example: -len(example.teacher.ids))
 
     def fill(self, batch_size: int, pad: int, device: str) -> None:
-        """Run the teacher over the rows that are not written yet; torchrun's processes share them."""
+        """Run the teacher over the rows that are not written yet; all processes share them."""
         if is_first():
-            for path, length in ((self.path, 2 * self.shape[0] * self.size),
-                                 (self._done_path(), len(self.examples))):
+            for path, length in (
+                (self.path, 2 * self.shape[0] * self.size),
+                (self._done_path(), len(self.examples)),
+            ):
                 path.touch()
                 with open(path, "r+b") as file:
-                    file.truncate(length)           # longer: zeros; what is there stays
+                    file.truncate(length)  # longer: zeros; what is there stays
         barrier()
         done = np.memmap(self._done_path(), np.uint8, "r+")
-        todo = np.flatnonzero(done == 0)[rank()::world_size()]
-        barrier()                                   # all processes have seen what is to be done
+        todo = np.flatnonzero(done == 0)[rank() :: world_size()]
+        barrier()  # all processes have seen what is to be done
         if len(todo):
             self._write(todo, done, batch_size, pad, device)
         barrier()
@@ -59,11 +67,14 @@ class TeacherStates:
     def _write(self, todo, done, batch_size, pad, device) -> None:
         teacher = load(self.folder, dtype=self.dtype, device=device)
         states = np.memmap(self.path, np.uint16, "r+", shape=self.shape)
-        unflushed = []
-        with tqdm(total=len(todo), desc="the teacher's hidden states, once", unit="row",
-                  dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(todo),
+            desc="the teacher's hidden states, once",
+            unit="row",
+            dynamic_ncols=True,
+        ) as bar:
             for start in range(0, len(todo), batch_size):
-                numbers = todo[start:start + batch_size]
+                numbers = todo[start : start + batch_size]
                 examples = [self.examples[i] for i in numbers]
                 ids = collate(examples, pad, pad)["teacher_ids"].to(device)
                 with torch.no_grad():
@@ -72,13 +83,10 @@ class TeacherStates:
                     first, last = example.teacher.prompt_length - 1, len(example.teacher.ids) - 1
                     place = slice(*self.place[example.row])
                     states[place] = row[first:last].view(torch.uint16).numpy()
-                unflushed += numbers.tolist()
+                states.flush()
+                done[numbers] = 1
+                done.flush()
                 bar.update(len(examples))
-                if len(unflushed) >= UNFLUSHED_ROWS or start + batch_size >= len(todo):
-                    states.flush()
-                    done[unflushed] = 1
-                    done.flush()
-                    unflushed = []
 
     def of(self, examples: list[Example]) -> torch.Tensor:
         """The packed states of a batch, (N_t, d_t), in the teacher's type."""

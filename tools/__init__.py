@@ -1,1 +1,1 @@
-"""Commands that nothing imports, started from the project's folder: python -m tools.compare --help"""
+"""Commands that nothing imports, started from the project folder: python -m tools.compare --help"""

@@ -1,137 +1,173 @@
-"""How fast, and in how much memory: each number is a ratio of two things measured in turn, in one run, on one machine.
+"""How fast, and in how much memory: ratios of things measured in turn, on one machine, in one run.
 
-    python -m tools.bench                                       # all of it on random models of the real shapes
-    python -m tools.bench --teacher DIR --student DIR --data DIR    # on real models and text
-    python -m tools.bench --only step parts     # step, parts, decoder, generation, rouge, tokens, growth, launches
+    python -m tools.bench                       # all of it, on random weights of real shapes
+    python -m tools.bench --only step           # step, trl, generation, rouge
 
-`step` is one optimizer step of the default method against a plain one built on transformers: rows padded to 512 tokens,
-logits at every position, no chunks (as the method's release does it). Both compute the same loss, which is checked in
-float32. Times are medians of alternating repeats; peak memory is that of a process of its own (running/timed_steps.py).
-transformers and rouge-score come with requirements-test.txt."""
+- step: an optimizer step of the default method, against methods/plain.py (rows padded to 512
+  tokens, all logits), SmolLM2-135M → GPT-2 124M. Both compute the same loss, which is checked.
+- trl: a step of uld, against TRL's ULDLoss on transformers' models, where trl is installed.
+- generation: 16 prompts, 64 new tokens, greedy, against transformers.
+- rouge: ROUGE-L of 1,000 pairs, against rouge-score.
+
+Steps run in processes of their own, whose peak memory is measured; times are medians. What ours is
+compared with comes with requirements-test.txt, but for trl."""
+
 import json
-import os
 import random
-import shutil
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
+import torch.nn.functional as F
 
 import toy
-from eval_rouge import rouge_l
-from files import hub
-from files.config import InputError, flag, parse
-from files.rows import read_rows
-from methods.dual_space import Projectors
-from methods.table import Options
+from discriminator import Discriminator
+from methods import Objective, find_method
+from methods.plain import dskd_cma_ga
 from model import load
-from running import launches, pictures
-from running.cache import cached_rows
-from running.generation import compile_steps, generate
-from running.timed_steps import Reference, alternate, from_transformers, read_examples, teacher_states
-from tokenize_align import Example, Sequence, encode_rows, left_pad, load_tokenizer, make_batches
+from runtime.config import InputError, flag, parse, run_script
+from runtime.machine import autocast, keep_memory, pick_device
+from train import Config as TrainConfig
 
-SECTIONS = ("step", "parts", "decoder", "generation", "rouge", "tokens", "growth", "launches")
-# What is taken away from our step, one at a time.
-PARTS = {"with the teacher's states cached": {"cached": True}, "in bfloat16": {"dtype": "bfloat16"},
-         "both of these": {"cached": True, "dtype": "bfloat16"}, "compiled": {"compile": True},
-         "without fused AdamW": {"fused": False}, "without memory kept": {"keep": False},
-         "rows padded to --max_length": {"pad": True}, "heads at every position": {"everywhere": True},
-         "padded, everywhere, in one chunk": {"pad": True, "everywhere": True, "chunk": 1 << 30}}
-SMOLLM2 = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=49152,
-               hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-               num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000,
-               tie_word_embeddings=True, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
-GPT2_124M = toy.STUDENT | dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024, eos_token_id=0)
-# Qwen1.5-1.8B, the papers' teacher
-QWEN = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", vocab_size=151936,
-            hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
-            num_key_value_heads=16, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1000000.0,
-            tie_word_embeddings=False, initializer_range=0.02, bos_token_id=0, eos_token_id=0)
-WIDE = dict(vocab_size=40000, eos_token_id=0)
-SHAPES = {"small": (SMOLLM2, GPT2_124M), "papers": (QWEN, GPT2_124M), "tiny": (toy.TEACHER | WIDE, toy.STUDENT | WIDE)}
+SECTIONS = ("step", "trl", "generation", "rouge")
+POSITIONS = 512
+SMOLLM2 = toy.TEACHER | dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    max_position_embeddings=POSITIONS,
+)
+GPT2 = toy.STUDENT | dict(
+    vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=POSITIONS
+)
+TINY_TEACHER = toy.TEACHER | dict(max_position_embeddings=POSITIONS)
+TINY_STUDENT = toy.STUDENT | dict(n_positions=POSITIONS)
+
 
 @dataclass
 class Config:
-    teacher: str = flag("", "name or folder (default: the shape that --shapes says, random weights)")
-    student: str = flag("", "name or folder, whose weights are drawn anew (default: as --shapes says)")
-    shapes: str = flag("small", "of models that are not named: SmolLM2-135M and GPT-2, the papers' pair, or tiny ones",
-                       choices=("small", "papers", "tiny"))
-    data: str = flag("", "rows to measure on (default: random tokens, as long as Dolly's)")
-    only: list[str] = flag(list(SECTIONS), "what to measure")
-    batch_size: int = flag(4, "rows a step", at_least=1)
-    max_length: int = flag(512, "the longest row, and what the reference pads to, in tokens", at_least=64)
-    repeats: int = flag(3, "timed repeats of everything, after one that is not counted", at_least=1)
-    out_dir: str = flag("out/bench", "where bench.json and growth.png go")
-    device: str = flag("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: float32 on CPU, bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    only: list[str] = flag(list(SECTIONS), "What to measure.")
+    tiny: bool = flag(False, "Measure the toy's shapes, to try this script.")
+    repeats: int = flag(3, "Timed repeats, after one that is not counted.", minimum=1)
+    device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "As in train.py.", choices=("auto", "float32", "bfloat16"))
+    worker: str = flag("", "For this script's own processes: the step to time.")
+    folder: str = flag("", "For this script's own processes: the models.")
 
-    @property
-    def computed_in(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
 
-# ------------------------------------------------------------------------------------------------ what is measured on
-def prepare(config: Config, folder: Path) -> None:
-    """Write both models, and examples of a few batches made as train.py makes them, into `folder`, for the workers."""
-    tokens = 40000                                                      # fewer where a vocabulary is smaller
-    for side, shape in zip(("teacher", "student"), SHAPES[config.shapes]):
-        name = getattr(config, side)
-        torch.manual_seed(0)
-        init = "pretrained" if name and side == "teacher" else "random"
-        decoder = load(name or with_shape(folder / side, shape), init)
-        if decoder.config.max_positions < max(256, config.max_length):
-            raise InputError(f"--{side} {name}: has {decoder.config.max_positions} positions, and 256 and --max_length "
-                             f"{config.max_length} are to be measured")
-        decoder.save(folder / side)
-        tokens = min(tokens, decoder.config.vocab_size)
-    stretch, half = 32 * config.batch_size, config.max_length // 2      # rows that train.py sorts by length together
-    if config.data:
-        rows = read_rows(hub.data_file(config.data, "train"))[:stretch]
-        tokenizers = [load_tokenizer(getattr(config, side)) for side in ("student", "teacher")]
-        examples = encode_rows(rows, *tokenizers, config.max_length, half)[0]
+def random_batch(vocab_size: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    """4 rows of 100 prompt tokens and 20 to 80 response tokens, padded to a length."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (4, 180), generator=generator)
+    labels = torch.randint(0, vocab_size, (4, 180), generator=generator)
+    labels[:, :100] = -100
+    for row in range(4):
+        labels[row, 180 - 20 * row :] = -100
+    ids = F.pad(ids, (0, length - 180)).to(device)
+    labels = F.pad(labels, (0, length - 180), value=-100).to(device)
+    return dict(student_ids=ids, student_labels=labels, teacher_ids=ids, teacher_labels=labels)
+
+
+def our_step(name: str, folder: Path, device: str, dtype: torch.dtype):
+    """(the loss as a function, what learns) of "fast", "uld", or "plain" code."""
+    student = load(folder / "student", device=device)
+    teacher = load(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
+    vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
+    batch = random_batch(vocab_size, POSITIONS if name == "plain" else 180, device)
+    num_tokens = int((batch["student_labels"] != -100).sum())
+    method = find_method("uld" if name == "uld" else "dskd_cma_ga")
+    options, modules = TrainConfig(**method.defaults), {}
+    torch.manual_seed(0)
+    if method.make_modules:
+        modules = method.make_modules(options, student.config, teacher.config)
+        modules["adversary"] = Discriminator(2 * teacher.config.hidden_size, dropout=0.0)
+    learners = torch.nn.ModuleList([student, *modules.values()]).to(device)
+    if name == "plain":
+        return lambda: dskd_cma_ga(batch, student, teacher, **modules), learners
+    objective = Objective(options, 0, num_tokens, num_tokens)
+    return lambda: method.loss(batch, student, teacher, modules, objective)[0], learners
+
+
+def trl_step(folder: Path, device: str, dtype: torch.dtype):
+    """The same of TRL's ULDLoss."""
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.gold import GOLDConfig
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    student = AutoModelForCausalLM.from_pretrained(folder / "student").to(device)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=dtype).to(device)
+    batch = random_batch(min(student.vocab_size, teacher.vocab_size), 180, device)
+    ids = F.pad(batch["student_ids"], (0, 1))
+    labels = F.pad(batch["student_labels"], (1, 0), value=-100)
+    config = GOLDConfig(str(folder), use_extended_uld=False, bf16=False, report_to=[])
+    uld_loss = ULDLoss(config)
+
+    def loss():
+        with torch.no_grad():
+            teacher_logits = teacher(ids).logits
+        return uld_loss(student(ids).logits, teacher_logits, labels, labels, ids, ids)
+
+    return loss, student
+
+
+def work(config: Config) -> None:
+    """Time one kind of step in this process → a line of JSON."""
+    device, dtype = pick_device(config.device, config.dtype)
+    if device == "cpu":
+        keep_memory()
+    folder = Path(config.folder)
+    if config.worker == "trl":
+        loss_function, learners = trl_step(folder, device, dtype)
     else:
-        rng, examples = random.Random(0), []
-        for row in range(stretch):          # the lengths of Dolly's prompts and responses are about log-normal
-            prompt, response = (min(int(rng.lognormvariate(*of)) + 2, half) for of in ((4.5, 0.6), (4.2, 1.0)))
-            ids = [rng.randrange(tokens) for _ in range(prompt + response)]
-            examples.append(Example(row, Sequence(ids, prompt, [], []), Sequence(ids, prompt, [], [])))
-    batches = make_batches(examples, config.batch_size, seed=1)
-    if len(batches) <= config.repeats:
-        raise InputError(f"--repeats {config.repeats}: the rows make {len(batches)} batches, and one is not counted")
-    batches.sort(key=lambda batch: sum(len(e.student.ids) for e in batch))
-    first = (len(batches) - config.repeats - 1) // 2                    # those of middling length
-    chosen = [asdict(example) for batch in batches[first:first + config.repeats + 1] for example in batch]
-    (folder / "examples.json").write_text(json.dumps(chosen))
+        loss_function, learners = our_step(config.worker, folder, device, dtype)
+    optimizer = torch.optim.AdamW(learners.parameters(), lr=1e-5, fused=True)
+    seconds, losses = [], []
+    for _ in range(config.repeats + 1):
+        started = time.perf_counter()
+        with autocast(device, dtype):
+            loss = loss_function()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    print(json.dumps({"seconds": seconds[1:], "memory": memory, "loss": losses[0]}))
 
-def with_shape(folder: Path, shape: dict) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape))
-    return folder
 
-# -------------------------------------------------------------------------------------------------- steps, as processes
-def bench_step(config: Config, folder: Path) -> list[dict]:
-    ours, theirs = alternate(config, folder, {"ours": {}, "transformers": {"reference": True}}, "step").values()
-    for a, b in zip(ours["losses"], theirs["losses"]):
-        if config.dtype == "float32" and abs(a - b) > 1e-4 * abs(b):
-            raise InputError(f"bench: the two steps do not compute the same: losses {a} and {b}")
-    memory = [ours["memory"], theirs["memory"]]
-    return [_row("step", ours["seconds"], theirs["seconds"], memory=memory, mfu=ours["mfu"])]
+def bench_steps(config: Config, folder: Path, names: tuple[str, str]) -> None:
+    """Two kinds of step, in processes in turn, twice each."""
+    found = {name: [] for name in names}
+    for name in names * 2:
+        command = [sys.executable, "-m", "tools.bench", "--worker", name, "--folder", str(folder)]
+        command += ["--repeats", str(config.repeats), "--device", config.device]
+        command += ["--dtype", config.dtype]
+        here = Path(__file__).resolve().parents[1]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=here)
+        if result.returncode:
+            raise InputError(f"bench: {name}: {result.stderr[-2000:]}")
+        found[name].append(json.loads(result.stdout.splitlines()[-1]))
+    seconds, memory, losses = [], [], []
+    for runs in found.values():
+        seconds.append(statistics.median(second for run in runs for second in run["seconds"]))
+        memory.append(max(run["memory"] for run in runs))
+        losses.append(runs[0]["loss"])
+    if "plain" in names and abs(losses[0] / losses[1] - 1) > 0.02:
+        raise InputError(f"bench: the two steps have different losses, {losses}")
+    report(f"a step: {names[0]}, {names[1]}", seconds)
+    print(f"{'its peak memory':<40}{memory[0]:9.2f} GB{memory[1]:9.2f} GB")
 
-def bench_parts(config: Config, folder: Path) -> list[dict]:
-    rows, shape = [], load(folder / "teacher", layers=False)
-    teacher_states(folder, shape, read_examples(folder)).fill(
-        lambda: load(folder / "teacher", device=config.device), config.batch_size, 0, config.device)
-    for name, settings in PARTS.items():          # two at a time: not all of them fit into memory together
-        ours, other = alternate(config, folder, {"ours": {}, name: settings}, name).values()
-        rows.append(_row(f"step, {name}", ours["seconds"], other["seconds"], memory=[ours["memory"], other["memory"]]))
-    return rows
 
-# ----------------------------------------------------------------------------------------------- within one process
 def in_turn(repeats: int, *functions) -> list[float]:
     """Median seconds of each function, called in turn; the first round is not counted."""
     seconds = [[] for _ in functions]
@@ -139,149 +175,76 @@ def in_turn(repeats: int, *functions) -> list[float]:
         for values, function in zip(seconds, functions):
             started = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             values.append(time.perf_counter() - started)
     return [statistics.median(values[1:]) for values in seconds]
 
-def _row(what: str, ours: float, other: float, **more) -> dict:
-    return {"what": what, "ours": ours, "other": other, "ratio": other / ours, "unit": "s", **more}
 
-def bench_decoder(config: Config, folder: Path) -> list[dict]:
-    rows = []
-    for side in ("student", "teacher"):
-        ours = load(folder / side, device=config.device)
-        theirs = Reference(folder / side, torch.float32).to(config.device)
-        ids = torch.randint(0, ours.config.vocab_size, (config.batch_size, 256), device=config.device)
+def bench_generation(config: Config, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
 
-        def forward_and_backward(model):
-            with hub.autocast(config.device, config.computed_in):
-                loss = model(ids).float().square().mean()
-            loss.backward()
-            model.zero_grad()
-        rows.append(_row(f"{side}, forward and backward, {config.batch_size} × 256 tokens", *in_turn(
-            config.repeats, lambda: forward_and_backward(ours), lambda: forward_and_backward(theirs))))
-    return rows
+    from runtime.generation import generate
 
-def bench_generation(config: Config, folder: Path) -> list[dict]:
-    ours = load(folder / "teacher", dtype=config.computed_in, device=config.device)
-    theirs, rng, new, results = from_transformers(folder / "teacher", config.computed_in), random.Random(0), 64, []
-    theirs.to(config.device)
-    prompts = [[rng.randrange(5, ours.config.vocab_size) for _ in range(rng.randrange(20, 120))] for _ in range(16)]
-    ids, mask = (x.to(config.device) for x in left_pad(prompts, 0))
+    device, dtype = pick_device(config.device, config.dtype)
+    ours = load(folder / "teacher", dtype=dtype, device=device)
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=dtype).to(device)
+    ids = random_batch(ours.config.vocab_size, 180, device)["student_ids"][:, :100].repeat(4, 1)
+    mask, length = torch.ones_like(ids), dict(max_new_tokens=64, min_new_tokens=64)
+    seconds = in_turn(
+        config.repeats,
+        lambda: generate(ours, ids, mask, 64, temperature=0).tolist(),
+        lambda: theirs.generate(ids, attention_mask=mask, do_sample=False, **length).tolist(),
+    )
+    report("generation: ours, transformers", seconds)
 
-    def reference():
-        text = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                               pad_token_id=0)
-        results.append(text[:, ids.size(1):])
-    times = in_turn(config.repeats, lambda: results.append(generate(ours, ids, mask, new, temperature=0)), reference)
-    if config.dtype == "float32" and (results[0] != results[1]).float().mean() > 0.02:      # a tie may fall either way
-        raise InputError("bench: the two generations differ")
-    rows = [_row(f"generation, 16 prompts, {new} new tokens, greedy", *times)]
-    if config.device == "cuda":
-        compile_steps(ours)
-        times = in_turn(config.repeats, lambda: generate(ours, ids, mask, new, temperature=0), reference)
-        rows.append(_row("… with --compile", *times))
-    return rows
 
-def bench_rouge(config: Config, folder: Path) -> list[dict]:
+def bench_rouge(config: Config) -> None:
     from rouge_score.rouge_scorer import RougeScorer
-    rng, results, scorer = random.Random(0), [], RougeScorer(["rougeL"], use_stemmer=True)
-    if config.data:
-        texts = [row.outputs[0] for row in read_rows(hub.data_file(config.data, "train"))][:1000]
-    else:
-        words = [line for line in Path(__file__).read_text().split() if line.isalpha()]
-        texts = [" ".join(rng.choices(words, k=int(rng.lognormvariate(3.9, 0.9)) + 1)) for _ in range(1000)]
-    texts = (texts * 1000)[:1000]
-    pairs = [(" ".join(rng.sample(text.split(), 2 * len(text.split()) // 3)), text) for text in texts]
-    times = in_turn(config.repeats, lambda: results.append(rouge_l(*zip(*pairs))),
-                    lambda: results.append([scorer.score(r, p)["rougeL"].fmeasure for p, r in pairs]))
-    if max(abs(a - b) for a, b in zip(*results[:2])) > 1e-9:
-        raise InputError("bench: the two ROUGE-L differ")
-    return [_row("ROUGE-L of 1,000 pairs", *times)]
 
-def bench_tokens(config: Config, folder: Path) -> list[dict]:
-    if not config.data:
-        print("tokens: needs real tokenizers and text (--teacher, --student and --data); left out")
-        return []
-    rows = (read_rows(hub.data_file(config.data, "train")) * 20)[:11435]
-    inputs = rows, *(load_tokenizer(getattr(config, side)) for side in ("student", "teacher")), 512, 256
-    return [_row("11,435 rows in two tokenizers, from the cache against anew", *in_turn(
-        1, lambda: cached_rows(folder / "tokens", *inputs), lambda: encode_rows(*inputs)))]
+    from eval_rouge import rouge_l
 
-def bench_growth(config: Config, folder: Path) -> list[dict]:
-    """Seconds of a dskd_cma step of small models as one size grows, the others fixed; a log-log picture."""
-    base, factors, rows = {"batch": 4, "length": 128, "vocabulary": 8000}, (0.25, 0.5, 1, 2, 4), []
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for what, middle in base.items():
-        sizes = [base | {what: int(middle * factor)} for factor in factors]
-        seconds = [in_turn(config.repeats, small_step(config, folder / "growth", **size))[0]
-                   for size in tqdm(sizes, desc=f"growth of {what}", leave=False)]
-        rows.append(_row(f"growth, {what} × 16", seconds[0], seconds[-1]))
-        axes.loglog(factors, seconds, "o-", label=f"{what} (1 = {middle})")
-        if what == "batch":
-            axes.loglog([0.25, 4], [seconds[2] * x for x in (0.25, 4)], ":", color="grey", label="linear")
-    axes.minorticks_off()
-    axes.set_xticks(factors, ["1/4", "1/2", "1", "2", "4"])
-    axes.set(xlabel="size, in units of the middle one", ylabel="seconds a step", title="Cost of a dskd_cma step")
-    axes.legend()
-    pictures.save(figure, folder / "growth.png", dpi=150)
-    return rows
+    rng, scorer = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
+    words = toy.__doc__.split()
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 150))) for _ in range(1000)]
+    answers = [" ".join(rng.choices(text.split(), k=50)) for text in texts]
+    seconds = in_turn(
+        config.repeats,
+        lambda: rouge_l(answers, texts),
+        lambda: [scorer.score(text, answer) for text, answer in zip(texts, answers)],
+    )
+    report("ROUGE-L: ours, rouge-score", seconds)
 
-def bench_launches(config: Config, folder: Path) -> list[dict]:
-    toy.write_data_for(["toy"])
-    return launches.show(read_rows(hub.data_file("toy", "train"))[:8],
-                         [toy.folder(f"{side}-start") for side in ("student", "teacher")])
 
-def small_step(config: Config, folder: Path, batch: int, length: int, vocabulary: int):
-    """Forward and backward of dskd_cma, as a function."""
-    shapes = (GPT2_124M | dict(n_embd=128, n_layer=2, n_head=4),
-              SMOLLM2 | dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6))
-    student, teacher = (load(with_shape(folder, shape | dict(vocab_size=vocabulary)), "random", device=config.device)
-                        for shape in shapes)
-    projectors = Projectors(128, 192, query=True).to(config.device)
-    ids = torch.randint(0, vocabulary, (batch, length), device=config.device)
-    tensors = {f"{side}_{kind}": ids for side in ("student", "teacher") for kind in ("ids", "labels")}
-    options, n = Options(method="dskd_cma", alignment="attention"), {"student": ids.numel(), "teacher": ids.numel()}
-    models = student.train(), teacher.requires_grad_(False)
-    return lambda: launches.loss_of(options, tensors, *models, projectors, None, n).backward()
+def report(what: str, seconds: list[float]) -> None:
+    ours, theirs = seconds
+    print(f"{what:<40}{ours:9.3f} s {theirs:9.3f} s   × {theirs / ours:5.2f}", flush=True)
 
-def main() -> None:
-    config = parse(Config, __doc__)
-    if unknown := set(config.only) - set(SECTIONS):
-        raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
-    if bool(config.data) > bool(config.teacher and config.student):
-        raise InputError("--data: needs --teacher and --student, whose tokenizers cut it")
-    hub.claim(Path(config.out_dir), "bench.json", {"table", "config"}, ["growth.png"])
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    config.device, dtype = hub.pick_device(config.device, config.dtype)
-    config.dtype = str(dtype).removeprefix("torch.")
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(f"{config.device}, {dtype}, {machine['threads']} threads, torch {machine['torch']}", flush=True)
-    table = []
-    with tempfile.TemporaryDirectory() as folder:
-        if config.only != ["launches"]:
-            prepare(config, Path(folder))
-        for section in config.only:
-            try:
-                rows = globals()[f"bench_{section}"](config, Path(folder))
-            except ImportError as error:
-                raise InputError(f"bench: {section} is measured against {error.name}: pip install -r "
-                                 "requirements-test.txt") from error
-            for row in rows if section != "launches" else ():
-                more = "   {:.1f} | {:.1f} GB".format(*row["memory"]) if "memory" in row else ""
-                more += f"   MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
-                times = f"{row['ours']:9.3f} s {row['other']:9.3f} s   × {row['ratio']:5.2f}"
-                print(f"{row['what']:<64}{times}{more}", flush=True)
-            table += rows
-        with hub.atomic_write(Path(config.out_dir) / "bench.json") as file:
-            json.dump({"config": asdict(config), **machine, "table": table}, file, indent=2)
-        if "growth" in config.only:
-            with hub.whole_file(Path(config.out_dir) / "growth.png") as temporary:
-                shutil.copyfile(Path(folder) / "growth.png", temporary)
-    print(f"wrote bench.json{' and growth.png' if 'growth' in config.only else ''} into {config.out_dir}")
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, __doc__, argv)
+    if config.worker:
+        work(config)
+        return
+    if not set(config.only) <= set(SECTIONS):
+        raise InputError(f"--only {' '.join(config.only)}: choose from {', '.join(SECTIONS)}")
+    device, dtype = pick_device(config.device, config.dtype)
+    print(f"{device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shapes = dict(teacher=SMOLLM2, student=GPT2)
+        if config.tiny:
+            shapes = dict(teacher=TINY_TEACHER, student=TINY_STUDENT)
+        for side, shape in shapes.items():
+            toy.write_json(folder / side / "config.json", shape)
+            load(folder / side, init="random").save(folder / side)
+        if "step" in config.only:
+            bench_steps(config, folder, ("fast", "plain"))
+        if "trl" in config.only:
+            bench_steps(config, folder, ("uld", "trl"))
+        if "generation" in config.only:
+            bench_generation(config, folder)
+        if "rouge" in config.only:
+            bench_rouge(config)
+
 
 if __name__ == "__main__":
-    hub.run(main)
+    run_script(main)

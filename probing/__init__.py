@@ -1,0 +1,1 @@
+"""What probe.py measures: attention, keys and queries, next bytes."""

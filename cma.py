@@ -8,8 +8,8 @@ tokens, and what they teach it in both models' output spaces.
 
 with g = 1[argmax z_t2s = y_s] and w = 1. Names as in the papers (DSKD, arXiv 2406.17328;
 DSKD-CMA-GA, 2603.22056): x: input tokens, y: labels, E: embeddings, h: final hidden states,
-W: head; s: student, t: teacher; t2s: from the teacher's to the student's space. σ is the standard deviation
-over a batch's response positions and all features. The embeddings are detached.
+W: head; s: student, t: teacher; t2s: from the teacher's to the student's space. σ is the standard
+deviation over a batch's response positions and all features. The embeddings are detached.
 
 Label leakage: the value holds the label's embedding E_t(y_t), and later teacher states have read
 the label; so z_t2s can see the token it predicts (`leak` in the log)."""
@@ -98,8 +98,8 @@ def both_spaces(
 
     t2s (N_s, d_s): the teacher's states in the student's space; s2t (N_t, d_t): the other way.
     gate: g is 1[argmax z_t2s = y] ("right"), 1 ("always"), or DWA-KD's max softmax(z_t2s)
-    ("confidence"). aligned: ((N_s,), (N_t,)), false where a position has no counterpart. weights: ((N_s,), (N_t,)), which g and w are multiplied by. Both are 1 by default.
-    """
+    ("confidence"). aligned: ((N_s,), (N_t,)), false where a position has no counterpart.
+    weights: ((N_s,), (N_t,)), which g and w are multiplied by. Both are 1 by default."""
     options = objective.options
     ones = torch.ones_like(student.labels), torch.ones_like(teacher.labels)
     aligned_s, aligned_t = aligned or ones

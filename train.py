@@ -236,7 +236,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # models: the student, the frozen teacher, and what learns beside the student
     torch.manual_seed(config.seed)
-    checkpoint = last_checkpoint(out_dir) if config.resume else None
+    checkpoint = None
+    if config.resume:
+        with distributed.first_goes_first():
+            checkpoint = last_checkpoint(out_dir)
     student, student_tokenizer = load_student(config, checkpoint, device, dtype)
     teacher, teacher_tokenizer = None, student_tokenizer
     if method.needs_teacher:

@@ -222,8 +222,8 @@ def _rope(get: _Fields) -> tuple[float, dict]:
     scaling = {**get("rope_parameters", {}), **get("rope_scaling", {})}
     theta = get("rope_theta", 10000.0)
     theta = scaling.pop("rope_theta", theta)
-    old_name = scaling.pop("type", "default")
-    kind = scaling.setdefault("rope_type", old_name)
+    kind = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    scaling["rope_type"] = kind
     needed = {
         "default": [],
         "linear": ["factor"],

@@ -50,9 +50,7 @@ class Objective:
         α = self.options.kd_rate
         λ_GA, λ_DTW = self.options.ga_weight, self.options.dtw_weight
         n = self.num_student_tokens
-        CE, KD, GA, DTW = ce / n, kd / n, ga, dtw / n
-        if not self.has_labels:
-            CE = 0.0
+        CE, KD, GA, DTW = ce / n * self.has_labels, kd / n, ga, dtw / n
         return (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
 
     def per_student_token(self, sums: dict) -> dict:

@@ -13,7 +13,7 @@ import torch
 
 from methods import Method
 from methods.blocks import (
-    blocks_of,
+    block_size,
     cross_entropy,
     in_blocks,
     student_side,
@@ -59,7 +59,7 @@ def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) 
 
 def whole_row_blocks(counts: list[int], device) -> list[slice]:
     """Blocks that end where a row does, so that none cuts a chunk in two."""
-    size = blocks_of(1 << 30, device)[0].stop
+    size = block_size(device)
     blocks, start, stop = [], 0, 0
     for count in counts:
         stop += count

@@ -78,9 +78,13 @@ class _WithGradient(torch.autograd.Function):
         return None, None, *(gradient.mul_(upstream) for gradient in gradients)
 
 
+def block_size(device: torch.device) -> int:
+    return BLOCK if device.type == "cpu" else 8 * BLOCK
+
+
 def blocks_of(num_positions: int, device: torch.device) -> list[slice]:
     """0 … N − 1 in blocks; no position at all is one empty block."""
-    size = BLOCK if device.type == "cpu" else 8 * BLOCK
+    size = block_size(device)
     return [
         slice(start, min(start + size, num_positions))
         for start in range(0, max(num_positions, 1), size)

@@ -27,6 +27,7 @@ from runtime.files import atomic_write, flush
 
 # What may differ between a run and its continuation.
 FREE = ("resume", "out_dir", "device", "dtype", "shard")
+LOCKS: list[int] = []  # of the folder that this process writes into
 
 
 # ------------------------------------------------------------------------------------- run's folder
@@ -64,10 +65,12 @@ def saved_settings(out_dir: Path) -> dict:
 
 
 def lock_run(out_dir: Path) -> None:
-    """Keep other runs out of a folder until this process ends, however it ends."""
-    descriptor = os.open(out_dir, os.O_RDONLY)
+    """Keep other processes out of a run's folder until this one ends or trains another run."""
+    for lock in LOCKS:
+        os.close(lock)
+    LOCKS[:] = [os.open(out_dir, os.O_RDONLY)]
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(f"--out_dir {out_dir}: another run is writing there") from error
     except OSError:
@@ -229,23 +232,35 @@ def load_modules(folder: Path, modules: dict) -> None:
 
 
 def last_checkpoint(out_dir: Path) -> Path | None:
-    """The checkpoint to resume from: last/, or the one before where last/ is damaged; None where
-    there is none. Raises InputError where none is whole."""
-    damaged = []
-    for folder in (out_dir / "last", out_dir / "last.previous"):
+    """The checkpoint to resume from: last/, or the one before, which replaces it where last/ is
+    damaged or missing; None without any. Raises InputError where none is whole."""
+    last, previous = out_dir / "last", out_dir / "last.previous"
+    problems = []
+    for folder in (last, previous):
         if not folder.exists():
             continue
-        try:
-            json.loads((folder / "training.json").read_text(encoding="utf-8"))
-            for file in folder.glob("*.safetensors"):
-                with safe_open(file, "pt"):
-                    pass
-            if not (folder / "resume.safetensors").exists():
-                raise OSError("resume.safetensors is missing")
-            return folder
-        except (OSError, ValueError, SafetensorError) as error:
-            damaged.append(f"{folder} ({error})")
-            print_first(f"note: {folder} is damaged ({error})")
-    if damaged:
-        raise InputError(f"--resume: no checkpoint is whole: {', '.join(damaged)}")
+        problem = damage(folder)
+        if problem is None:
+            if folder == previous:
+                shutil.rmtree(last, ignore_errors=True)
+                previous.rename(last)
+            return last
+        print(f"note: {folder} is damaged ({problem})")
+        problems.append(f"{folder} ({problem})")
+    if problems:
+        raise InputError(f"--resume: no checkpoint is whole: {', '.join(problems)}")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint to resume from."""
+    if not (folder / "resume.safetensors").exists():
+        return "resume.safetensors is missing"
+    try:
+        json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
     return None

@@ -98,13 +98,10 @@ def split_command_line(argv: list[str]) -> tuple[list[str], list[str]]:
 def as_flags(words: list[str]) -> dict[str, list[str]]:
     """["--name", value, …] → {name: [value, …]}."""
     flags: dict[str, list[str]] = {}
-    name = None
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             flags[name] = [value] if equals else []
-        elif name is None:
-            raise InputError(f"{word!r}: which flag's value is it?")
         else:
             flags[name].append(word)
     return flags

@@ -1,0 +1,113 @@
+"""What only a GPU can show: pytest -m cuda."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+import model
+import train
+from methods import method_names
+from runtime.generation import generate
+from tests.helpers import close, flags, metrics
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.mark.parametrize("side", ("student", "teacher"))
+@torch.no_grad()
+def test_decoders_are_the_cpus(side, world):
+    cpu, gpu = model.load(world / side), model.load(world / side, device="cuda")
+    ids, mask = torch.randint(5, 300, (3, 20)), torch.ones(3, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    real = mask.bool()
+    expected, found = cpu(ids, mask), gpu(ids.cuda(), mask.cuda())
+    close(gpu.logits(found).cpu()[real], cpu.logits(expected)[real], 1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = gpu.logits(gpu(ids.cuda(), mask.cuda())).float().cpu()
+    close(half[real], cpu.logits(expected)[real], 0.1)
+    a = generate(cpu, ids, mask, 10, temperature=0)
+    b = generate(gpu, ids.cuda(), mask.cuda(), 10, temperature=0).cpu()
+    assert (a == b).float().mean() > 0.9
+
+
+COMBINATIONS = [(name, []) for name in method_names() if name not in ("kd", "dskd")]
+COMBINATIONS += [
+    ("dwa_kd", ["--adversary", "gan", "--gradient_checkpointing"]),
+    ("dskd_cma", ["--adversary", "energy", "--lora_rank", 4]),
+    ("byte_kd", ["--on_policy", 0.5]),
+    ("byte_kd", ["--compile"]),
+]
+
+
+@pytest.mark.parametrize("method, more", COMBINATIONS)
+def test_methods_train_as_on_the_cpu(method, more, world, tmp_path):
+    """Float32 on both: the first steps' losses; and a run in bfloat16, the GPU's own type."""
+    deterministic = method in ("sft", "seqkd", "uld", "mined", "byte_kd", "alm", "dskd_cma")
+    losses = {}
+    for device in ("cpu", "cuda"):
+        argv = flags(
+            world,
+            tmp_path / device,
+            "--max_steps",
+            3,
+            "--device",
+            device,
+            "--dtype",
+            "float32",
+            "--cache_teacher" if method == "uld" else "--eval_num",
+            *([] if method == "uld" else [2]),
+            *more,
+            method=method
+        )
+        train.main(argv)
+        losses[device] = [r["loss"] for r in metrics(tmp_path / device) if "loss" in r]
+    if deterministic and not more:
+        close(losses["cuda"], losses["cpu"], 2e-3)
+    train.main(flags(world, tmp_path / "half", "--max_steps", 3, *more, method=method))
+    half = [r["loss"] for r in metrics(tmp_path / "half") if "loss" in r]
+    close(half[0], losses["cuda"][0], 0.1)
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_run_resumes(world, tmp_path):
+    common = ["--max_steps", 8, "--eval_interval", 4, "--dtype", "float32"]
+    train.main(flags(world, tmp_path / "whole", *common))
+    real = train.append_metrics
+
+    def interrupt(out_dir, record):
+        real(out_dir, record)
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "append_metrics", interrupt)
+        with pytest.raises(SystemExit):
+            train.main(flags(world, tmp_path / "cut", *common))
+    train.main(["--out_dir", str(tmp_path / "cut"), "--resume"])
+    a, b = (
+        [r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in ("whole", "cut")
+    )
+    close(b, a, 1e-3)
+
+
+def test_no_logits_of_the_whole_batch(world, tmp_path):
+    """Peak memory of a step grows with the batch by far less than its logits would need."""
+    from methods import find_method
+    from tests.helpers import objective, options
+
+    teacher = model.load(world / "teacher", device="cuda").requires_grad_(False)
+    student = model.load(world / "student", device="cuda")
+    V = student.config.vocab_size
+    peaks = []
+    for rows in (64, 256):
+        ids = torch.randint(5, 300, (rows, 200), device="cuda")
+        batch = dict(student_ids=ids, student_labels=ids, teacher_ids=ids, teacher_labels=ids)
+        torch.cuda.reset_peak_memory_stats()
+        chosen = options("uld")
+        loss, _ = find_method("uld").loss(batch, student, teacher, {}, objective(chosen, batch))
+        peaks.append(torch.cuda.max_memory_allocated())
+        loss.backward()
+        student.zero_grad()
+    assert peaks[1] - peaks[0] < 4 * (256 - 64) * 200 * V

@@ -1,0 +1,53 @@
+"""Answers, token by token."""
+
+import pytest
+import torch
+
+import model
+from runtime.answers import answer_rows
+from runtime.generation import choose_tokens, generate
+from tests.helpers import reference_model
+from tokenize_align import load_tokenizer
+
+
+def test_sampling():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+
+    def draw(temperature=1.0, top_p=1.0, top_k=0):
+        generator = torch.Generator().manual_seed(0)
+        chosen = choose_tokens(logits, temperature, top_p, top_k, generator)
+        return torch.bincount(chosen, minlength=4) / 4000
+
+    assert (draw() - logits[0].softmax(-1)).abs().max() < 0.03
+    assert (draw(temperature=2.0) - (logits[0] / 2).softmax(-1)).abs().max() < 0.03
+    assert draw(top_k=2)[2:].sum() == 0 and draw(top_k=2)[1] > 0.2
+    assert draw(top_p=0.7)[2:].sum() == 0 and draw(top_p=0.7)[1] > 0.2  # 0.64 alone is not enough
+    assert draw(top_p=0.6)[0] == 1 and draw(temperature=0)[0] == 1
+
+
+def test_rows_end_at_eos_and_leave(tmp_path):
+    reference_model("gpt2", tmp_path)
+    decoder, ids = model.load(tmp_path), torch.randint(3, 97, (6, 5))
+    free = generate(decoder, ids, None, 12, temperature=0)
+    eos = int(free[0, 3])
+    ended = generate(decoder, ids, None, 12, temperature=0, eos_id=eos)
+    for row, whole in zip(ended.tolist(), free.tolist()):
+        cut = whole[: whole.index(eos) + 1] if eos in whole else whole
+        assert row[: len(cut)] == cut[: len(row)] and set(row[len(cut) :]) <= {eos}
+    assert generate(decoder, ids, None, 999, temperature=0).size(1) == 64 - 5  # the last position
+    with pytest.raises(ValueError, match="64 positions"):
+        generate(decoder, torch.zeros(1, 65, dtype=torch.long), None, 1)
+
+
+def test_a_batch_answers_as_each_row_would(world):
+    from data import read_rows
+
+    decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
+    rows = read_rows(world / "data/train.jsonl")[:9]
+    together = answer_rows(decoder, tokenizer, rows, 60, 40, 4, temperature=0.0)
+    for row, text in zip(rows, together):
+        # The limit is what the longest prompt leaves, so that a row alone may say more.
+        alone = answer_rows(decoder, tokenizer, [row], 60, 40, 1, temperature=0.0)[0]
+        assert alone.startswith(text)
+    seeds = [answer_rows(decoder, tokenizer, rows, 60, 40, 4, 1.0, seed) for seed in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]

@@ -1,0 +1,355 @@
+"""eval_rouge.py, sample.py, probe.py, toy.py and tools/."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval_rouge
+import model
+import probe
+import sample
+import toy
+import train
+from data import read_rows
+from eval_rouge import exact_match
+from pictures.attention import token_label
+from probing import attention
+from probing.statistics import distances, resample
+from runtime.config import InputError
+from tests.helpers import close, flags
+from tokenize_align import load_tokenizer
+from tools import bench, compare, compress, statistics
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Runs of four methods that probe.py looks at."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("dskd_cma", "dskd_cma_ga", "dskd_clp", "byte_kd", "sft"):
+        train.main(flags(world, folder / method, "--max_steps", 4, method=method))
+    return folder
+
+
+# -------------------------------------------------------------------------------- eval_rouge
+
+
+def test_eval_rouge(runs, world, capsys):
+    """The answers that it leaves have the scores that it prints; a set apart counts as OOD."""
+    run, toy_set = str(runs / "byte_kd"), str(world / "data")
+    eval_rouge.main(
+        [
+            run,
+            "--data",
+            toy_set,
+            "toy-kinds",
+            "--num",
+            "5",
+            "--seeds",
+            "1",
+            "2",
+            "--max_length",
+            "90",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "(trained on)" in out and "OOD mean" in out and "± " in out
+    found = json.loads((runs / "byte_kd/best/rouge.json").read_text())
+    scores = found["sets"][toy_set]
+    assert found["ood_rouge_l"] == found["sets"]["toy-kinds"]["rouge_l"]
+    files = sorted((runs / "byte_kd/best").glob("answers-*data-seed*.jsonl"))
+    assert len(files) == 2
+    for file, expected in zip(files, scores["rouge_l_by_seed"]):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        given = eval_rouge.rouge_l([x["answer"] for x in lines], [x["output"] for x in lines])
+        close(100 * np.mean(given), expected, 1e-9)
+    close(scores["bits_per_byte"], sum(scores["bits_by_row"]) / sum(scores["bytes_by_row"]), 1e-9)
+    rows = read_rows(world / "data/test.jsonl")[:5]
+    decoder, tokenizer = model.load(run), load_tokenizer(run)
+    kl = 0.0
+    for row in rows:
+        for answer, p in row.truth.items():
+            ((bits, _),) = eval_rouge.answer_bits(
+                decoder, tokenizer, [(row.prompt, answer)], 90, 256
+            )
+            kl += p * (math.log2(p) + bits) / len(rows)
+    close(scores["kl_to_truth"], kl, 1e-5)
+
+
+def test_answers_without_room(runs, world, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "%s", "output": "b"}' % ("a " * 300))
+    eval_rouge.main(
+        [
+            str(runs / "sft"),
+            "--data",
+            str(tmp_path / "x.jsonl"),
+            "--temperature",
+            "0",
+            "--out_dir",
+            str(tmp_path),
+            "--max_length",
+            "20",
+        ]
+    )
+    scores = json.loads((tmp_path / "rouge.json").read_text())["sets"]
+    assert scores[str(tmp_path / "x.jsonl")]["bytes_by_row"] == [0]
+
+
+def test_exact_match():
+    given = exact_match(["The cat.", "a  b", "x"], [["the CAT"], ["c", "A, b!"], ["y"]])
+    assert given == [True, True, False]
+
+
+def test_sample(runs, monkeypatch, capsys):
+    sample.main([str(runs / "sft"), "Which food does Mira like?", "--max_new_tokens", "9"])
+    first = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Which food does Mira like?\n\n"))
+    sample.main([str(runs / "sft"), "--max_new_tokens", "9"])
+    assert capsys.readouterr().out.removeprefix("instruction> ").startswith(first)
+
+
+# ------------------------------------------------------------------------------------- probe
+
+
+def test_measures_of_handmade_attention():
+    weights = torch.tensor([[0.7, 0.3, 0.0], [0.25, 0.25, 0.5], [0.0, 0.0, 1.0]])
+    same_chunk = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()
+    repeated = torch.tensor([True, False, False])
+    positions, others = torch.tensor([1.0, 3.0, 4.0]), torch.tensor([0.5, 1.5, 3.0])
+    found = attention.measure(weights, same_chunk, repeated, positions, others)
+    close(found["mass"], torch.tensor([1.0, 0.5]))  # the last has no counterpart
+    close(found["hit"], torch.tensor([1.0, 1.0]))
+    close(found["mass_repeated"], torch.tensor([1.0]))
+    close(found["mass_once"], torch.tensor([0.5]))
+    entropy = -(0.7 * math.log2(0.7) + 0.3 * math.log2(0.3))
+    close(found["entropy_bits"], torch.tensor([entropy, 1.5]))
+    close(found["byte_distance"], torch.tensor([0.2, 1.0]))
+    mean, draws = resample([torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    assert mean == 3.0 and set(draws.tolist()) == {1.5, 3.0, 6.0}
+
+
+def test_distances_of_keys_and_queries():
+    torch.manual_seed(0)
+    keys, queries = torch.randn(300, 5), torch.randn(300, 5)
+    near, far = distances(keys, queries), distances(keys, queries + 3)
+    for name in near:
+        assert near[name] < 0.3 < 1 < far[name]
+
+
+@pytest.mark.parametrize(
+    "token, label",
+    [
+        (b" the", "␣the"),
+        (b"\n", "↵"),
+        ("你".encode()[:2], "<e4 bd>"),
+        ("你".encode(), "\\u4f60"),
+        (b"a" * 30, "a" * 17 + "…"),
+    ],
+)
+def test_token_labels(token, label):
+    assert token_label(token) == label
+
+
+def test_the_probe_shows_the_attention_of_training(runs, world):
+    """What attend() gives is what the method computes from the checkpoint's files."""
+    import cma
+    from methods.blocks import Side
+    from tokenize_align import collate, encode_rows
+
+    run = probe.open_run(str(runs / "dskd_cma_ga"), "")
+    examples = run.examples(world / "data/dev.jsonl", 4)
+    pads = run.tokenizers[0].eos_id, run.tokenizers[1].eos_id
+    found = attention.attend(
+        "dskd_cma_ga", examples, run.student, run.teacher, run.modules["projectors"], pads
+    )
+    batch = collate(examples, *pads)
+    s, t = Side(batch, "student", run.student), Side(batch, "teacher", run.teacher)
+    E_s = torch.cat([run.student.embed(s.inputs), run.student.embed(s.labels)], -1)
+    E_t = torch.cat([run.teacher.embed(t.inputs), run.teacher.embed(t.labels)], -1)
+    Q, K = run.modules["projectors"].query(E_s).split(s.counts), (E_t / E_t.std()).split(t.counts)
+    for response, q, k in zip(found, Q, K):
+        A = q @ k.T / k.size(1) ** 0.5
+        close(response.t2s, A.softmax(1).detach())
+        close(response.s2t, A.T.softmax(1).detach())
+
+
+@pytest.mark.parametrize(
+    "names, files",
+    [
+        (("dskd_cma_ga",), {"heatmap.png", "keys_queries.png"}),
+        (("dskd_cma", "dskd_cma_ga"), {"heatmap-A.png", "heatmap-B.png", "keys_queries.png"}),
+        (("dskd_clp",), {"heatmap.png"}),
+        (("byte_kd",), {"next_bytes.png"}),
+        (("sft", "byte_kd"), {"next_bytes.png"}),
+    ],
+)
+def test_probe(names, files, runs, world, tmp_path, capsys):
+    argv = [str(runs / name) for name in names] + ["--out_dir", str(tmp_path), "--num", "5"]
+    if "sft" in names:
+        argv += ["--teacher", str(world / "teacher")]
+    probe.main(argv)
+    assert {f.name for f in tmp_path.iterdir()} == files | {"probe.json"}
+    log = json.loads((tmp_path / "probe.json").read_text())
+    assert list(log["runs"]) == [str(runs / name) for name in names]
+    numbers = log["runs"][str(runs / names[-1])]
+    if names == ("dskd_clp",):  # chunks in place of attention are always right
+        assert numbers["student → teacher: mass"]["mean"] == 1.0
+    if "byte_kd" in names:
+        assert numbers["kl"]["mean"] > 0
+    out = capsys.readouterr().out
+    assert ("B − A" in out) == (len(names) == 2)
+
+
+def test_probe_refuses(runs, world, tmp_path):
+    for argv, message in (
+        ([], "name a run"),
+        ([str(tmp_path)], "no run in this folder"),
+        ([str(runs / "sft")], "has no teacher"),
+    ):
+        with pytest.raises(InputError, match=message):
+            probe.main(argv)
+    probe.main([str(runs / "sft"), "--curves"])
+
+
+def test_next_bytes_of_a_model_with_itself_agree(runs, world):
+    from probing.next_bytes import predict_next_bytes
+
+    run = probe.open_run(str(runs / "byte_kd"), "")
+    examples = run.examples(world / "data/dev.jsonl", 4)
+    for example in examples:
+        example.teacher = example.student
+    tokenizers = (run.tokenizers[0], run.tokenizers[0])
+    for prediction in predict_next_bytes(tokenizers, examples, run.student, run.student):
+        assert prediction.kl.abs().max() < 1e-5
+        assert (prediction.student.sum(1) < 1 + 1e-5).all()
+
+
+# --------------------------------------------------------------------------------------- toy
+
+
+def test_toy_worlds_are_apart():
+    """Nothing that is scored stands in a training row; the truth sums to 1; the world is always the
+    same."""
+    rows = toy.make_rows()
+    assert rows == toy.make_rows()
+    prompts = {key: {row["prompt"] for row in of_key} for key, of_key in rows.items()}
+    training = prompts["toy-world", "train"] | prompts["toy-childhood", "train"]
+    assert len(rows["toy", "train"]) == 800 and prompts["toy", "train"] <= training
+    for name in ("toy", "toy-phrasings", "toy-kinds", "toy-asides"):
+        assert not prompts[name, "test"] & training
+        for row in rows[name, "test"]:
+            assert row["output"][0] in row["truth"]
+            close(sum(row["truth"].values()), 1.0, 1e-9)
+    drawn = [
+        row["output"]
+        for row in rows["toy-world", "train"]
+        if row["prompt"] == rows["toy-world", "train"][0]["prompt"]
+    ]
+    assert len(set(drawn)) > 1 or len(drawn) == 1
+
+
+# ------------------------------------------------------------------------------------- tools
+
+
+def test_compare(world, tmp_path, capsys):
+    """A table of two rows and two seeds; the same command again trains nothing, and one with a seed
+    more trains that."""
+    base = ["--data", str(world / "data"), "--scoring_seeds", "1", "--out_dir", str(tmp_path / "t")]
+    base += ["--student", str(world / "student"), "--teacher", str(world / "teacher")]
+    base += ["--max_steps", "3", "--batch_size", "8", "--max_length", "90", "--eval_num", "2"]
+    base += ["--max_prompt_length", "60", "--methods", "sft", "byte_kd --kd_rate 0.9", "--seeds"]
+    compare.main([*base, "1"])
+    results = json.loads((tmp_path / "t/results.json").read_text())
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "t/cells").rglob("*.safetensors")}
+    compare.main([*base, "1", "2"])
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    again = json.loads((tmp_path / "t/results.json").read_text())
+    assert {row: by_seed["1"] for row, by_seed in again.items()} == {
+        row: by_seed["1"] for row, by_seed in results.items()
+    }
+    text = (tmp_path / "t/table.md").read_text()
+    assert "| `byte_kd --kd_rate 0.9` | 2 |" in text and "minus `sft`" in text and "±" in text
+    settings = json.loads(
+        (tmp_path / "t/cells/byte_kd_--kd_rate_0.9-seed2/config.json").read_text()
+    )
+    assert (settings["kd_rate"], settings["seed"]) == (0.9, 2)
+    with pytest.raises(InputError, match="has --lr"):
+        compare.main([*base, "1", "--lr", "1"])
+    with pytest.raises(InputError, match="tools.compare sets it"):
+        compare.main(["--method", "x"])
+    compare.main(["--preset", "paper", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("python train.py") for line in lines) == 1 + 5 * (6 + 18)
+
+
+def test_the_paired_difference_against_all_draws():
+    """Of two seeds and three rows: the mean over all draws, and an interval that holds it."""
+    rng = np.random.default_rng(1)
+
+    def cells():
+        return {
+            seed: {
+                "a": {
+                    "rouge_l_by_row": rng.random(3).tolist(),
+                    "bits_by_row": rng.random(3).tolist(),
+                    "bytes_by_row": [1, 2, 3],
+                }
+            }
+            for seed in (1, 2)
+        }
+
+    ours, theirs = cells(), cells()
+    for metric, values, sizes in (
+        ("rouge_l", "rouge_l_by_row", [1, 1, 1]),
+        ("bits_per_byte", "bits_by_row", [1, 2, 3]),
+    ):
+        difference, low, high = statistics.paired_difference(ours, theirs, ["a"], metric)
+        per_seed = [sum(ours[s]["a"][values]) - sum(theirs[s]["a"][values]) for s in (1, 2)]
+        close(difference, np.mean(per_seed) / sum(sizes), 1e-6)
+        assert low < difference < high
+    assert statistics.paired_difference(ours, {3: {}}, ["a"], "rouge_l") is None
+
+
+def test_compress(world, tmp_path, capsys):
+    """All layers and the own tokenizer: the model itself. Fewer layers and another tokenizer: a
+    folder that transformers reads, too, whose shared tokens keep their rows."""
+    transformers = pytest.importorskip("transformers")
+    teacher = str(world / "teacher")
+    compress.main([teacher, "--out_dir", str(tmp_path / "same")])
+    same, whole = model.load(tmp_path / "same"), model.load(teacher)
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), whole.parameters()))
+    argv = [teacher, "--layers", "1", "--tokenizer", str(world / "student")]
+    compress.main([*argv, "--out_dir", str(tmp_path / "cut")])
+    assert "1 layers, 600 tokens" in capsys.readouterr().out
+    cut, ids = model.load(tmp_path / "cut"), torch.arange(9)[None]
+    close(cut.layers[0].mlp.up_proj.weight, whole.layers[1].mlp.up_proj.weight)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    close(cut.logits(cut(ids)).detach(), reference(ids).logits.detach())
+    before, after = load_tokenizer(teacher), load_tokenizer(tmp_path / "cut")
+    of_bytes = {before.token_bytes(i): i for i in range(before.vocab_size)}
+    shared = [
+        (of_bytes[after.token_bytes(i)], i)
+        for i in range(after.vocab_size)
+        if after.token_bytes(i) in of_bytes and i not in after.control
+    ]
+    assert len(shared) > 100
+    for old, new in shared:
+        close(cut.embed.weight[new], whole.embed.weight[old], 1e-6)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "cut")
+    assert read("Which food?").input_ids == after.encode("Which food?")
+    for layers in ("2", "1,0", "x"):
+        with pytest.raises(InputError, match="must be rising"):
+            compress.main([teacher, "--layers", layers, "--out_dir", str(tmp_path / layers)])
+
+
+def test_bench_of_small_models(capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("rouge_score")
+    only = ["step", "generation", "rouge"]
+    bench.main(["--tiny", "--repeats", "1", "--only", *only])
+    out = capsys.readouterr().out
+    assert out.count("×") == 3 and "GB" in out

@@ -1,0 +1,449 @@
+"""Runs of train.py: every method learns, an interrupted run continues, bad input is refused."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model
+import train
+from data import read_rows
+from methods import method_names
+from runtime import answers, generation
+from runtime.config import InputError
+from tests.helpers import QUICK, assert_same_run, close, finish, flags, metrics, start
+from tokenize_align import load_tokenizer
+
+TWO_VOCABULARIES = [name for name in method_names() if name not in ("kd", "dskd")]
+COMBINATIONS = [(name, []) for name in TWO_VOCABULARIES]
+COMBINATIONS += [
+    ("dwa_kd", ["--adversary", "gan", "--divergence", "adaptive_kl"]),
+    ("dskd_cla", ["--adversary", "ct"]),
+    ("dskd_cma", ["--adversary", "energy", "--projector_init", "shared"]),
+]
+
+
+@pytest.mark.parametrize("method, more", COMBINATIONS)
+def test_training_lowers_the_loss(method, more, world, tmp_path):
+    train.main(flags(world, tmp_path / "run", "--epochs", 4, "--lr", "5e-3", *more, method=method))
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 24
+    assert sum(losses[-6:]) < 0.93 * sum(losses[:6])
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["student"].keys() == {"dev", "test"}
+    best = model.load(tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").vocab_size <= best.config.vocab_size
+    for name in ("results.png", "curves.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("method", ("kd", "dskd"))
+def test_one_vocabulary(method, world, tmp_path):
+    argv = flags(world, tmp_path / "run", "--max_steps", 3, method=method)
+    with pytest.raises(InputError, match="needs one vocabulary"):
+        train.main(argv)
+    argv[argv.index("--teacher") + 1] = str(world / "student")
+    train.main(argv)
+    assert "kd_loss" in metrics(tmp_path / "run")[0]
+
+
+def test_who_learns(world, tmp_path):
+    """All of the student, the projectors and the adversary change from step to step; the teacher's
+    files never do. With --ga_lr 0 the adversary stays, and the projector still learns from it."""
+    before = (world / "teacher/model.safetensors").read_bytes()
+    runs = {"a": ["--max_steps", 1], "b": ["--max_steps", 4]}
+    runs |= {"frozen": ["--max_steps", 4, "--ga_lr", 0]}
+    runs |= {"off": ["--max_steps", 4, "--ga_lr", 0, "--ga_weight", 0]}
+    for name, more in runs.items():
+        train.main(flags(world, tmp_path / name, *more))
+    weights = {}
+    for name in runs:
+        for part in ("model", "projectors", "adversary"):
+            weights[name, part] = load_file(tmp_path / name / "last" / f"{part}.safetensors")
+    for part in ("model", "projectors", "adversary"):
+        a, b = weights["a", part], weights["b", part]
+        matrices = [k for k in a if a[k].dim() > 1 and "wpe" not in k]
+        assert matrices and not any(torch.equal(a[k], b[k]) for k in matrices), part
+    for name, tensor in weights["frozen", "adversary"].items():
+        assert torch.equal(tensor, weights["off", "adversary"][name])
+    frozen, off = weights["frozen", "projectors"], weights["off", "projectors"]
+    assert not torch.equal(frozen["query.weight"], off["query.weight"])
+    assert before == (world / "teacher/model.safetensors").read_bytes()
+
+
+def test_accumulation_equals_one_batch(world, tmp_path):
+    """sft: two forward passes of 4 rows make the step that one of 8 makes."""
+    for name, sizes in (("a", (8, 1)), ("b", (4, 2))):
+        more = ["--batch_size", sizes[0], "--grad_accum", sizes[1], "--max_steps", 3]
+        train.main(flags(world, tmp_path / name, *more, method="sft"))
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
+        for key in ("loss", "grad_norm", "dev_bits_per_byte"):
+            if key in a:
+                close(a[key], b[key], 1e-5)
+
+
+def test_a_method_of_the_users(world, tmp_path):
+    """One file, with something of its own in the batch, without a change to the project."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from methods import Method\n"
+        "from methods.sft import sft\n"
+        "class Extras:\n"
+        "    def __init__(self, student_tokenizer, teacher_tokenizer, examples): pass\n"
+        "    def __call__(self, examples, device): return {'rows': len(examples)}\n"
+        "def loss(batch, student, teacher, modules, objective):\n"
+        "    total, terms = sft(batch, student, teacher, modules, objective)\n"
+        "    return total * 2, terms | {'twice': total.detach() * 2 * (batch['rows'] > 0)}\n"
+        "METHOD = Method(loss=loss, batch_extras=Extras, defaults=dict(kd_rate=0.0))\n"
+    )
+    train.main(flags(world, tmp_path / "run", "--max_steps", 2, method=str(file)))
+    record = metrics(tmp_path / "run")[0]
+    close(record["twice"], record["loss"], 1e-6)
+
+
+def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
+    """The teacher answers every prompt once; killed in between, the rest; it is sft on its greedy
+    answers."""
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*"))
+    argv = flags(world, tmp_path / "a", "--data", data, "--max_steps", 2, method="seqkd")
+    asked = []
+
+    def dies(decoder, ids, *rest, **named):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(len(ids))
+        return generation.generate(decoder, ids, *rest, **named)
+
+    monkeypatch.setattr(answers, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv)
+    assert not (tmp_path / "a").exists()
+    file = next(data.glob("train-by-teacher-*")) / "answers-0.jsonl"
+    file.write_text(file.read_text() + '[40, "half a li')
+    monkeypatch.undo()
+    train.main(argv)
+    rows, decoder = read_rows(data / "train.jsonl"), model.load(world / "teacher")
+    tokenizer = load_tokenizer(world / "teacher")
+    expected = answers.answer_rows(decoder, tokenizer, rows, 128, 100, 8, temperature=0.0)
+    lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("]")]
+    assert {i: text for i, text, _ in lines} == dict(enumerate(expected))
+    assert len(lines) == len(rows)
+    pairs = [{"prompt": r.prompt, "output": text} for r, text in zip(rows, expected) if text]
+    (data / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train.main(flags(world, tmp_path / "b", "--data", data, "--max_steps", 2, method="sft"))
+    losses = [[r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in "ab"]
+    close(losses[0], losses[1], 1e-6)
+
+
+@pytest.mark.parametrize("method", ("dskd_cma_ga", "byte_kd", "uld"))
+def test_cached_teacher(method, world, tmp_path):
+    """The states on disk are the teacher's, in bfloat16; an interrupted writing continues."""
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    more = ["--data", data, "--max_steps", 4]
+    train.main(flags(world, tmp_path / "plain", *more, method=method))
+    train.main(flags(world, tmp_path / "a", *more, "--cache_teacher", method=method))
+    for x, y in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "a")):
+        if "loss" in x:
+            assert abs(x["loss"] - y["loss"]) < 0.01 * x["loss"]
+    states = next(data.glob("train-states-teacher-*.bin"))
+    done = states.with_suffix(".done")
+    whole = states.read_bytes()
+    states.write_bytes(bytes(200) + whole[200:])
+    done.write_bytes(b"\0" * len(done.read_bytes()))
+    train.main(flags(world, tmp_path / "b", *more, "--cache_teacher", method=method))
+    assert states.read_bytes() == whole and set(done.read_bytes()) == {1}
+
+
+@pytest.mark.parametrize("method, share", [("byte_kd", 0.5), ("alm", 1.0), ("mined", 1.0)])
+def test_on_policy(method, share, world, tmp_path):
+    """In a share of the steps CE is of the data and the method's terms of the student's answers,
+    with counts of their own; a run resumes to the same steps."""
+    for name in "ab":
+        train.main(flags(world, tmp_path / name, "--on_policy", share, method=method))
+    a, b = ([r for r in metrics(tmp_path / name) if "loss" in r] for name in "ab")
+    assert [r["loss"] for r in a] == [r["loss"] for r in b]
+    α = {"byte_kd": 0.75}.get(method, 0.5)
+    for record in a:
+        loss = (1 - α) * record["nll_loss"] + α * record["kd_loss"]
+        close(record["loss"], loss, 1e-4)
+
+
+@pytest.mark.parametrize("more", (["--lora_rank", 4], ["--gradient_checkpointing"]))
+def test_lora_and_gradient_checkpointing(more, world, tmp_path):
+    train.main(flags(world, tmp_path / "run", *QUICK, *more, method="sft"))
+    train.main(flags(world, tmp_path / "plain", *QUICK, method="sft"))
+    first = [metrics(tmp_path / name)[0] for name in ("run", "plain")]
+    close(first[0]["loss"], first[1]["loss"], 1e-5)
+    if "--lora_rank" not in more:
+        close(metrics(tmp_path / "run")[-2]["loss"], metrics(tmp_path / "plain")[-2]["loss"], 1e-5)
+        return
+    base = model.load(world / "student").embed.weight
+    assert torch.equal(model.load(tmp_path / "run/last").embed.weight, base)
+    assert (tmp_path / "run/last/adapter/adapter_model.safetensors").exists()
+    moments = load_file(tmp_path / "run/last/resume.safetensors")
+    learning = {name.rsplit("/", 1)[0] for name in moments if name.startswith("student.")}
+    assert learning and all(name.endswith((".a", ".b")) for name in learning)
+
+
+def test_bfloat16(world, tmp_path):
+    for method in ("dskd_cma_ga", "dwa_kd", "byte_kd"):
+        runs = []
+        for dtype in ("bfloat16", "float32"):
+            out = tmp_path / f"{method}-{dtype}"
+            train.main(flags(world, out, "--dtype", dtype, "--max_steps", 3, method=method))
+            runs.append([r["loss"] for r in metrics(out) if "loss" in r])
+        close(runs[0], runs[1], 0.05)
+        assert runs[0] != runs[1]
+    weights = load_file(tmp_path / "byte_kd-bfloat16/best/model.safetensors")
+    assert weights["transformer.wte.weight"].dtype == torch.float32
+
+
+def test_learning_rate():
+    assert train.learning_rate(1e-3, 0, 10, 110) == 1e-4
+    assert train.learning_rate(1e-3, 9, 10, 110) == train.learning_rate(1e-3, 10, 10, 110) == 1e-3
+    close(train.learning_rate(1e-3, 109, 10, 110), 1e-7)
+    close(train.learning_rate(1e-3, 50, 0, 101), (1e-3 + 1e-7) / 2)
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--method", "magic"], "magic"),
+        (["--method", "uld", "--divergence", "reverse_kl"], "does not use it"),
+        (["--method", "byte_kd", "--adversary", "gan"], "does not use it"),
+        (["--method", "dskd_cma", "--ga_weight", "5"], "no --adversary"),
+        (["--method", "dskd_cma", "--on_policy", "0.5"], "does not use it"),
+        (["--method", "dskd_clp", "--adversary", "ct"], "does not use it"),
+        (["--divergence", "x"], "must be one of"),
+        (["--lr", "fast"], "lr"),
+        (["--lr", "-1"], "at least 0"),
+        (["--kd_rate", "2"], "at most 1"),
+        (["--bogus", "1"], "bogus"),
+        (["--teacher", "nobody"], "nobody"),
+        (["--data", "none"], "none"),
+        (["--device", "cuda"], "no CUDA"),
+        (["--max_length", "1000"], "256 positions"),
+        (["--lora_alpha", "3"], "without --lora_rank"),
+        (["--shard", "both"], "torchrun"),
+        (["--resume", "--out_dir", "none"], "no run"),
+    ],
+)
+def test_command_lines_that_are_wrong(change, message, world, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train.main(flags(world, tmp_path / "run", *change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_one_line_and_exit_2(world, tmp_path):
+    code, out, errors = finish(start("train.py", *flags(world, tmp_path / "run", "--lr", "-1")))
+    assert code == 2 and errors.startswith("error: --lr") and errors.count("\n") == 1
+
+
+def test_a_folder_that_is_not_empty_is_refused(world, quick_run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, quick_run, tmp_path / "notes.txt"):
+        with pytest.raises(InputError, match="is not empty"):
+            train.main(flags(world, folder, *QUICK))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_steps_that_explode_end_the_run(world, tmp_path):
+    argv = flags(
+        world, tmp_path, "--lr", "1e30", "--save_interval", 1, "--max_steps", 9, method="sft"
+    )
+    shutil.rmtree(tmp_path)
+    with pytest.raises(InputError, match="not finite"):
+        train.main(argv)
+
+
+def test_steps_that_are_not_finite_are_not_taken(world, tmp_path, monkeypatch):
+    """Their rows are named; the third in a row ends the run, and the last checkpoint is good."""
+    from methods import blocks
+
+    def spoiled(logits, labels):
+        terms = real(logits, labels)
+        steps.append(1)
+        bad = len(steps) == 2 or len(steps) > 4
+        return {"nll_loss": terms["nll_loss"] * (float("nan") if bad else 1.0)} | {
+            "accuracy": terms["accuracy"]
+        }
+
+    import methods.sft
+
+    real, steps = blocks.cross_entropy, []
+    monkeypatch.setattr(methods.sft, "cross_entropy", spoiled)
+    argv = flags(world, tmp_path / "run", "--save_interval", 1, "--max_steps", 20, method="sft")
+    with pytest.raises(InputError, match="3 steps in a row, up to step 7"):
+        train.main(argv)
+    records = [record for record in metrics(tmp_path / "run") if "lr" in record]
+    assert ["skipped_rows" in record for record in records] == [False, True, False, False] + [
+        True
+    ] * 3
+    assert len(records[1]["skipped_rows"]) == 8
+    assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == 4
+
+
+# ----------------------------------------------------------------- a run is never lost
+
+
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        ("dskd_cma_ga", ["--lora_rank", 4]),
+        ("dwa_kd", ["--adversary", "ct"]),
+        ("byte_kd", ["--on_policy", 0.5]),
+        ("sft", []),
+    ],
+)
+def test_resume_is_exact(method, more, world, tmp_path):
+    """Stopped after any step, the run ends in the same bytes: here after step 3 of 9, two epochs."""
+    common = ["--batch_size", 12, "--max_steps", 9, "--eval_interval", 4, *more]
+    train.main(flags(world, tmp_path / "whole", *common, method=method))
+    real = train.append_metrics
+
+    def interrupt(out_dir, record):
+        real(out_dir, record)
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    argv = flags(world, tmp_path / "cut", *common, method=method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "append_metrics", interrupt)
+        with pytest.raises(SystemExit):
+            train.main(argv)
+    assert json.loads((tmp_path / "cut/last/training.json").read_text())["step"] == 3
+    train.main(["--out_dir", str(tmp_path / "cut"), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_what_was_saved_is_scored_on_resume(quick_run, world, tmp_path, monkeypatch):
+    """A kill during a scoring, of dev or at the end, loses nothing; a second resume changes
+    nothing."""
+    real = train.scores_of
+    for fatal in (1, 2, 4):
+        calls, out = [], tmp_path / str(fatal)
+
+        def dies(*args):
+            calls.append(1)
+            if len(calls) == fatal:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(train, "scores_of", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(flags(world, out, *QUICK))
+        monkeypatch.setattr(train, "scores_of", real)
+        for _ in range(2):
+            train.main(["--out_dir", str(out), "--resume"])
+            assert_same_run(quick_run, out)
+
+
+def test_resume_refuses_what_does_not_fit(quick_run, world, tmp_path):
+    shutil.copytree(quick_run, tmp_path / "run")
+    argv = ["--out_dir", str(tmp_path / "run"), "--resume"]
+    with pytest.raises(InputError, match="has --lr 0.001"):
+        train.main([*argv, "--lr", "5"])
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(settings | {"byte_weight": 1.0}))
+    with pytest.raises(InputError, match="byte_weight"):
+        train.main(argv)
+
+
+@pytest.mark.parametrize("file", ("model", "projectors", "resume"))
+def test_a_damaged_checkpoint_is_noticed(file, quick_run, world, tmp_path, capsys):
+    """The one before takes its place, and the run ends in the same bytes."""
+    out = tmp_path / "run"
+    shutil.copytree(quick_run, out)
+    path = out / "last" / f"{file}.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    train.main(["--out_dir", str(out), "--resume"])
+    assert "is damaged" in capsys.readouterr().out
+    assert_same_run(quick_run, out)
+    for name in ("last", "last.previous"):
+        path = out / name / f"{file}.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        train.main(["--out_dir", str(out), "--resume"])
+
+
+def test_killed_at_every_rename_of_a_checkpoint(quick_run, world, tmp_path, monkeypatch):
+    """Whatever rename, removal or flush a kill comes before, the run ends in the same bytes."""
+    from runtime import checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    for number in (1, 5, 9, 14, 20, 27, 35):
+        count, out = [], tmp_path / str(number)
+
+        def before(real):
+            def call(*args, **named):
+                count.append(1)
+                if len(count) == number:
+                    raise Killed
+                return real(*args, **named)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.Path, "rename", before(checkpoint.Path.rename))
+            patch.setattr(checkpoint.shutil, "rmtree", before(shutil.rmtree))
+            patch.setattr(checkpoint, "flush", before(checkpoint.flush))
+            with pytest.raises(Killed):
+                train.main(flags(world, out, *QUICK))
+        train.main(["--out_dir", str(out), "--resume"])
+        assert_same_run(quick_run, out)
+
+
+def test_one_run_per_folder(quick_run, world, tmp_path):
+    from runtime.checkpoint import lock_run
+
+    shutil.copytree(quick_run, tmp_path / "run")
+    lock_run(tmp_path / "run")
+    code, _, errors = finish(start("train.py", "--out_dir", tmp_path / "run", "--resume"))
+    assert code == 2 and "another run is writing" in errors
+
+
+@pytest.mark.soak
+def test_twenty_kills(world, tmp_path):
+    """kill -9 at 20 moments, half of them while a checkpoint is being written: the same bytes as a
+    run that nothing disturbed."""
+    import random
+    import time
+
+    more = ["--epochs", 6, "--save_interval", 1, "--eval_interval", 12, "--eval_num", 2]
+    code, _, errors = finish(start("train.py", *flags(world, tmp_path / "whole", *more)))
+    assert code == 0, errors
+    out, rng, kills, while_writing = tmp_path / "cut", random.Random(0), 0, 0
+    argv = flags(world, out, *more)
+    while kills < 20:
+        process = start("train.py", *argv)
+        step = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            writing = (out / "last.tmp").exists()
+            lines = (
+                (out / "metrics.jsonl").read_text().count("\n")
+                if (out / "metrics.jsonl").exists()
+                else 0
+            )
+            if lines > step and (writing if kills % 2 else rng.random() < 0.05):
+                break
+        assert process.poll() is None, finish(process)[2]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        while_writing += (out / "last.tmp").exists()
+        argv = ["--out_dir", out, "--resume"] if (out / "config.json").exists() else argv
+    code, _, errors = finish(start("train.py", *argv))
+    assert code == 0, errors
+    assert while_writing >= 10
+    assert_same_run(tmp_path / "whole", out)

@@ -1,4 +1,4 @@
-"""Score a model: ROUGE-L and exact match of its answers, bits per byte of the references.
+"""Score a model: ROUGE-L of its answers, bits per byte of the references.
 
     python eval_rouge.py out/toy-byte_kd --data toy toy-phrasings --seeds 10 20 30
     torchrun --nproc_per_node=8 eval_rouge.py out/gpt2 --data dolly     # the rows are shared
@@ -15,7 +15,6 @@ import json
 import math
 import re
 import statistics
-import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) 
     references = [[r] if isinstance(r, str) else r for r in references]
     if len(predictions) != len(references) or not all(references):
         raise ValueError(
-            f"{len(predictions)} predictions need as many lists of at least one " "reference"
+            f"{len(predictions)} predictions need as many lists of at least one reference"
         )
     scores = []
     for prediction, group in zip(predictions, references):
@@ -82,19 +81,6 @@ def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) 
                 best = max(best, 2 * precision * recall / (precision + recall))
         scores.append(best)
     return scores
-
-
-def exact_match(predictions: list[str], references: list[list[str]]) -> list[bool]:
-    """Whether a prediction is one of its references, but for case, punctuation and spaces."""
-
-    def normal(text):
-        text = text.lower().translate(str.maketrans("", "", string.punctuation))
-        return " ".join(text.split())
-
-    return [
-        normal(prediction) in [normal(reference) for reference in group]
-        for prediction, group in zip(predictions, references)
-    ]
 
 
 # ------------------------------------------------------------------------------------ bits per byte
@@ -226,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     config.max_length = config.max_length or min(512, positions)
     if config.max_length > positions:
         raise InputError(
-            f"--max_length {config.max_length}: {config.model} has {positions} " "positions"
+            f"--max_length {config.max_length}: {config.model} has {positions} positions"
         )
     trained = trained_on(decoder.source)
     out_dir = Path("out/eval") / config.model.replace("/", "--")
@@ -250,19 +236,16 @@ def main(argv: list[str] | None = None) -> None:
         )
     with atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
-    print(
-        f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        exact match   "
-        "KL(truth ‖ model)"
-    )
+    print(f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        " "KL(truth ‖ model)")
     for name, scores in results.items():
         known, kl = "", scores["kl_to_truth"]
         if kl is not None:
-            known = f"{kl:10.2f} bits"
+            known = f"{kl:13.2f} bits"
         if same_data(name, trained):
             known += "   (trained on)"
         print(
             f"{name:<24}{scores['rows']:>6}{scores['bits_per_byte']:16.3f}   "
-            f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}{scores['exact_match']:13.2f} %"
+            f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}"
             f"{known}"
         )
     if others:
@@ -292,7 +275,7 @@ def score_set(
         )
     references = [row.outputs for row in rows]
     greedy = config.temperature == 0
-    rouge, exact, rouge_by_row = [], [], []
+    rouge, rouge_by_row = [], []
     for seed in [None] if greedy else config.seeds:
         label = "greedy" if greedy else f"seed{seed}"
         answers = answer_rows(
@@ -301,7 +284,6 @@ def score_set(
         by_row = [100 * score for score in rouge_l(answers, references)]
         rouge.append(statistics.mean(by_row))
         rouge_by_row.append(by_row)
-        exact.append(100 * statistics.mean(exact_match(answers, references)))
         if distributed.is_first():
             with atomic_write(out_dir / f"answers-{file_label(name)}-{label}.jsonl") as file:
                 for row, text, score in zip(rows, answers, by_row):
@@ -317,7 +299,6 @@ def score_set(
         "rouge_l": statistics.mean(rouge),
         "rouge_l_by_seed": rouge,
         "std": statistics.stdev(rouge) if len(rouge) > 1 else 0.0,
-        "exact_match": statistics.mean(exact),
         "bits_by_row": [b for b, _ in bits],
         "bytes_by_row": [n for _, n in bits],
         "rouge_l_by_row": [statistics.mean(scores) for scores in zip(*rouge_by_row)],

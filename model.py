@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         length = past + ids.size(1)
         if length > self.config.max_positions:
             raise ValueError(
-                f"{length} tokens, but this model has {self.config.max_positions} " "positions"
+                f"{length} tokens, but this model has {self.config.max_positions} positions"
             )
         if mask is None:
             positions = torch.arange(past, length, device=ids.device)[None]

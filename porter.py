@@ -5,77 +5,26 @@ As in the paper: m is the measure of a stem, [C](VC)^m[V]; *v*: contains a vowel
 
 import functools
 
-IRREGULAR = {
-    "sky": "sky",
-    "skies": "sky",
-    "dying": "die",
-    "lying": "lie",
-    "tying": "tie",
-    "news": "news",
-    "innings": "inning",
-    "inning": "inning",
-    "outings": "outing",
-    "outing": "outing",
-    "cannings": "canning",
-    "canning": "canning",
-    "howe": "howe",
-    "proceed": "proceed",
-    "exceed": "exceed",
-    "succeed": "succeed",
-}
-STEP2 = [
-    ("ational", "ate"),
-    ("tional", "tion"),
-    ("enci", "ence"),
-    ("anci", "ance"),
-    ("izer", "ize"),
-    ("bli", "ble"),
-    ("alli", "al"),
-    ("entli", "ent"),
-    ("eli", "e"),
-    ("ousli", "ous"),
-    ("ization", "ize"),
-    ("ation", "ate"),
-    ("ator", "ate"),
-    ("alism", "al"),
-    ("iveness", "ive"),
-    ("fulness", "ful"),
-    ("ousness", "ous"),
-    ("aliti", "al"),
-    ("iviti", "ive"),
-    ("biliti", "ble"),
-    ("fulli", "ful"),
-]
-STEP3 = [
-    ("icate", "ic"),
-    ("ative", ""),
-    ("alize", "al"),
-    ("iciti", "ic"),
-    ("ical", "ic"),
-    ("ful", ""),
-    ("ness", ""),
-]
-STEP4 = [
-    "al",
-    "ance",
-    "ence",
-    "er",
-    "ic",
-    "able",
-    "ible",
-    "ant",
-    "ement",
-    "ment",
-    "ent",
-    "ion",
-    "ou",
-    "ism",
-    "ate",
-    "iti",
-    "ous",
-    "ive",
-    "ize",
-]
+
+def rules(text: str) -> list[tuple[str, str]]:
+    """ "enci→ence ful→" → [("enci", "ence"), ("ful", "")]"""
+    return [tuple(rule.split("→")) for rule in text.split()]
+
+
+IRREGULAR = dict(
+    rules(
+        "sky→sky skies→sky dying→die lying→lie tying→tie news→news innings→inning inning→inning "
+        "outings→outing outing→outing cannings→canning canning→canning howe→howe "
+        "proceed→proceed exceed→exceed succeed→succeed"
+    )
+)
+STEP2 = rules(
+    "ational→ate tional→tion enci→ence anci→ance izer→ize bli→ble alli→al entli→ent eli→e "
+    "ousli→ous ization→ize ation→ate ator→ate alism→al iveness→ive fulness→ful ousness→ous "
+    "aliti→al iviti→ive biliti→ble fulli→ful"
+)
+STEP3 = rules("icate→ic ative→ alize→al iciti→ic ical→ic ful→ ness→")
+STEP4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split()
 
 
 @functools.lru_cache(1 << 16)

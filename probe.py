@@ -181,12 +181,12 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
         draws,
     )
 
-    shown = shown_row(responses[0])
+    chosen = shown([max(response.t2s.shape) for response in responses[0]], SHOWN_TOKENS)
     scatters = {}
     for mark, run, of_run in zip("AB", runs, responses):
         heading = f"{mark}: {run.name}" if len(runs) == 2 else run.name
         name = f"heatmap-{mark}.png" if len(runs) == 2 else "heatmap.png"
-        response = of_run[shown]
+        response = of_run[chosen]
         labels = []
         for sequence, tokenizer in zip((response.student, response.teacher), run.tokenizers):
             labels.append(
@@ -220,10 +220,9 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
     return list(numbers)
 
 
-def shown_row(responses: list[Response]) -> int:
-    """The longest response that a picture shows whole and large, else the shortest."""
-    lengths = [max(response.t2s.shape) for response in responses]
-    fitting = [length for length in lengths if length <= SHOWN_TOKENS]
+def shown(lengths: list[int], most: int) -> int:
+    """Which one a picture shows: the longest that fits whole and large, else the shortest."""
+    fitting = [length for length in lengths if length <= most]
     return lengths.index(max(fitting) if fitting else min(lengths))
 
 
@@ -233,14 +232,12 @@ def show_next_bytes(
     """Print the table and leave next_bytes.png → the numbers of each run."""
     numbers, draws = zip(*(byte_numbers(of_run) for of_run in predictions))
     print_table("next bytes", BYTE_MEASURES, numbers, draws)
-    lengths = [len(prediction.text) for prediction in predictions[0]]
-    fitting = [length for length in lengths if length < SHOWN_BYTES]
-    shown = lengths.index(max(fitting) if fitting else min(lengths))
-    answer = predictions[0][shown]
+    chosen = shown([len(prediction.text) for prediction in predictions[0]], SHOWN_BYTES - 1)
+    answer = predictions[0][chosen]
     panels, divergences = {"teacher": answer.teacher[:SHOWN_BYTES]}, {}
     for run, of_run in zip(runs, predictions):
-        panels[run.name] = of_run[shown].student[:SHOWN_BYTES]
-        divergences[run.name] = of_run[shown].kl[:SHOWN_BYTES]
+        panels[run.name] = of_run[chosen].student[:SHOWN_BYTES]
+        divergences[run.name] = of_run[chosen].kl[:SHOWN_BYTES]
     attention_pictures.next_bytes(
         out_dir / "next_bytes.png",
         f"what comes next in row {answer.row}",

@@ -27,7 +27,6 @@ class Config:
     top_p: float = flag(
         1.0, "Sample from the likeliest tokens with this probability together.", minimum=1e-6
     )
-    top_k: int = flag(0, "Sample from the k likeliest tokens; 0: all.", minimum=0)
     max_new_tokens: int = flag(256, "The longest answer, in tokens.", minimum=1)
     seed: int = flag(1, "Of the sampling.", minimum=0)
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
@@ -61,7 +60,6 @@ def print_answer(decoder, tokenizer, config: Config, instruction: str, generator
         config.max_new_tokens,
         config.temperature,
         config.top_p,
-        config.top_k,
         tokenizer.eos_id,
         generator,
     ):

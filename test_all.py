@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import cma
 import discriminator
@@ -451,16 +451,44 @@ def test_nfc_spans_point_into_the_original(tmp_path):
     assert spans == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8)]
 
 
+def chunks(spans_a, spans_b) -> list[tuple[range, range]]:
+    """(tokens of a, tokens of b) of every chunk, from its definition: cut at common boundaries."""
+    cuts = {end for _, end in spans_a} & {end for _, end in spans_b}
+
+    def number(span):
+        return sum(0 < cut <= span[0] for cut in cuts)
+
+    result = []
+    for chunk in sorted({*map(number, spans_a), *map(number, spans_b)}):
+        tokens = []
+        for spans in (spans_a, spans_b):
+            inside = [i for i, span in enumerate(spans) if number(span) == chunk]
+            tokens.append(range(inside[0], inside[-1] + 1) if inside else range(0))
+        result.append(tuple(tokens))
+    return result
+
+
 def test_chunks():
     # The cuts are 2 and 6, then EOS.
     a, b = [(0, 2), (2, 5), (5, 6), (6, 6)], [(0, 1), (1, 2), (2, 4), (4, 6), (6, 6)]
     expected = [(range(0, 1), range(0, 2)), (range(1, 3), range(2, 4)), (range(3, 4), range(4, 5))]
-    assert ta.chunks(a, b) == expected
+    assert chunks(a, b) == expected
     mask = [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     assert ta.chunk_mask(a, b).int().tolist() == mask
-    # One side is cut.
-    cut = [(range(0, 1), range(0, 1)), (range(1, 2), range(1, 1))]
-    assert ta.chunks([(0, 2), (2, 4)], [(0, 2)]) == cut
+    assert ta.chunk_numbers([(0, 2), (2, 4)], [(0, 2)]) == ([0, 1], [0])  # one side is cut
+
+
+@real_vocabularies
+def test_chunks_of_real_vocabularies():
+    first, second = (ta.load_tokenizer(FIXTURES / "tokenizers" / n) for n in ("gpt2", "llama2"))
+    for text in texts()[:150]:
+        a, b = first.encode_with_spans(text)[1], second.encode_with_spans(text)[1]
+        mask = torch.zeros(len(a), len(b), dtype=torch.bool)
+        if len(a) * len(b) > 10_000 or not text:
+            continue
+        for of_a, of_b in chunks(a, b):
+            mask[of_a.start : of_a.stop, of_b.start : of_b.stop] = True
+        assert torch.equal(ta.chunk_mask(a, b), mask)
 
 
 WAYS = ((0, 1), (1, 0), (0, 0))
@@ -1024,7 +1052,7 @@ def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatc
         log_p.append(of_labels.split(side.counts))
     kd = 0.0
     for row, e in enumerate(examples):
-        for of_s, of_t in ta.chunks(e.student.spans, e.teacher.spans):
+        for of_s, of_t in chunks(e.student.spans, e.teacher.spans):
             if of_s and of_t and e.student.spans[of_s[-1]][1] == e.teacher.spans[of_t[-1]][1]:
                 a = log_p[1][row][list(of_t)].sum().detach() / temperature
                 b = log_p[0][row][list(of_s)].sum() / temperature

@@ -45,20 +45,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
-        raise NotImplementedError
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids, and the bytes of the text that each stands for. The spans tile the text. Where
         normalization changed characters, the boundaries inside them are spread over them."""
-        raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids: control tokens give nothing, broken UTF-8 gives U+FFFD."""
-        raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id adds to a text; of a control token its name."""
-        raise NotImplementedError
 
     def text_ids(self, ids: list[int]) -> list[int]:
         """The ids that are text. A model's head may be larger than the vocabulary (Qwen's are)."""
@@ -240,7 +236,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             tokenizer = ByteLevelBPE(str(folder), read_byte_level(folder, settings))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{folder}: the tokenizer's files are damaged or of an unknown make " f"({error!r})"
+            f"{folder}: the tokenizer's files are damaged or of an unknown make ({error!r})"
         ) from error
     tokenizer.folder = folder
     return tokenizer
@@ -266,24 +262,6 @@ def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], 
         np.searchsorted(cuts, starts_a, side="right").tolist(),
         np.searchsorted(cuts, starts_b, side="right").tolist(),
     )
-
-
-def chunks(spans_a: list[Span], spans_b: list[Span]) -> list[tuple[range, range]]:
-    """Cut one text where both tokenizations have a boundary → (tokens of a, tokens of b) per chunk.
-
-    EOS, the empty span (n, n) at the text's end on both sides, is a chunk of its own. What follows
-    the last common boundary is a chunk too, of which one range may be empty."""
-    numbers_a, numbers_b = (np.array(numbers) for numbers in chunk_numbers(spans_a, spans_b))
-    result = []
-    for number in np.union1d(numbers_a, numbers_b):
-        tokens = [
-            range(
-                np.searchsorted(numbers, number, "left"), np.searchsorted(numbers, number, "right")
-            )
-            for numbers in (numbers_a, numbers_b)
-        ]
-        result.append(tuple(tokens))
-    return result
 
 
 def chunk_mask(spans_a: list[Span], spans_b: list[Span]) -> torch.Tensor:

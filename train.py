@@ -192,7 +192,7 @@ def resumed_settings(given: dict) -> Config:
     for name, value in given.items():
         if name not in FREE and value != saved.get(name):
             raise InputError(
-                f"--resume: the run has --{name} {saved.get(name)}, not {value}; " "leave it out"
+                f"--resume: the run has --{name} {saved.get(name)}, not {value}; leave it out"
             )
     return checked(Config, saved | {name: given[name] for name in FREE if name in given})
 
@@ -264,14 +264,7 @@ def main(argv: list[str] | None = None) -> None:
 
         with autocast(device, dtype):
             rows["train"] = teacher_rows(
-                rows["train"],
-                files["train"],
-                config.teacher,
-                teacher,
-                teacher_tokenizer,
-                config.max_length,
-                config.max_prompt_length,
-                config.batch_size,
+                config, rows["train"], files["train"], teacher, teacher_tokenizer
             )
     trains_with_teacher = method.needs_teacher and not method.answered_by_teacher
     tokenizers = student_tokenizer, student_tokenizer
@@ -299,14 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.cache_teacher:
         from runtime.teacher_states import TeacherStates
 
-        states = TeacherStates(
-            files["train"],
-            config.teacher,
-            teacher.source,
-            examples,
-            teacher.config.hidden_size,
-            dtype,
-        )
+        states = TeacherStates(config, files["train"], teacher, examples, dtype)
         with autocast(device, dtype):
             states.fill(config.batch_size, pads[1], device)
     if config.compile:
@@ -358,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     # --------------------------------------------------------------------------------------- train
     launcher = "torchrun …" if world_size > 1 else "python"
     stop = Stop(
-        f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} " "--resume"
+        f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} --resume"
     )
     bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
     bad_steps = 0
@@ -390,7 +376,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"ROUGE-L {scores['rouge_l']:.2f}"
             )
             append_metrics(out_dir, {"step": step} | {f"dev_{k}": v for k, v in scores.items()})
-            if is_better(config.select, scores, state):
+            better = scores["bits_per_byte"] < state["best_dev_bits_per_byte"]
+            if config.select == "rouge":
+                better = scores["rouge_l"] > state["best_dev_rouge_l"]
+            if better:
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
                 save_checkpoint(out_dir / "best", student, modules, None, state)
         if finished:
@@ -659,12 +648,6 @@ def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tens
 
         return sharding.clip_gradients(parameters, largest)
     return torch.nn.utils.clip_grad_norm_(parameters, largest)
-
-
-def is_better(select: str, scores: dict, state: dict) -> bool:
-    if select == "rouge":
-        return scores["rouge_l"] > state["best_dev_rouge_l"]
-    return scores["bits_per_byte"] < state["best_dev_bits_per_byte"]
 
 
 # ------------------------------------------------------------------------------------- conclusions

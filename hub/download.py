@@ -80,7 +80,7 @@ def _download(repository: str, weights: bool) -> Path:
             type(error).__name__, f"the hub cannot be reached ({type(error).__name__})"
         )
         raise InputError(
-            f"{repository}: {reason}; a folder with its files works in place of a " "name"
+            f"{repository}: {reason}; a folder with its files works in place of a name"
         ) from error
 
 

@@ -128,12 +128,8 @@ def read_config(path: Path) -> ModelConfig:
         raise InputError(f"{path.parent}: no config.json in this folder") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
-    if values.get("architectures"):
-        name = values["architectures"][0]
-        family = ARCHITECTURES.get(name)
-    else:
-        name = values.get("model_type")
-        family = name if name in ARCHITECTURES.values() else None
+    name = (values.get("architectures") or [None])[0]
+    family = ARCHITECTURES.get(name)
     if family is None:
         raise InputError(
             f"{path}: the architecture {name!r} is not implemented (implemented: "
@@ -257,7 +253,7 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     if family == "llama" or window is None or not switched_on:
         if types and "sliding_attention" in types and family != "llama":
             raise InputError(
-                f"{get.path}: layer_types has sliding_attention, but the sliding " "window is off"
+                f"{get.path}: layer_types has sliding_attention, but the sliding window is off"
             )
         return None, [False] * layers
     if family == "mistral":

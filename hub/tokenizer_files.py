@@ -99,7 +99,7 @@ def _from_tokenizer_json(path: Path, whole: dict):
     nfc = normalizer["type"] == "NFC"
     if not nfc and normalizer != {"type": "Sequence", "normalizers": []}:
         raise InputError(
-            f"{path}: the normalizer {normalizer['type']} is not implemented " "(implemented: NFC)"
+            f"{path}: the normalizer {normalizer['type']} is not implemented (implemented: NFC)"
         )
     merges = None
     if not model.get("ignore_merges"):

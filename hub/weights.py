@@ -42,7 +42,7 @@ def weights_for(decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
             tensor = tensor.t()
         if tensor.shape != parameter.shape:
             problems.append(
-                f"{hub_name} is {list(tensor.shape)}, the config wants " f"{list(parameter.shape)}"
+                f"{hub_name} is {list(tensor.shape)}, the config wants {list(parameter.shape)}"
             )
         if not tensor.is_floating_point():
             problems.append(f"{hub_name} is {tensor.dtype}: quantized weights are not implemented")
@@ -65,7 +65,7 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
     first = weight_file(folder)
     if first is None:
         raise InputError(
-            f"{folder}: no weights (model.safetensors, pytorch_model.bin, or an index " "of shards)"
+            f"{folder}: no weights (model.safetensors, pytorch_model.bin, or an index of shards)"
         )
     paths = [first]
     if first.suffix == ".json":
@@ -81,7 +81,7 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
             raise InputError(f"{path}: cannot be read, it is cut or damaged ({error})") from error
         except Exception as error:  # torch refuses a pickle of anything but tensors
             raise InputError(
-                f"{path}: not plain weights ({type(error).__name__}); use " "safetensors"
+                f"{path}: not plain weights ({type(error).__name__}); use safetensors"
             ) from error
     return state
 

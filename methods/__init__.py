@@ -95,7 +95,7 @@ def find_method(name: str) -> Method:
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(
-            f"--method {name}: must be the path of a file or one of " f"{', '.join(method_names())}"
+            f"--method {name}: must be the path of a file or one of {', '.join(method_names())}"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

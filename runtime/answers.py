@@ -18,25 +18,17 @@ def answer(
     max_new_tokens: int,
     temperature: float,
     generator=None,
-) -> list[tuple[str, bool]]:
-    """One batch of prompts, token ids → each one's answer, and whether it ended by itself."""
+) -> list[str]:
+    """One batch of prompts, token ids → each one's answer."""
     eos, device = tokenizer.eos_id, decoder.embed.weight.device
     ids, mask = left_pad(prompts, eos)
-    new = generate(
-        decoder,
-        ids.to(device),
-        mask.to(device),
-        max_new_tokens,
-        temperature,
-        eos_id=eos,
-        generator=generator,
-    )
+    how = dict(temperature=temperature, eos_id=eos, generator=generator)
+    new = generate(decoder, ids.to(device), mask.to(device), max_new_tokens, **how)
     answers = []
     for tokens in new.tolist():
-        ended = eos in tokens
-        if ended:
+        if eos in tokens:
             tokens = tokens[: tokens.index(eos)]
-        answers.append((tokenizer.decode(tokens), ended))
+        answers.append(tokenizer.decode(tokens))
     return answers
 
 
@@ -51,9 +43,9 @@ def answer_batches(
     temperature: float,
     seed: int = 0,
     desc: str = "answering",
-) -> Iterator[list[tuple[int, str, bool]]]:
+) -> Iterator[list[tuple[int, str]]]:
     """Answer the rows with these numbers, prompts of like length together → lists of (number,
-    answer, whether it ended before the limit). Limits are in tokens; temperature 0 is greedy."""
+    answer). Limits are in tokens; temperature 0 is greedy."""
     generator = torch.Generator(decoder.embed.weight.device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
     prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
@@ -70,7 +62,7 @@ def answer_batches(
                 temperature,
                 generator,
             )
-            yield [(i, text.strip(), ended) for i, (text, ended) in zip(part, answers)]
+            yield [(i, text.strip()) for i, text in zip(part, answers)]
             bar.update(len(part))
 
 
@@ -109,7 +101,7 @@ def answer_rows(
         seed + 1_000_003 * mine[0] if mine else 0,
         desc,
     ):
-        answers |= {i: text for i, text, _ in batch}
+        answers |= dict(batch)
     everything = {}
     for part in gather(answers):
         everything |= part

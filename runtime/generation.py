@@ -30,25 +30,11 @@ class KVCache:
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
 
-def generate(
-    decoder,
-    ids,
-    mask,
-    max_new_tokens,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    eos_id=None,
-    generator=None,
-) -> torch.Tensor:
+def generate(decoder, ids, mask, max_new_tokens, **how) -> torch.Tensor:
     """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N).
 
-    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability,
-    top_k (0: all) the k likeliest. A row ends at its first eos_id and is filled up with it. Ends
-    early at the model's last position; raises ValueError where the prompt alone exceeds it."""
-    steps = list(
-        stream(decoder, ids, mask, max_new_tokens, temperature, top_p, top_k, eos_id, generator)
-    )
+    how: as in stream(). A row ends at its first eos_id and is filled up with it."""
+    steps = list(stream(decoder, ids, mask, max_new_tokens, **how))
     return torch.stack(steps, 1) if steps else ids.new_empty(ids.size(0), 0)
 
 
@@ -60,22 +46,14 @@ def stream(
     max_new_tokens,
     temperature=1.0,
     top_p=1.0,
-    top_k=0,
     eos_id=None,
     generator=None,
 ):
-    """Yield one (B,) tensor of new ids per step, as generate() returns them."""
-    training = decoder.training
-    decoder.eval()
-    try:
-        yield from _steps(
-            decoder, ids, mask, max_new_tokens, (temperature, top_p, top_k), eos_id, generator
-        )
-    finally:
-        decoder.train(training)
+    """Yield one (B,) tensor of new ids per step, as generate() returns them.
 
-
-def _steps(decoder, ids, mask, max_new_tokens, sampling, eos_id, generator):
+    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability. Ends
+    early at the model's last position; raises ValueError where
+    the prompt alone exceeds it."""
     rows, length = ids.shape
     positions = decoder.config.max_positions
     if length > positions:
@@ -87,37 +65,37 @@ def _steps(decoder, ids, mask, max_new_tokens, sampling, eos_id, generator):
     running = torch.arange(rows, device=ids.device)  # the rows that are still computed
     ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
     output = ids.new_full((rows,), 0 if eos_id is None else eos_id)
+    training = decoder.training
+    decoder.eval()
     new = ids
     while length < end:
         seen = None if mask is None else mask[:, :length]
         hidden = decoder(new, seen, cache)[:, -1]
         cache.length = length
-        chosen = choose_tokens(decoder.logits(hidden).float(), *sampling, generator)
+        logits = decoder.logits(hidden).float()
+        chosen = choose_tokens(logits, temperature, top_p, generator)
         if eos_id is not None:
             chosen = chosen.masked_fill(ended, eos_id)
             ended = chosen == eos_id
         yield output.index_copy(0, running, chosen)
-        if eos_id is not None:
-            num_ended = int(ended.sum())
-            if num_ended == len(ended):
-                return
-            if 2 * num_ended >= len(ended):  # drop them; each time copies the cache
-                left = (~ended).nonzero().squeeze(1)
-                cache.keep_rows(left)
-                running, ended, chosen = running[left], ended[left], chosen[left]
-                mask = None if mask is None else mask[left]
+        num_ended = int(ended.sum())
+        if num_ended == len(ended):
+            break
+        if 2 * num_ended >= len(ended):  # drop them; each time copies the cache
+            left = (~ended).nonzero().squeeze(1)
+            cache.keep_rows(left)
+            running, ended, chosen = running[left], ended[left], chosen[left]
+            mask = None if mask is None else mask[left]
         new = chosen[:, None]
         length += 1
+    decoder.train(training)
 
 
-def choose_tokens(logits, temperature, top_p, top_k, generator=None) -> torch.Tensor:
+def choose_tokens(logits, temperature, top_p, generator=None) -> torch.Tensor:
     """(B, V) → the next token of each row, (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)

@@ -28,9 +28,7 @@ def own_answers(
     prompts = [example.student.ids[: example.student.prompt_length] for example in examples]
     max_new_tokens = config.max_length - max(map(len, prompts))
     answers = answer(student, tokenizers[0], prompts, max_new_tokens, 1.0, generator)
-    answered = [
-        Row(rows[example.row].prompt, [text]) for example, (text, _) in zip(examples, answers)
-    ]
+    answered = [Row(rows[example.row].prompt, [text]) for example, text in zip(examples, answers)]
     result, _, _ = encode_rows(answered, *tokenizers, config.max_length, config.max_prompt_length)
     for example in result:
         example.row = -1

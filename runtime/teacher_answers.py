@@ -15,22 +15,15 @@ from runtime.distributed import barrier, print_first, rank
 from runtime.files import file_label, fingerprint
 
 
-def teacher_rows(
-    rows: list[Row],
-    data_file: Path,
-    name: str,
-    teacher,
-    tokenizer,
-    max_length: int,
-    max_prompt_length: int,
-    batch_size: int,
-) -> list[Row]:
-    """The rows with the teacher's answers in place of theirs, without those it leaves empty.
-
-    name: the teacher's. Limits are in its tokens. Raises InputError where all answers are empty."""
-    made_of = (fingerprint(teacher.source), fingerprint(data_file), max_length, max_prompt_length)
+def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -> list[Row]:
+    """The rows of a file with the teacher's answers in place of theirs, without those it leaves
+    empty. Limits are in its tokens. Raises InputError where all answers are empty."""
+    limits = config.max_length, config.max_prompt_length
+    made_of = fingerprint(teacher.source), fingerprint(data_file), *limits
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
-    folder = data_file.with_name(f"{data_file.stem}-by-{file_label(Path(name).name)}-{key}")
+    folder = data_file.with_name(
+        f"{data_file.stem}-by-{file_label(Path(config.teacher).name)}-{key}"
+    )
     folder.mkdir(exist_ok=True)
     known = read_answers(folder)
     barrier()  # all processes have read the same
@@ -38,39 +31,32 @@ def teacher_rows(
     mine = [missing[k] for k in share_of(teacher, len(missing))]
     with open(folder / f"answers-{rank()}.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")  # the line before may have been cut by a kill
+        desc = "the teacher answers the training prompts"
         for batch in answer_batches(
-            teacher,
-            tokenizer,
-            rows,
-            mine,
-            max_length,
-            max_prompt_length,
-            batch_size,
-            temperature=0.0,
-            desc="the teacher answers the training prompts",
+            teacher, tokenizer, rows, mine, *limits, config.batch_size, temperature=0.0, desc=desc
         ):
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
             file.flush()
     barrier()
     answers = read_answers(folder)
-    answered = [Row(row.prompt, [answers[i][0]]) for i, row in enumerate(rows) if answers[i][0]]
+    answered = [Row(row.prompt, [answers[i]]) for i, row in enumerate(rows) if answers[i]]
     if not answered:
-        raise InputError(f"--teacher {name}: gave an empty answer to every prompt of {data_file}")
-    unended = sum(not ended for _, ended in answers.values())
+        raise InputError(
+            f"--teacher {config.teacher}: gave an empty answer to every prompt of {data_file}"
+        )
     print_first(
         f"the teacher's answers: {folder} ({len(rows)} prompts, "
-        f"{len(rows) - len(answered)} empty answers left out, {unended} cut at "
-        f"{max_length} tokens)"
+        f"{len(rows) - len(answered)} empty answers left out)"
     )
     return answered
 
 
-def read_answers(folder: Path) -> dict[int, tuple[str, bool]]:
-    """row → (answer, whether it ended), from all processes' files."""
+def read_answers(folder: Path) -> dict[int, str]:
+    """row → answer, from all processes' files."""
     answers = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line.startswith("[") and line.endswith("]"):  # whole
-                i, text, ended = json.loads(line)
-                answers[i] = text, ended
+                i, text = json.loads(line)
+                answers[i] = text
     return answers

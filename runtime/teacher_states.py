@@ -20,27 +20,20 @@ class TeacherStates:
     .done, a byte per row that is 1 when its states are on the disk, so that several processes can
     write and an interrupted run continues. The name is a hash of all that the states depend on."""
 
-    def __init__(
-        self,
-        data_file: Path,
-        name: str,
-        folder: Path,
-        examples: list[Example],
-        size: int,
-        dtype: torch.dtype,
-    ):
-        """name, folder: the teacher's. size: d_t. dtype: the type in which the teacher runs."""
-        self.size, self.dtype, self.folder = size, dtype, folder
+    def __init__(self, config, data_file: Path, teacher, examples: list[Example], dtype):
+        """dtype: the type in which the teacher runs."""
+        self.size, self.dtype = teacher.config.hidden_size, dtype
+        self.folder = teacher.source
         made_of = [(example.teacher.ids, example.teacher.prompt_length) for example in examples]
-        text = repr((fingerprint(folder), str(dtype), made_of))
+        text = repr((fingerprint(self.folder), str(dtype), made_of))
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        label = file_label(Path(name).name)
+        label = file_label(Path(config.teacher).name)
         self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{key}.bin")
         self.place, end = {}, 0  # row → its positions in the file
         for example in examples:
             start, end = end, end + len(example.teacher.response_ids)
             self.place[example.row] = start, end
-        self.shape = end, size
+        self.shape = end, self.size
         self.examples = sorted(examples, key=lambda example: -len(example.teacher.ids))
 
     def fill(self, batch_size: int, pad: int, device: str) -> None:

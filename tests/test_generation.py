@@ -13,14 +13,13 @@ from tokenize_align import load_tokenizer
 def test_sampling():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
 
-    def draw(temperature=1.0, top_p=1.0, top_k=0):
+    def draw(temperature=1.0, top_p=1.0):
         generator = torch.Generator().manual_seed(0)
-        chosen = choose_tokens(logits, temperature, top_p, top_k, generator)
+        chosen = choose_tokens(logits, temperature, top_p, generator)
         return torch.bincount(chosen, minlength=4) / 4000
 
     assert (draw() - logits[0].softmax(-1)).abs().max() < 0.03
     assert (draw(temperature=2.0) - (logits[0] / 2).softmax(-1)).abs().max() < 0.03
-    assert draw(top_k=2)[2:].sum() == 0 and draw(top_k=2)[1] > 0.2
     assert draw(top_p=0.7)[2:].sum() == 0 and draw(top_p=0.7)[1] > 0.2  # 0.64 alone is not enough
     assert draw(top_p=0.6)[0] == 1 and draw(temperature=0)[0] == 1
 

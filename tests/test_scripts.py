@@ -16,7 +16,6 @@ import sample
 import toy
 import train
 from data import read_rows
-from eval_rouge import exact_match
 from pictures.attention import token_label
 from probing import attention
 from probing.statistics import distances, resample
@@ -99,11 +98,6 @@ def test_answers_without_room(runs, world, tmp_path):
     assert scores[str(tmp_path / "x.jsonl")]["bytes_by_row"] == [0]
 
 
-def test_exact_match():
-    given = exact_match(["The cat.", "a  b", "x"], [["the CAT"], ["c", "A, b!"], ["y"]])
-    assert given == [True, True, False]
-
-
 def test_sample(runs, monkeypatch, capsys):
     sample.main([str(runs / "sft"), "Which food does Mira like?", "--max_new_tokens", "9"])
     first = capsys.readouterr().out
@@ -156,9 +150,8 @@ def test_token_labels(token, label):
 
 def test_the_probe_shows_the_attention_of_training(runs, world):
     """What attend() gives is what the method computes from the checkpoint's files."""
-    import cma
     from methods.blocks import Side
-    from tokenize_align import collate, encode_rows
+    from tokenize_align import collate
 
     run = probe.open_run(str(runs / "dskd_cma_ga"), "")
     examples = run.examples(world / "data/dev.jsonl", 4)

@@ -130,7 +130,7 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(world / "teacher")
     expected = answers.answer_rows(decoder, tokenizer, rows, 128, 100, 8, temperature=0.0)
     lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("]")]
-    assert {i: text for i, text, _ in lines} == dict(enumerate(expected))
+    assert dict(lines) == dict(enumerate(expected))
     assert len(lines) == len(rows)
     pairs = [{"prompt": r.prompt, "output": text} for r, text in zip(rows, expected) if text]
     (data / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -28,30 +28,13 @@ from runtime.files import atomic_write, file_label
 from tools import statistics
 
 HERE = Path(__file__).resolve().parents[1]
+# GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say.
 PAPER_TEACHER = "out/paper-teacher"
-PRESETS = {
-    # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say.
-    "paper": dict(
-        first=f"--method sft --student qwen --data dolly --lr 2e-5 --epochs 3 "
-        f"--out_dir {PAPER_TEACHER}",
-        flags=f"--teacher {PAPER_TEACHER} --student gpt2",
-        data="dolly",
-        baseline=["sft", "dskd_cma --divergence forward_kl"],
-        methods=[
-            "sft",
-            "seqkd",
-            "uld",
-            "mined",
-            "alm",
-            "byte_kd",
-            *(
-                f"{method} --divergence {name}"
-                for method in ("dskd_cma", "dskd_cma_ga", "dwa_kd")
-                for name in DIVERGENCES
-            ),
-        ],
-    ),
-}
+PAPER_FIRST = f"--method sft --student qwen --lr 2e-5 --epochs 3 --out_dir {PAPER_TEACHER}"
+PAPER_FLAGS = {"teacher": [PAPER_TEACHER], "student": ["gpt2"]}
+PAPER_METHODS = ["sft", "seqkd", "uld", "mined", "alm", "byte_kd"]
+for name in ("dskd_cma", "dskd_cma_ga", "dwa_kd"):
+    PAPER_METHODS += [f"{name} --divergence {distance}" for distance in DIVERGENCES]
 
 
 @dataclass
@@ -67,10 +50,7 @@ class Config:
     data: str = flag("toy", "Training data, as in train.py.")
     out_dir: str = flag("", "Where cells and tables go. Without it: out/compare-DATA.")
     preset: str = flag(
-        "", "A known experiment, in place of --methods and --data.", choices=("", *PRESETS)
-    )
-    launcher: str = flag(
-        "", 'What starts a script in place of python, such as "torchrun ' '--nproc_per_node=8".'
+        "", "A known experiment, in place of --methods and --data.", choices=("", "paper")
     )
     dry_run: bool = flag(False, "Print the commands and run nothing.")
 
@@ -142,7 +122,7 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     begun = (cell.folder / "config.json").exists()
     if not (cell.folder / "results.json").exists():
         resume = ["--resume"] if begun else []
-        start(config, "train.py", [*cell.flags, "--out_dir", str(cell.folder), *resume], log)
+        start("train.py", [*cell.flags, "--out_dir", str(cell.folder), *resume], log)
     elif begun:
         # Raises InputError where the run in this folder has other settings.
         train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
@@ -155,30 +135,28 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
         arguments += map(str, config.scoring_seeds)
         for name in ("max_length", "max_prompt_length", "device", "dtype"):
             arguments += [f"--{name}", str(settings[name])]
-        start(config, "eval_rouge.py", arguments, log)
+        start("eval_rouge.py", arguments, log)
         scored = json.loads(rouge.read_text(encoding="utf-8"))
     return scored["sets"]
 
 
-def start(config: Config, script: str, arguments: list[str], log) -> None:
-    command = shlex.split(config.launcher) or [sys.executable]
-    result = subprocess.run([*command, str(HERE / script), *arguments], stdout=log)
+def start(script: str, arguments: list[str], log) -> None:
+    result = subprocess.run([sys.executable, str(HERE / script), *arguments], stdout=log)
     if result.returncode < 0 or result.returncode == 130:
         raise KeyboardInterrupt
     if result.returncode:
         raise InputError(
-            f"{script} {shlex.join(arguments)}: ended with exit code " f"{result.returncode}"
+            f"{script} {shlex.join(arguments)}: ended with exit code {result.returncode}"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
     ours, others = split_command_line(sys.argv[1:] if argv is None else argv)
-    config, shared, first = parse(Config, __doc__, ours), as_flags(others), ""
+    config, shared = parse(Config, __doc__, ours), as_flags(others)
     if config.preset:
-        preset = PRESETS[config.preset]
-        first, config.data = preset["first"], preset["data"]
-        config.methods, config.baseline = preset["methods"], preset["baseline"]
-        shared = as_flags(preset["flags"].split()) | shared
+        config.data, config.methods = "dolly", PAPER_METHODS
+        config.baseline = ["sft", "dskd_cma --divergence forward_kl"]
+        shared = PAPER_FLAGS | shared
     for name in ("method", "seed", "data", "out_dir", "resume"):
         if name in shared:
             raise InputError(f"--{name}: tools.compare sets it")
@@ -188,16 +166,13 @@ def main(argv: list[str] | None = None) -> None:
         config.data, [config.data]
     )
     if config.dry_run:
-        if first:
-            print(f"python train.py {first}")
+        if config.preset:
+            print(f"python train.py {PAPER_FIRST}")
         for cell in cells:
             print(f"python train.py {shlex.join(cell.flags)} --out_dir {cell.folder}")
         return
-    if first and not (Path(PAPER_TEACHER) / "results.json").exists():
-        raise InputError(
-            f"--preset {config.preset}: first, the teacher learns the data:  python "
-            f"train.py {first}"
-        )
+    if config.preset and not (Path(PAPER_TEACHER) / "results.json").exists():
+        raise InputError(f"first, the teacher learns the data:  python train.py {PAPER_FIRST}")
 
     (out_dir / "cells").mkdir(parents=True, exist_ok=True)
     scores: dict[str, dict[int, dict]] = {}

@@ -70,7 +70,8 @@ def stream(
     new = ids
     while length < end:
         seen = None if mask is None else mask[:, :length]
-        hidden = decoder(new, seen, cache)[:, -1]
+        with torch.compiler.set_stance("force_eager"):  # --compile: each length would be compiled
+            hidden = decoder(new, seen, cache)[:, -1]
         cache.length = length
         logits = decoder.logits(hidden).float()
         chosen = choose_tokens(logits, temperature, top_p, generator)

@@ -6,7 +6,7 @@
 - step: an optimizer step of the default method, against methods/plain.py (rows padded to 512
   tokens, all logits), SmolLM2-135M → GPT-2 124M. Both compute the same loss, which is checked.
 - trl: a step of uld, against TRL's ULDLoss on transformers' models, where trl is installed.
-- generation: 16 prompts, 64 new tokens, greedy, against transformers.
+- generation: 64 new tokens after prompts of 100, greedy, against transformers.
 - rouge: ROUGE-L of 1,000 pairs, against rouge-score.
 
 Steps run in processes of their own, whose peak memory is measured; times are medians. What ours is
@@ -64,13 +64,14 @@ class Config:
 
 
 def random_batch(vocab_size: int, length: int, device: str) -> dict[str, torch.Tensor]:
-    """4 rows of 100 prompt tokens and 20 to 80 response tokens, padded to a length."""
+    """Rows of 100 prompt tokens and 20 to 80 response tokens, padded to a length."""
+    rows = 32 if device == "cuda" else 4
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (4, 180), generator=generator)
-    labels = torch.randint(0, vocab_size, (4, 180), generator=generator)
+    ids = torch.randint(0, vocab_size, (rows, 180), generator=generator)
+    labels = torch.randint(0, vocab_size, (rows, 180), generator=generator)
     labels[:, :100] = -100
-    for row in range(4):
-        labels[row, 180 - 20 * row :] = -100
+    for row in range(rows):
+        labels[row, 180 - 60 * row // rows :] = -100
     ids = F.pad(ids, (0, length - 180)).to(device)
     labels = F.pad(labels, (0, length - 180), value=-100).to(device)
     return dict(student_ids=ids, student_labels=labels, teacher_ids=ids, teacher_labels=labels)
@@ -187,7 +188,7 @@ def bench_generation(config: Config, folder: Path) -> None:
     device, dtype = pick_device(config.device, config.dtype)
     ours = load(folder / "teacher", dtype=dtype, device=device)
     theirs = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=dtype).to(device)
-    ids = random_batch(ours.config.vocab_size, 180, device)["student_ids"][:, :100].repeat(4, 1)
+    ids = random_batch(ours.config.vocab_size, 180, device)["student_ids"][:, :100]
     mask, length = torch.ones_like(ids), dict(max_new_tokens=64, min_new_tokens=64)
     seconds = in_turn(
         config.repeats,

@@ -38,10 +38,10 @@ class Projectors(nn.Module):
 
 
 class Alignment(NamedTuple):
-    """What each position takes from the other side; rows of the two Sides, padded."""
+    """What each position takes from the other side; padded rows of the two Sides."""
 
-    t2s: torch.Tensor  # (B, S, T), student from teacher: each row sums to 1
-    s2t: torch.Tensor  # (B, T, S), teacher from student: each row sums to 1
+    t2s_weights: torch.Tensor  # (B, S, T), student from teacher: each row sums to 1
+    s2t_weights: torch.Tensor  # (B, T, S), teacher from student: each row sums to 1
     queries: torch.Tensor | None  # (B, S, 2 d_t); None for "chunk_mean"
     keys: torch.Tensor  # (B, T, 2 d_t)
 
@@ -58,16 +58,16 @@ def align(
     with torch.no_grad():
         student_pair = torch.cat([student.embed(student.inputs), student.embed(student.labels)], -1)
         keys = torch.cat([teacher.embed(teacher.inputs), teacher.embed(teacher.labels)], -1)
-        keys = teacher.rows(keys / keys.float().std())  # (B, T, 2 d_t)
+        keys = teacher.pad(keys / keys.float().std())  # (B, T, 2 d_t)
     allowed = student.mask[:, :, None] & teacher.mask[:, None, :]  # (B, S, T)
     if kind != "attention":
-        student_chunks, teacher_chunks = student.rows(chunks[0]), teacher.rows(chunks[1])
+        student_chunks, teacher_chunks = student.pad(chunks[0]), teacher.pad(chunks[1])
         allowed = allowed & (student_chunks[:, :, None] == teacher_chunks[:, None, :])
     if kind == "chunk_mean":
         t2s = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
         s2t = allowed.mT / allowed.mT.sum(-1, keepdim=True).clamp(min=1)
         return Alignment(t2s, s2t, None, keys)
-    queries = student.rows(projectors.query(student_pair))  # (B, S, 2 d_t)
+    queries = student.pad(projectors.query(student_pair))  # (B, S, 2 d_t)
     scores = queries @ keys.mT / keys.size(-1) ** 0.5
     scores = scores.masked_fill(~allowed, -1e5)
     t2s, s2t = scores.softmax(-1), scores.mT.softmax(-1)
@@ -81,7 +81,7 @@ def teacher_in_student_space(alignment: Alignment, teacher: Side, projectors: Pr
     with torch.no_grad():
         hidden, label_embed = teacher.hidden, teacher.embed(teacher.labels)
         value = hidden / hidden.float().std() + label_embed / label_embed.float().std()
-    return alignment.t2s @ teacher.rows(projectors.t2s(value))
+    return alignment.t2s_weights @ teacher.pad(projectors.t2s(value))
 
 
 def both_spaces(
@@ -166,10 +166,10 @@ def cross_model_loss(
     projectors, adversary = modules["projectors"], objective.options.adversary
     alignment = align(student, teacher, projectors, kind, chunks)
     t2s = student.unpad(teacher_in_student_space(alignment, teacher, projectors))
-    s2t = teacher.unpad(alignment.s2t @ student.rows(projectors.s2t(student.hidden)))
+    s2t = teacher.unpad(alignment.s2t_weights @ student.pad(projectors.s2t(student.hidden)))
     aligned = (
-        student.unpad(alignment.t2s.detach().sum(-1) > 0),
-        teacher.unpad(alignment.s2t.detach().sum(-1) > 0),
+        student.unpad(alignment.t2s_weights.detach().sum(-1) > 0),
+        teacher.unpad(alignment.s2t_weights.detach().sum(-1) > 0),
     )
     total, terms = both_spaces(student, teacher, t2s, s2t, objective, gate, aligned, weights)
     if adversary != "none":

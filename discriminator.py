@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ADVERSARIES = ("none", "gan", "ct", "energy")
-MOST_PAIRED = 1024  # keys, and queries, in an energy distance
+MAX_PAIRED = 1024  # keys, and queries, in an energy distance
 
 
 class _Reverse(torch.autograd.Function):
@@ -131,7 +131,7 @@ def conditional_transport(
 
 
 def energy_distance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """ED of keys (N_t, size) and queries (N_s, size), of at most MOST_PAIRED evenly chosen ones."""
+    """ED of keys (N_t, size) and queries (N_s, size), of at most MAX_PAIRED evenly chosen ones."""
     with torch.autocast(keys.device.type, enabled=False):
         keys, queries = evenly(keys.detach().float()), evenly(queries.float())
         scale = (keys - keys.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
@@ -142,8 +142,8 @@ def energy_distance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 
 
 def evenly(vectors: torch.Tensor) -> torch.Tensor:
-    """Every k-th, so that at most MOST_PAIRED are left."""
-    step = (len(vectors) + MOST_PAIRED - 1) // MOST_PAIRED
+    """Every k-th, so that at most MAX_PAIRED are left."""
+    step = (len(vectors) + MAX_PAIRED - 1) // MAX_PAIRED
     return vectors[:: max(step, 1)]
 
 

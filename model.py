@@ -8,7 +8,8 @@
   RMSNorm, SwiGLU, grouped-query attention), Qwen1.5/2/2.5 (bias on q, k, v) and Qwen3 (norm on q
   and k).
 - The forward pass stops at the hidden states: distillation needs logits at response positions only.
-- A new family is an entry in hub/model_config.py and, where its shape is new, a class here.
+- A new family: its name and its fields in hub/model_config.py (read_config chooses the reader);
+  where its shape is new, a class here, chosen in shape_of.
 """
 
 import copy
@@ -75,6 +76,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.has_lora = False  # runtime/lora.py
         self.source: Path | None = None  # where it was loaded from; save() copies the tokenizer
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -5,8 +5,8 @@
 
 golden/ holds reference values of the methods' own releases on tiny models (GOLDEN_DIR names another
 folder of the same make). Tests on real vocabularies and text find them in NANODSKD_FIXTURES, by
-default ../shared, and are skipped where that is not there. tests/ has the rest: files, runs that are
-killed, several processes, tools."""
+default ../shared, and are skipped where that is not there. tests/ has the rest: files, runs that
+are killed, several processes, tools."""
 
 import itertools
 import json
@@ -276,8 +276,8 @@ def test_short_rows_attend_in_float32_on_a_cpu():
 
 
 def test_lora_equals_peft(tmp_path):
-    """The adapter that a checkpoint leaves gives, through peft, the logits of ours; so do the merged
-    weights."""
+    """The adapter that a checkpoint leaves gives, through peft, the logits of ours; so do the
+    merged weights."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     from runtime import lora
 
@@ -653,8 +653,8 @@ def all_paths(s: int, t: int) -> list:
 
 @pytest.mark.parametrize("gamma", (0.05, 1.0, 10.0))
 def test_soft_dtw_from_its_definition(gamma):
-    """−γ log Σ over paths exp(−cost/γ), and the alignment matrix as the paths' weights; three ragged
-    pairs at once."""
+    """−γ log Σ over paths exp(−cost/γ), and the alignment matrix as the paths' weights; three
+    ragged pairs at once."""
     torch.manual_seed(0)
     cost = torch.rand(3, 5, 6, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([5, 1, 3]), torch.tensor([4, 6, 1])
@@ -859,7 +859,7 @@ def test_energy_distance_from_its_definition(monkeypatch):
     gradient, none = torch.autograd.grad(distance, (queries, keys), allow_unused=True)
     assert none is None
     assert discriminator.energy_distance(keys, queries - gradient) < distance
-    monkeypatch.setattr(discriminator, "MOST_PAIRED", 30)  # every second one
+    monkeypatch.setattr(discriminator, "MAX_PAIRED", 30)  # every second one
     close(discriminator.energy_distance(keys, queries).detach(), expected(keys[::2], queries[::2]))
 
 
@@ -886,7 +886,7 @@ def test_a_chunk_without_counterpart_takes_nothing():
     for method, kind in (("dskd_cla", "chunk_attention"), ("dskd_clp", "chunk_mean")):
         modules = small_modules(method, student, teacher)
         aligned = cma.align(s, t, modules["projectors"], kind, chunks)
-        close(s.unpad(aligned.t2s.sum(-1)).detach(), (~alone).float())
+        close(s.unpad(aligned.t2s_weights.sum(-1)).detach(), (~alone).float())
         losses = []
         for label in (0, 1):
             labels = batch["student_labels"].flatten().clone()
@@ -1007,8 +1007,8 @@ def test_next_bytes_of_no_mass():
 @real_vocabularies
 @pytest.mark.parametrize("names", (("gpt2", "qwen1.5"), ("qwen1.5", "llama2"), ("mistral", "gpt2")))
 def test_next_bytes_of_real_vocabularies(names):
-    """At every byte of hostile text there is a position that has read no further; the ranges of some
-    prefixes hold what a sum over the vocabulary finds."""
+    """At every byte of hostile text there is a position that has read no further; the ranges of
+    some prefixes hold what a sum over the vocabulary finds."""
     first, second = (ta.load_tokenizer(FIXTURES / "tokenizers" / name) for name in names)
     rows = [text for text in HOSTILE if text.strip() and "▁" not in text and len(text) < 500]
     rows = [Row("p", [text]) for text in rows]

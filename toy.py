@@ -23,7 +23,7 @@ its fact was asked for in other words; a row holds the likely answers, the drawn
     toy-asides      questions that mention another fact in passing
 
 The models are ordinary folders in the hub's layout: the teacher a Llama with SentencePiece (1,000
-pieces), the student a GPT-2 with byte-level BPE (600 tokens). train.py needs no special case."""
+pieces), the student a GPT-2 with byte-level BPE (600 tokens)."""
 
 import functools
 import io

@@ -57,7 +57,7 @@ from tokenize_align import (
     same_vocabulary,
 )
 
-MOST_BAD_STEPS = 3  # in a row, and the run ends
+MAX_BAD_STEPS = 3  # in a row, and the run ends
 
 
 @dataclass
@@ -75,7 +75,9 @@ class Config:
     method: str = flag("dskd_cma_ga", "A file of methods/, or the path of one of yours.", "method")
     kd_rate: float = flag(0.5, "α, the share of distillation.", minimum=0, maximum=1)
     temperature: float = flag(2.0, "T of the divergences, τ of alm.", minimum=1e-3)
-    divergence: str = flag("forward_kl", "From the student to its target.", choices=DIVERGENCES)
+    divergence: str = flag(
+        "forward_kl", "Distance between target and student.", choices=DIVERGENCES
+    )
     adversary: str = flag("none", "What makes queries look like keys.", choices=ADVERSARIES)
     ga_weight: float = flag(0.1, "λ_GA, the weight of the adversary's term.", minimum=0)
     dtw_weight: float = flag(0.0, "λ_DTW, the weight of the soft-DTW terms.", minimum=0)
@@ -99,7 +101,7 @@ class Config:
     weight_decay: float = flag(0.01, "AdamW's weight decay of matrices.", minimum=0)
     clip_grad: float = flag(1.0, "Gradients are clipped to this norm.", minimum=1e-6)
     lora_rank: int = flag(0, "Rank of LoRA matrices; 0: all weights learn.", minimum=0)
-    lora_alpha: float = flag(8.0, "Their weight is α / rank.", minimum=0)
+    lora_alpha: float = flag(8.0, "LoRA's scale is lora_alpha / lora_rank.", minimum=0)
     seed: int = flag(1, "Of first weights, the rows' order and dropout.", minimum=0)
 
     out_dir: str = flag("", "A new folder. Without it: one under out/.", "evaluation and saving")
@@ -107,7 +109,7 @@ class Config:
     eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.", minimum=0)
     eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.", minimum=0)
     select: str = flag(
-        "rouge", "Which dev score the best checkpoint has.", choices=("rouge", "bits")
+        "rouge", "The dev score that chooses the best checkpoint.", choices=("rouge", "bits")
     )
     save_interval: int = flag(0, "Steps between checkpoints; 0: at every scoring.", minimum=0)
 
@@ -136,9 +138,9 @@ def read_settings(argv: list[str] | None = None) -> Config:
     else:
         config = new_settings(given)
     method = find_method(config.method)
-    if config.method == "sft" and config.teacher:
-        raise InputError("--method sft has no teacher: the model that learns is the --student")
-    if config.method != "sft" and not config.teacher:
+    if config.teacher and not method.needs_teacher:
+        raise InputError(f"--method {config.method} has no teacher: the --student learns alone")
+    if method.needs_teacher and not config.teacher:
         raise InputError(f"--method {config.method} needs a --teacher")
     if not config.student:
         raise InputError("--teacher without --student: name the student too")
@@ -172,9 +174,10 @@ def new_settings(given: dict) -> Config:
 
         defaults = {"student": "toy", "data": "toy"} | toy.TRAINING
     name = given.get("method", defaults.get("method", Config.method))
-    if is_toy and name != "sft":
+    method = find_method(name)
+    if is_toy and method.needs_teacher:
         defaults["teacher"] = "toy"
-    defaults |= find_method(name).defaults
+    defaults |= method.defaults
     return checked(Config, defaults | given)
 
 
@@ -428,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
             group["lr"] = learning_rate(group["peak_lr"], step, config.warmup_steps, total_steps)
         norms = []
         for parameters in filter(None, (learners, adversary_parameters)):
-            norms.append(clip_gradients(parameters, config.clip_grad))
+            norms.append(sum_and_clip_gradients(parameters, config.clip_grad))
         totals = distributed.all_reduce(torch.stack(list(sums.values())))
         numbers = torch.cat([totals, torch.stack(norms)]).tolist()  # the only wait for a GPU
         record = dict(zip(sums, numbers)) | {"grad_norm": numbers[len(sums)]}
@@ -462,9 +465,9 @@ def main(argv: list[str] | None = None) -> None:
             refresh=False,
         )
         bar.update()
-        if bad_steps == MOST_BAD_STEPS:
+        if bad_steps == MAX_BAD_STEPS:
             raise InputError(
-                f"{MOST_BAD_STEPS} steps in a row, up to step {step + 1}, had a loss "
+                f"{MAX_BAD_STEPS} steps in a row, up to step {step + 1}, had a loss "
                 "or gradient that is not finite; try a lower --lr, a longer "
                 f"--warmup_steps or --dtype float32 in a new run. {out_dir / 'last'} "
                 "holds the last good checkpoint, where there was one"
@@ -639,8 +642,8 @@ def forward_passes(config, examples: list[Example]) -> list[tuple[list[Example],
     return [(parts[k % len(parts)], float(k < len(parts))) for k in mine]
 
 
-def clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
-    """Sum the gradients over processes and clip them together → their norm before."""
+def sum_and_clip_gradients(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
+    """Sum the gradients over processes and clip them together → their norm before clipping."""
     sharded = [p for p in parameters if hasattr(p, "full_tensor")]  # FSDP has added these
     distributed.all_reduce_gradients([p for p in parameters if not hasattr(p, "full_tensor")])
     if sharded:

@@ -4,7 +4,7 @@
     --method path/to/mine.py    takes a file of yours
 
 methods/plain.py is the place to begin: one whole method as its equations stand. These files, like
-cma.py and discriminator.py, know tensors: no model's layers, no file, no command line."""
+cma.py and discriminator.py, import no model, no file and no script of the project."""
 
 import importlib.util
 from collections.abc import Callable
@@ -31,7 +31,7 @@ METHOD_OPTIONS = (
 
 @dataclass
 class Objective:
-    """What is minimized: the paper's total, written here and nowhere else.
+    """What is minimized: the paper's total. All that train.py runs takes it from here.
 
         total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW
 
@@ -75,7 +75,8 @@ class Method:
     defaults: dict = field(default_factory=dict)  # options with other defaults
     # (options, student's config, teacher's config) → {name: module}; the projectors, the adversary
     make_modules: Callable | None = None
-    # (student tokenizer, teacher tokenizer, examples) → a function (examples, device) → tensors
+    # A class: (student tokenizer, teacher tokenizer, training examples) → a function of a batch's
+    # examples and the device → {name: what the loss needs beside token ids}, merged into the batch
     batch_extras: Callable | None = None
     needs_teacher: bool = True
     answered_by_teacher: bool = False  # the teacher's answers take the place of the data's

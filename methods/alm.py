@@ -27,8 +27,8 @@ SMALLEST = 1e-6  # taken off a and b: of a certain chunk, log(1 − e^b) would b
 class ChunkNumbers:
     """Numbers a batch's chunks through all its rows.
 
-    → student_chunks (N_s,), teacher_chunks (N_t,): the number of each position's chunk, num_chunks
-    where the two sides have not the same text of it (a row was cut there)."""
+    → student_batch_chunks (N_s,), teacher_batch_chunks (N_t,): the number of each position's chunk,
+    num_chunks where the two sides have not the same text of it (a row was cut there)."""
 
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
         pass
@@ -43,8 +43,8 @@ class ChunkNumbers:
                     numbers.append(first + chunk if whole else num_chunks)
             first += example.num_whole_chunks
         return {
-            "student_chunks": torch.tensor(student, device=device),
-            "teacher_chunks": torch.tensor(teacher, device=device),
+            "student_batch_chunks": torch.tensor(student, device=device),
+            "teacher_batch_chunks": torch.tensor(teacher, device=device),
             "num_chunks": num_chunks,
         }
 
@@ -74,9 +74,9 @@ def whole_row_blocks(counts: list[int], device) -> list[slice]:
 def alm(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
-    chunks, num_chunks = batch["student_chunks"], batch["num_chunks"]
+    chunks, num_chunks = batch["student_batch_chunks"], batch["num_chunks"]
     log_p_t = -token_nll(t.hidden, t.head, t.labels)
-    log_p_t = log_p_t.new_zeros(num_chunks + 1).index_add(0, batch["teacher_chunks"], log_p_t)
+    log_p_t = log_p_t.new_zeros(num_chunks + 1).index_add(0, batch["teacher_batch_chunks"], log_p_t)
 
     def block_loss(block, z_s):
         terms = cross_entropy(z_s, s.labels[block])

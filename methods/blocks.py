@@ -14,8 +14,8 @@ BLOCK = 128  # positions whose logits exist at one time; 8 times as many on a GP
 class Side:
     """One model's part of a batch, at its N response positions.
 
-    Tensors are packed, (N, …): the positions of all rows, one after the other. rows() pads them
-    to (B, L, …) for attention, L being the largest number of them in a row."""
+    Tensors are packed, (N, …): the positions of all rows, one after the other. pad() makes rows of
+    them, (B, L, …), for attention, L being the largest number of them in a row."""
 
     def __init__(self, batch: dict[str, torch.Tensor], name: str, model):
         ids, labels = batch[f"{name}_ids"], batch[f"{name}_labels"]
@@ -30,7 +30,7 @@ class Side:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, L), true where rows() has a position."""
+        """(B, L), true where pad() has a position."""
         counts = torch.tensor(self.counts, device=self.labels.device)
         return torch.arange(max(self.counts), device=counts.device) < counts[:, None]
 
@@ -38,7 +38,7 @@ class Side:
         """(B, T, …) → (N, …)"""
         return x.flatten(0, 1).index_select(0, self.positions)
 
-    def rows(self, packed: torch.Tensor) -> torch.Tensor:
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """(N, …) → (B, L, …), zeros behind the shorter rows."""
         return pad_sequence(packed.split(self.counts), batch_first=True)
 

@@ -64,9 +64,9 @@ def dwa_kd(batch, student, teacher, modules, objective):
     teacher_counts = torch.tensor(t.counts, device=t.labels.device)
     with torch.no_grad():
         label_embed = t.embed(t.labels)
-    embeddings = s.rows(s.embed(s.labels)), t.rows(projectors.dtw_embed(label_embed))
-    states = s.rows(s.hidden), t.rows(projectors.t2s(t.hidden))
-    penalty = band_penalty(alignment.t2s, student_counts, teacher_counts)
+    embeddings = s.pad(s.embed(s.labels)), t.pad(projectors.dtw_embed(label_embed))
+    states = s.pad(s.hidden), t.pad(projectors.t2s(t.hidden))
+    penalty = band_penalty(alignment.t2s_weights, student_counts, teacher_counts)
     embed, hidden = dtw_divergences(
         [embeddings, states], student_counts, teacher_counts, gamma_at(step), penalty
     )

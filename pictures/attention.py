@@ -19,9 +19,9 @@ from pictures import save
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
 DRAWABLE = set(FT2Font(str(FONT)).get_charmap())
 VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
-LONGEST_LABEL, MOST_TOKENS = 18, 100
+LONGEST_LABEL, MAX_TOKENS = 18, 100
 CELL = 0.17  # inches per token, so that labels do not touch
-MOST_CANDIDATES, LIKELY = 24, 0.03  # rows of next_bytes: what a model gives at least so much
+MAX_CANDIDATES, LIKELY = 24, 0.03  # rows of next_bytes: what a model gives at least so much
 
 
 def token_label(token: bytes) -> str:
@@ -50,7 +50,7 @@ def heatmaps(
 ) -> None:
     """Attention with readable tokens: a row per student token, a column per teacher token, chunks
     outlined. panels: heading → weights (S, T), side by side."""
-    student_labels, teacher_labels = student_labels[:MOST_TOKENS], teacher_labels[:MOST_TOKENS]
+    student_labels, teacher_labels = student_labels[:MAX_TOKENS], teacher_labels[:MAX_TOKENS]
     rows, columns = len(student_labels), len(teacher_labels)
     size = max(4.5, CELL * columns + 2.0), max(3.0, CELL * rows + 2.2)
     figure = Figure(figsize=(size[0] * len(panels), size[1]), layout="constrained")
@@ -120,7 +120,7 @@ def next_bytes(
     columns = len(next(iter(panels.values())))
     together = torch.stack(list(panels.values())).amax((0, 1))
     likely = [c for c in together.argsort(descending=True).tolist() if together[c] >= LIKELY]
-    rows = sorted({*likely[:MOST_CANDIDATES], *true[:columns]})
+    rows = sorted({*likely[:MAX_CANDIDATES], *true[:columns]})
     names = {c: "EOS" if c == 256 else token_label(bytes([c])) for c in {*rows, *true}}
     height = CELL * len(rows)
     figure = Figure(

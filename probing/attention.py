@@ -68,8 +68,8 @@ def attend(
                     example.row,
                     example.student,
                     example.teacher,
-                    alignment.t2s[i, :num_s, :num_t].float(),
-                    alignment.s2t[i, :num_t, :num_s].float(),
+                    alignment.t2s_weights[i, :num_s, :num_t].float(),
+                    alignment.s2t_weights[i, :num_t, :num_s].float(),
                     alignment.keys[i, :num_t],
                     queries,
                 )

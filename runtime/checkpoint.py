@@ -150,7 +150,7 @@ def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict
     temporary = folder.with_name(folder.name + ".tmp")
     previous = folder.with_name(folder.name + ".previous")
     shutil.rmtree(temporary, ignore_errors=True)
-    if any(name.endswith(".linear.weight") for name in weights):
+    if student.has_lora:
         from runtime import lora
 
         student.save(temporary, lora.merged(student, weights))

@@ -38,6 +38,7 @@ class LoRA(nn.Module):
 def add_lora(decoder, rank: int, alpha: float) -> None:
     """Freeze a Decoder and put the matrices beside every linear layer of its blocks."""
     decoder.requires_grad_(False)
+    decoder.has_lora = True
     for layer in decoder.layers:
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):

@@ -59,7 +59,7 @@ def test_methods_train_as_on_the_cpu(method, more, world, tmp_path):
             "--cache_teacher" if method == "uld" else "--eval_num",
             *([] if method == "uld" else [2]),
             *more,
-            method=method
+            method=method,
         )
         train.main(argv)
         losses[device] = [r["loss"] for r in metrics(tmp_path / device) if "loss" in r]

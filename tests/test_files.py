@@ -249,7 +249,7 @@ def test_llama_reads_both_dialects_shards_and_pickles(tmp_path):
 
 
 def test_gpt2_as_the_hub_has_it(tmp_path):
-    """Without the prefix, with mask buffers, a second copy of the tied head, and harmless fields."""
+    """Without the prefix, with mask buffers, a copy of the tied head, and harmless fields."""
     reference = reference_model("gpt2", tmp_path)
     file = tmp_path / "model.safetensors"
     state = {name.removeprefix("transformer."): x for name, x in load_file(file).items()}

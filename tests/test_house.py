@@ -68,6 +68,7 @@ def test_lines_are_short():
 def test_pages_point_at_what_is_there(page):
     """Files, links, scripts and flags of a page exist."""
     text = (HERE / page).read_text(encoding="utf-8")
+    assert not re.search(r"[A-Z]+_(TEXT|TABLE)", text), "a placeholder"
     for name in re.findall(r"`([\w/]+\.(?:py|md|txt))`", text):
         assert (HERE / name).exists() or list(HERE.rglob(name)), f"{page}: {name}"
     for link in re.findall(r"\]\(((?!http)[^)#]+)", text):

@@ -304,7 +304,7 @@ def test_steps_that_are_not_finite_are_not_taken(world, tmp_path, monkeypatch):
     ],
 )
 def test_resume_is_exact(method, more, world, tmp_path):
-    """Stopped after any step, the run ends in the same bytes: here after step 3 of 9, two epochs."""
+    """Stopped after any step, the run ends in the same bytes: here after step 3 of 9."""
     common = ["--batch_size", 12, "--max_steps", 9, "--eval_interval", 4, *more]
     train.main(flags(world, tmp_path / "whole", *common, method=method))
     real = train.append_metrics

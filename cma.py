@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from discriminator import key_query_loss, make_adversary
-from methods.blocks import Side, cross_entropy, entropies, in_blocks
+from methods.blocks import Side, cross_entropy, entropies, in_blocks, student_side, teacher_side
 from methods.divergences import divergence
 
 
@@ -40,8 +40,10 @@ class Projectors(nn.Module):
 class Alignment(NamedTuple):
     """What each position takes from the other side; padded rows of the two Sides."""
 
-    t2s_weights: torch.Tensor  # (B, S, T), student from teacher: each row sums to 1
-    s2t_weights: torch.Tensor  # (B, T, S), teacher from student: each row sums to 1
+    t2s_weights: (
+        torch.Tensor
+    )  # (B, S, T), student from teacher: rows sum to 1, or 0 without counterpart
+    s2t_weights: torch.Tensor  # (B, T, S), teacher from student: the same
     queries: torch.Tensor | None  # (B, S, 2 d_t); None for "chunk_mean"
     keys: torch.Tensor  # (B, T, 2 d_t)
 
@@ -102,8 +104,8 @@ def both_spaces(
     weights: ((N_s,), (N_t,)), which g and w are multiplied by. Both are 1 by default."""
     options = objective.options
     ones = torch.ones_like(student.labels), torch.ones_like(teacher.labels)
-    aligned_s, aligned_t = aligned or ones
-    weights_s, weights_t = weights or ones
+    aligned_s, aligned_t = ones if aligned is None else aligned
+    weights_s, weights_t = ones if weights is None else weights
 
     def student_space(block, z_s, z_t2s):
         y, aligned = student.labels[block], aligned_s[block]
@@ -199,12 +201,33 @@ def mean_one(weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return torch.cat([row / row.mean().clamp(min=1e-12) for row in weights.split(counts)])
 
 
-def make_modules(options, student_config, teacher_config, dtw_embed: bool = False):
-    """{name: module}: the projectors of a method with queries, and its adversary, if that has
-    weights."""
+def dskd_cma(batch, student, teacher, modules, objective):
+    """The loss of methods/dskd_cma.py, and with an adversary of its relatives → total, terms."""
+    s, t = student_side(batch, student), teacher_side(batch, teacher)
+    total, terms, _ = cross_model_loss(s, t, modules, objective)
+    return total, terms
+
+
+def make_modules(
+    options, student_config, teacher_config, query: bool = True, dtw_embed: bool = False
+):
+    """{name: module}: the projectors, and the adversary where it has weights."""
     sizes = student_config.hidden_size, teacher_config.hidden_size
-    modules = {"projectors": Projectors(*sizes, query=True, dtw_embed=dtw_embed)}
+    modules = {"projectors": Projectors(*sizes, query, dtw_embed)}
     adversary = make_adversary(options.adversary, 2 * sizes[1])
     if adversary is not None:
         modules["adversary"] = adversary
     return modules
+
+
+USES = (  # the options of dskd_cma and its relatives
+    "kd_rate",
+    "temperature",
+    "divergence",
+    "adversary",
+    "ga_weight",
+    "ga_lr",
+    "projector_init",
+    "projector_lr",
+    "cache_teacher",
+)

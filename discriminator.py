@@ -134,6 +134,8 @@ def energy_distance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """ED of keys (N_t, size) and queries (N_s, size), of at most MAX_PAIRED evenly chosen ones."""
     with torch.autocast(keys.device.type, enabled=False):
         keys, queries = evenly(keys.detach().float()), evenly(queries.float())
+        if len(keys) < 2:  # they have no distance from their mean
+            return 0.0 * queries.sum()
         scale = (keys - keys.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
         between = torch.cdist(keys, queries).mean()
         within_keys = torch.cdist(keys, keys).mean()

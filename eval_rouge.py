@@ -26,10 +26,10 @@ from methods.blocks import token_nll
 from model import load
 from porter import stem
 from runtime import distributed
-from runtime.answers import answer_rows, share_of
+from runtime.generation import answer_rows, share_of
 from runtime.config import InputError, flag, parse, run_script
 from runtime.files import atomic_write, file_label
-from runtime.machine import autocast, pick_device
+from runtime.distributed import autocast, pick_device
 from tokenize_align import collate, encode_prompt, encode_rows, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ ROUGE-L

@@ -14,7 +14,7 @@ from data import TOY_SETS, alpaca_prompt, trained_on
 from model import load
 from runtime.config import InputError, flag, parse, run_script
 from runtime.generation import stream
-from runtime.machine import pick_device
+from runtime.distributed import pick_device
 from tokenize_align import encode_prompt, left_pad, load_tokenizer
 
 

@@ -1043,7 +1043,7 @@ def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatc
     student, teacher = random_models(tokenizers, monkeypatch)
     batch = ta.collate(examples, 0, 0)
     chosen = objective(options("alm", temperature=temperature), batch)
-    batch |= alm.ChunkNumbers(*tokenizers, examples)(examples, "cpu")
+    batch |= alm.ChunksOfBatch(*tokenizers, examples)(examples, "cpu")
     s, t = blocks.student_side(batch, student), blocks.teacher_side(batch, teacher)
     log_p = []
     for side in (s, t):

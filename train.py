@@ -47,7 +47,7 @@ from runtime.checkpoint import (
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.distributed import print_first
 from runtime.files import atomic_write
-from runtime.machine import autocast, keep_memory, pick_device
+from runtime.distributed import autocast, keep_memory, pick_device
 from tokenize_align import (
     Example,
     collate,
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
         for parameters in filter(None, (learners, adversary_parameters)):
             norms.append(sum_and_clip_gradients(parameters, config.clip_grad))
         totals = distributed.all_reduce(torch.stack(list(sums.values())))
-        numbers = torch.cat([totals, torch.stack(norms)]).tolist()  # the only wait for a GPU
+        numbers = torch.cat([totals, torch.stack(norms)]).tolist()
         record = dict(zip(sums, numbers)) | {"grad_norm": numbers[len(sums)]}
         if all(map(math.isfinite, numbers)):
             optimizer.step()

@@ -38,7 +38,8 @@ class Objective:
     A method calls it on the terms of a block of logits, or on those of a whole batch, and adds up
     what it gets. CE, KD and DTW are given as sums over tokens; they are divided by the number of
     student tokens in the whole optimizer step, so that the total depends neither on how the step is
-    split into batches nor on how far a batch is padded. GA is given as it stands."""
+    split into batches (but for σ and the energy distance, which are taken over a batch) nor on how
+    far a batch is padded. GA is given as it stands."""
 
     options: object  # train.Config: kd_rate, temperature, divergence, …
     step: int  # optimizer steps done so far
@@ -50,7 +51,9 @@ class Objective:
         α = self.options.kd_rate
         λ_GA, λ_DTW = self.options.ga_weight, self.options.dtw_weight
         n = self.num_student_tokens
-        CE, KD, GA, DTW = ce / n * self.has_labels, kd / n, ga, dtw / n
+        CE, KD, GA, DTW = ce / n, kd / n, ga, dtw / n
+        if not self.has_labels:
+            CE = 0.0 * CE.nan_to_num()
         return (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
 
     def per_student_token(self, sums: dict) -> dict:

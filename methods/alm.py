@@ -24,7 +24,7 @@ from methods.blocks import (
 SMALLEST = 1e-6  # taken off a and b: of a certain chunk, log(1 − e^b) would be infinite
 
 
-class ChunkNumbers:
+class ChunksOfBatch:
     """Numbers a batch's chunks through all its rows.
 
     → student_batch_chunks (N_s,), teacher_batch_chunks (N_t,): the number of each position's chunk,
@@ -94,7 +94,7 @@ def alm(batch, student, teacher, modules, objective):
 
 METHOD = Method(
     loss=alm,
-    batch_extras=ChunkNumbers,
+    batch_extras=ChunksOfBatch,
     defaults=dict(temperature=100.0),
     uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
 )

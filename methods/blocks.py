@@ -101,8 +101,8 @@ def in_blocks(
 
     block_loss(block, *logits) → (total, {name: (n,) values}) is called for every block, a slice of
     the positions, with the logits (n, V) that each of hidden, (N, d) each, has by the head (V, d)
-    in the same place. Gradients reach those of hidden and heads that require one; backward() can
-    run once."""
+    in the same place, and must use them all. blocks: disjoint and covering. Gradients reach those
+    of hidden and heads that require one, and nothing else; backward() can run once."""
     device = hidden[0].device
     dtype = hidden[0].dtype
     if torch.is_autocast_enabled(device.type):
@@ -145,7 +145,7 @@ def in_blocks(
 
 
 def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
-    """total (V, d) += gradientᵀ (V, n) · states (n, d), without a copy of the head's size."""
+    """total (V, d) += gradientᵀ (V, n) · states (n, d), where the types are the same in place."""
     if total.dtype == states.dtype:
         torch.addmm(total, gradient.t(), states, out=total)
         return

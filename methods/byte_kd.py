@@ -10,7 +10,8 @@ over the tokens v that start with u, and c a byte, or EOS where b is empty:
 
 w is the share of both models' probability that continues past b in a way the other can follow; it
 is 1 where b is empty and each vocabulary has all bytes. The tokens are sorted by their bytes, so
-that every prefix is a range of them and m a difference of two cumulative sums. There is no
+that every prefix is a range of them and m a difference of two cumulative sums in float64, in which
+a mass below 1e-16 counts as none. There is no
 projector, no attention and no hyper-parameter but α and T.
 
 Other tokenizations of the same bytes are not counted (arXiv 2506.14123 does, by a covering tree).
@@ -69,6 +70,8 @@ class PrefixTable:
         path = []
         for position, token in enumerate(sequence.response_ids):
             begin, end = sequence.spans[position]
+            if begin > len(path):  # bytes that have no token
+                break
             if token == self.eos_id and begin == end == len(text):
                 path.append((position, self.number(b"")))
                 continue
@@ -194,22 +197,23 @@ def next_byte_masses(logits: torch.Tensor, states: ByteStates, block: slice, tem
     return masses.float(), (sums[:, 256] - sums[:, 257] + eos).float()
 
 
-def next_byte_kl(student_masses, student_whole, teacher_masses, teacher_whole) -> torch.Tensor:
-    """w · KL(p_t ‖ p_s) at every byte: (M, 257) masses and their (M,) whole → (M,)."""
+def next_byte_kl(student_masses, student_mass, teacher_masses, teacher_mass) -> torch.Tensor:
+    """w · KL(p_t ‖ p_s) at every byte: (M, 257) masses of the next bytes, (M,) of the prefix
+    → (M,)."""
     common = (student_masses > 0) & (teacher_masses > 0)
     m_s, m_t = student_masses * common, teacher_masses * common
     r_s = m_s.sum(-1, keepdim=True).clamp(min=1e-30)
     r_t = m_t.sum(-1, keepdim=True).clamp(min=1e-30)
     log_p_t = (m_t.clamp(min=1e-30) / r_t).log()
     log_p_s = (m_s.clamp(min=1e-30) / r_s).log()
-    share_s = r_s / student_whole[:, None].maximum(r_s)
-    share_t = r_t / teacher_whole[:, None].maximum(r_t)
+    share_s = r_s / student_mass[:, None].maximum(r_s)
+    share_t = r_t / teacher_mass[:, None].maximum(r_t)
     w = (share_s * share_t).squeeze(-1).detach()
     return w * (m_t / r_t * (log_p_t - log_p_s) * common).sum(-1)
 
 
 @torch.no_grad()
-def teacher_masses(teacher, states: ByteStates, temperature: float):
+def masses_of_teacher(teacher, states: ByteStates, temperature: float):
     """next_byte_masses of the whole batch."""
     masses, whole = [], []
     for block in blocks_of(len(teacher.hidden), teacher.hidden.device):
@@ -224,7 +228,7 @@ def byte_kd(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss, which is summed over bytes."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
     temperature, states = objective.options.temperature, batch["student_bytes"]
-    m_t, whole_t = teacher_masses(t, batch["teacher_bytes"], temperature)
+    m_t, whole_t = masses_of_teacher(t, batch["teacher_bytes"], temperature)
 
     def block_loss(block, z_s):
         terms = cross_entropy(z_s, s.labels[block])

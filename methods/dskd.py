@@ -5,10 +5,11 @@ one to one.
     KD = CE(z_t2s, y_s) + D(z_s, sg z_t2s) + KL(softmax(z_t/T) ‖ softmax(z_s2t/T))
 """
 
-from cma import both_spaces
+from functools import partial
+
+from cma import both_spaces, make_modules
 from methods import Method
 from methods.blocks import student_side, teacher_side
-from methods.dskd_clp import make_modules
 
 
 def dskd(batch, student, teacher, modules, objective):
@@ -21,7 +22,7 @@ def dskd(batch, student, teacher, modules, objective):
 
 METHOD = Method(
     loss=dskd,
-    make_modules=make_modules,
+    make_modules=partial(make_modules, query=False),
     one_vocabulary=True,
     uses=("kd_rate", "temperature", "divergence", "projector_lr", "cache_teacher"),
 )

@@ -3,13 +3,12 @@ text that both tokenizers cut out, judged by the positions' labels."""
 
 import torch
 
-from cma import cross_model_loss, make_modules
+from cma import USES, cross_model_loss, make_modules
 from methods import Method
 from methods.blocks import student_side, teacher_side
-from methods.dskd_cma import USES
 
 
-class ChunkIds:
+class ChunksOfRow:
     """Adds student_chunks (N_s,), teacher_chunks (N_t,): each position's chunk in its row."""
 
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
@@ -32,4 +31,4 @@ def chunk_loss(batch, student, teacher, modules, objective, kind: str = "chunk_a
     return total, terms
 
 
-METHOD = Method(loss=chunk_loss, make_modules=make_modules, batch_extras=ChunkIds, uses=USES)
+METHOD = Method(loss=chunk_loss, make_modules=make_modules, batch_extras=ChunksOfRow, uses=USES)

@@ -1,7 +1,6 @@
 """dskd_cma with conditional transport (arXiv 2012.14100) as the adversary: see discriminator.py."""
 
-from cma import make_modules
+from cma import USES, dskd_cma, make_modules
 from methods import Method
-from methods.dskd_cma import USES, dskd_cma
 
 METHOD = Method(loss=dskd_cma, make_modules=make_modules, uses=USES, defaults=dict(adversary="ct"))

@@ -12,10 +12,9 @@ from functools import partial
 
 import torch
 
-from cma import cross_model_loss, entropy_weights, make_modules
+from cma import USES, cross_model_loss, entropy_weights, make_modules
 from methods import Method
 from methods.blocks import student_side, teacher_side
-from methods.dskd_cma import USES
 from methods.soft_dtw import dtw_divergences
 
 # The paper's numbers. Costs are cosine distances, positions tokens.

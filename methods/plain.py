@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from discriminator import reverse_gradient
 
 
-def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.1, τ=2.0):
+def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.1, temperature=2.0):
     """The total of one batch that is a whole optimizer step.
 
     batch: student_ids, student_labels (B, S), teacher_ids, teacher_labels (B, T); a label is the
     next token, or −100 on the prompt and on padding. student, teacher: .embed, .head and
-    forward(ids) → h. projectors: cma.Projectors; adversary: discriminator.Discriminator; τ: the
-    temperature."""
+    forward(ids) → h. projectors: cma.Projectors; adversary: discriminator.Discriminator."""
     x_s, y_s = batch["student_ids"], batch["student_labels"]
     x_t, y_t = batch["teacher_ids"], batch["teacher_labels"]
     mask_s, mask_t = y_s != -100, y_t != -100
@@ -48,8 +47,9 @@ def dskd_cma_ga(batch, student, teacher, projectors, adversary, α=0.5, λ_GA=0.
     z_s2t = F.linear(s2t, teacher.head.weight.detach())[mask_t]
     y_s = y_s[mask_s]
 
-    def kl(target, z):  # KL(softmax(target/τ) ‖ softmax(z/τ)) at each position
-        p_log, q_log = (target.detach() / τ).log_softmax(-1), (z / τ).log_softmax(-1)
+    def kl(target, z):  # KL(softmax(target/T) ‖ softmax(z/T)) at each position
+        p_log = (target.detach() / temperature).log_softmax(-1)
+        q_log = (z / temperature).log_softmax(-1)
         return (p_log.exp() * (p_log - q_log)).sum(-1)
 
     CE = F.cross_entropy(z_s, y_s, reduction="sum") / n_s

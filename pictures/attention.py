@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
-from pictures import save
+from pictures.runs import save
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
 DRAWABLE = set(FT2Font(str(FONT)).get_charmap())

@@ -2,10 +2,29 @@
 
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from pictures import save
+from runtime.files import atomic_path
+
+# The font comes with matplotlib; a $ in a text is a $.
+matplotlib.rcParams.update(
+    {
+        "font.family": "DejaVu Sans Mono",
+        "font.size": 8,
+        "axes.titlesize": 9,
+        "figure.titlesize": 9,
+        "legend.fontsize": 7,
+        "text.parse_math": False,
+    }
+)
+
+
+def save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
 
 # panel → names in metrics.jsonl
 CURVES = {

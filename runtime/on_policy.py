@@ -8,7 +8,7 @@ import torch
 
 from data import Row
 from methods.sft import sft
-from runtime.answers import answer
+from runtime.generation import answer
 from runtime.distributed import all_reduce
 from tokenize_align import Example, encode_rows
 
@@ -56,12 +56,12 @@ def on_policy_passes(config, passes: list, student, tokenizers, rows: list[Row])
         has_labels=False,
     )
     return on_data + [
-        (without_labels(loss), of_answers, answered, weight)
+        (hide_label_terms(loss), of_answers, answered, weight)
         for loss, answered, weight in on_answers
     ]
 
 
-def without_labels(loss_function):
+def hide_label_terms(loss_function):
     """A method's loss whose log leaves out what only labels teach."""
 
     def loss(*args):

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from data import Row
-from runtime.answers import answer_batches, share_of
+from runtime.generation import answer_batches, share_of
 from runtime.config import InputError
 from runtime.distributed import barrier, print_first, rank
 from runtime.files import file_label, fingerprint

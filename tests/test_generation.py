@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model
-from runtime.answers import answer_rows
+from runtime.generation import answer_rows
 from runtime.generation import choose_tokens, generate
 from tests.helpers import reference_model
 from tokenize_align import load_tokenizer

@@ -12,7 +12,7 @@ import model
 import train
 from data import read_rows
 from methods import method_names
-from runtime import answers, generation
+from runtime import generation
 from runtime.config import InputError
 from tests.helpers import QUICK, assert_same_run, close, finish, flags, metrics, start
 from tokenize_align import load_tokenizer
@@ -116,9 +116,10 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(len(ids))
-        return generation.generate(decoder, ids, *rest, **named)
+        return real(decoder, ids, *rest, **named)
 
-    monkeypatch.setattr(answers, "generate", dies)
+    real = generation.generate
+    monkeypatch.setattr(generation, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
     assert not (tmp_path / "a").exists()
@@ -128,7 +129,7 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
     train.main(argv)
     rows, decoder = read_rows(data / "train.jsonl"), model.load(world / "teacher")
     tokenizer = load_tokenizer(world / "teacher")
-    expected = answers.answer_rows(decoder, tokenizer, rows, 128, 100, 8, temperature=0.0)
+    expected = generation.answer_rows(decoder, tokenizer, rows, 128, 100, 8, temperature=0.0)
     lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("]")]
     assert dict(lines) == dict(enumerate(expected))
     assert len(lines) == len(rows)

@@ -32,7 +32,7 @@ from methods import Objective, find_method
 from methods.plain import dskd_cma_ga
 from model import load
 from runtime.config import InputError, flag, parse, run_script
-from runtime.machine import autocast, keep_memory, pick_device
+from runtime.distributed import autocast, keep_memory, pick_device
 from train import Config as TrainConfig
 
 SECTIONS = ("step", "trl", "generation", "rouge")

@@ -21,9 +21,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("-m")
     for item in items:
-        if item.get_closest_marker("cuda") and not (HAS_CUDA and config.getoption("-m") == "cuda"):
+        if item.get_closest_marker("cuda") and not (HAS_CUDA and chosen == "cuda"):
             item.add_marker(pytest.mark.skip(reason="wants a GPU and -m cuda"))
+        if item.get_closest_marker("soak") and chosen != "soak":
+            item.add_marker(pytest.mark.skip(reason="wants -m soak"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -85,7 +85,7 @@ def _read_row(place: str, line: str) -> Row:
             f"{place}: must be a JSON object with prompt and output, found "
             f"{type(fields).__name__}"
         )
-    if "prompt" in fields:
+    if fields.get("prompt") is not None:
         prompt = _text(place, "prompt", fields["prompt"])
     elif "instruction" in fields:
         instruction = _text(place, "instruction", fields["instruction"])
@@ -94,8 +94,8 @@ def _read_row(place: str, line: str) -> Row:
         raise InputError(f'{place}: no "prompt" and no "instruction" (found: {", ".join(fields)})')
     outputs = fields.get("output")
     if not isinstance(outputs, list):
-        outputs = [_text(place, "output", outputs)]
-    outputs = [output for output in outputs if output.strip()]
+        outputs = [outputs]
+    outputs = [_text(place, "output", output) for output in outputs if output != ""]
     if not outputs:
         raise InputError(f'{place}: "output" is empty')
     return Row(prompt, outputs, fields.get("truth"))

@@ -22,14 +22,15 @@ import torch
 from tqdm import tqdm
 
 from data import Row, data_file, read_rows, same_data, trained_on
+from hub.download import model_folder
 from methods.blocks import token_nll
 from model import load
 from porter import stem
 from runtime import distributed
-from runtime.generation import answer_rows, share_of
 from runtime.config import InputError, flag, parse, run_script
-from runtime.files import atomic_write, file_label
 from runtime.distributed import autocast, pick_device
+from runtime.files import atomic_write, file_label
+from runtime.generation import answer_rows, share_of
 from tokenize_align import collate, encode_prompt, encode_rows, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ ROUGE-L
@@ -126,8 +127,11 @@ def answer_bits(
 
 
 def bits_per_byte(bits: list[tuple[float, int]]) -> float:
-    """Σ bits / Σ bytes."""
-    return sum(b for b, _ in bits) / max(1, sum(n for _, n in bits))
+    """Σ bits / Σ bytes. Raises InputError where every answer was cut to nothing."""
+    num_bytes = sum(n for _, n in bits)
+    if not num_bytes:
+        raise InputError("--max_length: is too small, no row that is scored has room for an answer")
+    return sum(b for b, _ in bits) / num_bytes
 
 
 def kl_to_truth(
@@ -169,6 +173,8 @@ def scores_of(
 
 # ------------------------------------------------------------------------------------------- script
 
+SETTINGS = ("seeds", "num", "temperature", "max_length", "max_prompt_length")  # into rouge.json
+
 
 @dataclass
 class Config:
@@ -201,13 +207,18 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("name a checkpoint: python eval_rouge.py CHECKPOINT --data NAME …")
     device, dtype = pick_device(config.device, config.dtype)
     distributed.init(device)
-    if any(name.startswith("toy") for name in config.data):
-        import toy
+    with distributed.first_goes_first():
+        if any(name.startswith("toy") for name in config.data):
+            import toy
 
-        toy.write_data()
-    sets = {name: read_rows(data_file(name, "test"))[: config.num or None] for name in config.data}
-    decoder = load(config.model, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(config.model)
+            toy.write_data()
+        files = {name: data_file(name, "test") for name in config.data}
+        folder = model_folder(config.model)
+    sets = {name: read_rows(file)[: config.num or None] for name, file in files.items()}
+    decoder = load(folder, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(folder)
+    if config.temperature == 0:
+        config.seeds = []
     positions = decoder.config.max_positions
     config.max_length = config.max_length or min(512, positions)
     if config.max_length > positions:
@@ -227,8 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     if not distributed.is_first():
         return
     others = [name for name in results if trained and not same_data(name, trained)]
-    summary = {"model": config.model, "trained_on": trained, "num": config.num}
-    summary |= {"seeds": config.seeds, "sets": results}
+    summary = {"model": config.model, "trained_on": trained, "sets": results}
+    summary["settings"] = {name: getattr(config, name) for name in SETTINGS}
     if others:
         summary["ood_rouge_l"] = statistics.mean(results[name]["rouge_l"] for name in others)
         summary["ood_bits_per_byte"] = statistics.mean(
@@ -274,10 +285,9 @@ def score_set(
             "of bits per byte"
         )
     references = [row.outputs for row in rows]
-    greedy = config.temperature == 0
     rouge, rouge_by_row = [], []
-    for seed in [None] if greedy else config.seeds:
-        label = "greedy" if greedy else f"seed{seed}"
+    for seed in config.seeds or [None]:
+        label = "greedy" if seed is None else f"seed{seed}"
         answers = answer_rows(
             decoder, tokenizer, rows, *limits, config.temperature, seed or 0, f"{name}, {label}"
         )

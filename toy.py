@@ -493,25 +493,26 @@ def model_folder(side: str) -> Path:
 
 
 def write_data() -> None:
-    """Write the sets and the tokenizers, unless this file wrote them before."""
-    mark = home() / "made_by.txt"
+    """Write the sets and the tokenizers, unless they are there. Raises InputError where another
+    version of this file made them."""
     made_by = fingerprint(Path(__file__))
-    if mark.exists() and mark.read_text() == made_by:
-        return
     if home().exists():
-        print(f"toy.py has changed: {home()} is made again")
-        shutil.rmtree(home())
+        if (home() / "made_by.txt").read_text() != made_by:
+            raise InputError(f"{home()}: toy.py has changed since; delete or move this folder")
+        return
+    folder = home().with_name(f"toy.{os.getpid()}.tmp")
     rows = make_rows()
     for (name, split), content in rows.items():
-        path = home() / name / f"{split}.jsonl"
+        path = folder / name / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     texts = []
     for row in rows["toy-world", "train"] + rows["toy-childhood", "train"]:
         texts += [row["prompt"], row["output"]]
-    write_student(home() / "student-start", texts)
-    write_teacher(home() / "teacher-start", texts)
-    mark.write_text(made_by)
+    write_student(folder / "student-start", texts)
+    write_teacher(folder / "teacher-start", texts)
+    (folder / "made_by.txt").write_text(made_by)
+    folder.rename(home())
 
 
 def prepare_for(config) -> None:

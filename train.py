@@ -39,15 +39,15 @@ from runtime.checkpoint import (
     lock_run,
     new_run_folder,
     read_metrics,
+    refuse_used,
     rewind_metrics,
     save_checkpoint,
     saved_settings,
     start_run,
 )
 from runtime.config import InputError, checked, flag, given_flags, run_script
-from runtime.distributed import print_first
+from runtime.distributed import autocast, keep_memory, pick_device, print_first
 from runtime.files import atomic_write
-from runtime.distributed import autocast, keep_memory, pick_device
 from tokenize_align import (
     Example,
     collate,
@@ -156,6 +156,8 @@ def read_settings(argv: list[str] | None = None) -> Config:
         raise InputError("--lora_alpha: has no use without --lora_rank")
     if config.lora_rank and config.student_init == "random":
         raise InputError("--lora_rank: keeps the student's weights, so they cannot be random")
+    if config.cache_teacher and config.shard in ("teacher", "both"):
+        raise InputError("--cache_teacher: leaves no teacher's layers that --shard could spread")
     if config.on_policy and (config.cache_teacher or config.shard != "none"):
         raise InputError(
             "--on_policy: the student's answers are new in every step, so it works "
@@ -220,6 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     if not config.out_dir:
         config.out_dir = str(new_run_folder(config.teacher, config.student, config.method))
     out_dir = Path(config.out_dir)
+    if distributed.is_first():
+        if config.resume:
+            lock_run(out_dir)
+        else:
+            refuse_used(out_dir)
 
     # data: rows of train, dev and, where there is one, test
     if "toy" in (config.student, config.teacher) or config.data.startswith("toy"):
@@ -304,10 +311,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
-    if distributed.is_first():
-        if not config.resume:
-            start_run(config, out_dir)
-        lock_run(out_dir)
+    if distributed.is_first() and not config.resume:
+        start_run(config, out_dir)
     distributed.barrier()
     state = {
         "step": 0,
@@ -317,6 +322,8 @@ def main(argv: list[str] | None = None) -> None:
         "method": config.method,
         "student": config.student,
     }
+    if distributed.rank():
+        torch.manual_seed(config.seed + 1_000_003 * distributed.rank())  # dropout differs
     if checkpoint:
         load_modules(checkpoint, modules)
         load_optimizer(checkpoint, optimizer)
@@ -324,8 +331,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         sharded = config.shard in ("student", "both")
         distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
-        if distributed.rank():
-            torch.manual_seed(config.seed + 1_000_003 * distributed.rank())  # dropout differs
     if config.resume and distributed.is_first():
         rewind_metrics(out_dir, state["step"])
     first_step = state["step"]
@@ -361,10 +366,10 @@ def main(argv: list[str] | None = None) -> None:
         if save_due and step > first_step and bad_steps == 0:
             save_checkpoint(out_dir / "last", student, modules, optimizer, state)
         if leaving:
+            distributed.barrier()  # the first process has saved
             stop.leave()
         if eval_due:
-            stop.at_once = True
-            with autocast(device, dtype):
+            with autocast(device, dtype), stop.at_once():
                 scores = scores_of(
                     student,
                     student_tokenizer,
@@ -373,8 +378,7 @@ def main(argv: list[str] | None = None) -> None:
                     config.max_prompt_length,
                     "scoring dev",
                 )
-            stop.at_once = False
-            tqdm.write(
+            print_first(
                 f"step {step:>6}   dev: {scores['bits_per_byte']:.3f} bits per byte, "
                 f"ROUGE-L {scores['rouge_l']:.2f}"
             )
@@ -441,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             bad_steps += 1
             skipped = sorted(example.row for example in step_examples)
-            tqdm.write(
+            print_first(
                 f"step {step + 1}: the loss is {record['loss']}, its gradient's norm "
                 f"{record['grad_norm']}; the step is not taken. Its rows, from 0: {skipped}"
             )
@@ -473,15 +477,15 @@ def main(argv: list[str] | None = None) -> None:
                 "holds the last good checkpoint, where there was one"
             )
     bar.close()
+    distributed.barrier()  # best/ is there
 
     # ------------------------------------------------------------------------- score and conclude
-    stop.at_once = True
     optimizer = modules = adversary = student = learners = adversary_parameters = loss = None
     results = {}
     for name, decoder, tokenizer in models_to_score(
         config, out_dir, teacher, teacher_tokenizer, student_tokenizer, device, dtype
     ):
-        with autocast(device, dtype):
+        with autocast(device, dtype), stop.at_once():
             results[name] = {
                 split: scores_of(
                     decoder,
@@ -504,13 +508,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def folder_of(config, side: str, weights: bool = True) -> Path:
-    """The folder of the "student" or the "teacher"."""
+    """The folder of the "student" or the "teacher", downloaded where it must be."""
     name = getattr(config, side)
     if name == "toy":
         import toy
 
         return toy.model_folder(side)
-    return model_folder(name, weights)
+    with distributed.first_goes_first():
+        return model_folder(name, weights)
 
 
 def load_decoder(config, side: str, folder, dtype, device, change=None, **how):
@@ -690,9 +695,11 @@ def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path
         {name: by_split[split] for name, by_split in results.items()},
     )
     runs.curves(out_dir / "curves.png", str(out_dir), read_metrics(out_dir))
-    folder, data = shlex.quote(str(out_dir)), shlex.quote(config.data)
+    folder = shlex.quote(str(out_dir))
+    data = shlex.quote(config.data if split == "test" else f"{config.data}/dev.jsonl")
     print(
-        f"\n\nscore it further:  python eval_rouge.py {folder} --data {data}"
+        f"\n\nscore it further:  python eval_rouge.py {folder} --data {data} "
+        f"--max_length {config.max_length} --max_prompt_length {config.max_prompt_length}"
         f'\ntalk to it:        python sample.py {folder} "your instruction"'
         f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png"
     )

@@ -3,10 +3,12 @@
 model_folder("gpt2")        # a short name, any hub id, a folder of yours, a run's out_dir
 """
 
+import hashlib
 import re
 from pathlib import Path
 
 from runtime.config import InputError
+from runtime.files import fingerprint
 
 MODELS = {
     "gpt2": "openai-community/gpt2",
@@ -64,12 +66,11 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
 def _download(repository: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", *TOKENIZER_FILES]
+    wanted = ["config.json", *TOKENIZER_FILES, *(SAFETENSORS if weights else ())]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
-        for patterns in (SAFETENSORS, PICKLED):
-            if weights and not weight_file(folder):
-                folder = Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        if weights and not weight_file(folder):
+            folder = Path(snapshot_download(repository, allow_patterns=list(PICKLED)))
         return folder
     except Exception as error:  # the client's own errors, httpx's and the system's
         reasons = {
@@ -82,6 +83,15 @@ def _download(repository: str, weights: bool) -> Path:
         raise InputError(
             f"{repository}: {reason}; a folder with its files works in place of a name"
         ) from error
+
+
+def fingerprint_of_model(folder: Path) -> str:
+    """SHA-256 of the configuration, the tokenizer and the weights, of nothing else in the folder."""
+    digest = hashlib.sha256()
+    for pattern in ("config.json", *TOKENIZER_FILES, *SAFETENSORS, *PICKLED):
+        for file in sorted(folder.glob(pattern)):
+            digest.update(file.name.encode() + fingerprint(file).encode())
+    return digest.hexdigest()
 
 
 def weight_file(folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ adversary, training.json (step, scores, data) and, in last/, resume.safetensors:
 the random number generators. A checkpoint is written under another name, flushed and renamed, and
 the one before it stays. Nothing is pickled."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -44,14 +45,20 @@ def new_run_folder(teacher: str, student: str, method: str) -> Path:
     return folder
 
 
-def start_run(config, out_dir: Path) -> None:
-    """Write the settings into a folder that is not there or empty, and refuse any other."""
+def refuse_used(out_dir: Path) -> None:
+    """A new run wants a folder that is not there or empty. Raises InputError for any other."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(
             f"--out_dir {out_dir}: is not empty; pass a new folder, or --resume to "
             "continue the run in it"
         )
+
+
+def start_run(config, out_dir: Path) -> None:
+    """Write the settings into a new folder."""
+    refuse_used(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    lock_run(out_dir)
     with atomic_write(out_dir / "config.json") as file:
         json.dump(dataclasses.asdict(config), file, indent=2)
 
@@ -105,12 +112,12 @@ def rewind_metrics(out_dir: Path, step: int) -> None:
 
 
 class Stop:
-    """The first SIGTERM or Ctrl-C asks the run to save after its step; a second one, or one while
-    nothing can be lost (`at_once`), ends it on the spot."""
+    """The first SIGTERM or Ctrl-C asks the run to save after its step; a second one, or one where
+    all is saved, ends it on the spot."""
 
     def __init__(self, how_to_continue: str):
         self.how_to_continue = how_to_continue
-        self.requested, self.at_once = False, False
+        self.requested, self.all_is_saved = False, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._caught)
 
@@ -118,8 +125,17 @@ class Stop:
         # torchrun's processes may get a signal twice, from the terminal and from torchrun.
         again = self.requested and world_size() == 1
         self.requested = True
-        if again or self.at_once:
+        if again or self.all_is_saved:
             self.leave()
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A block in which nothing can be lost."""
+        self.all_is_saved = True
+        if self.requested:
+            self.leave()
+        yield
+        self.all_is_saved = False
 
     def in_any_process(self) -> bool:
         """Whether all processes are to leave, after the same step."""
@@ -254,11 +270,11 @@ def last_checkpoint(out_dir: Path) -> Path | None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint to resume from."""
-    if not (folder / "resume.safetensors").exists():
-        return "resume.safetensors is missing"
     try:
-        json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        for file in folder.glob("*.safetensors"):
+        for name in ("config.json", "training.json"):
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        needed = [folder / "model.safetensors", folder / "resume.safetensors"]
+        for file in {*needed, *folder.rglob("*.safetensors")}:
             with safe_open(file, "pt"):
                 pass
     except (OSError, ValueError, SafetensorError) as error:

@@ -10,11 +10,13 @@ here does nothing."""
 import contextlib
 import ctypes
 import datetime
+import functools
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from runtime.config import InputError
 
@@ -57,8 +59,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 def init(device: str) -> None:
     """Join the other processes, where torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        return  # other launchers set WORLD_SIZE too
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -71,7 +73,7 @@ def init(device: str) -> None:
     # One process may answer prompts for hours while the others wait. Of a dead one torchrun tells.
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
     if rank() > 0:
-        os.environ["TQDM_DISABLE"] = "1"
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 def rank() -> int:
@@ -87,9 +89,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def print_first(*things) -> None:
+def print_first(text: str) -> None:
+    """Print in the first process, above its progress bar."""
     if is_first():
-        print(*things, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def barrier() -> None:

@@ -40,15 +40,9 @@ def flush(path: Path) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of a model folder's config, tokenizer and weights."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".txt", ".model", ".safetensors", ".bin"):
-            digest.update(file.name.encode() + fingerprint(file).encode())
-    return digest.hexdigest()
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_label(name: str) -> str:

@@ -9,17 +9,18 @@ import json
 from pathlib import Path
 
 from data import Row
-from runtime.generation import answer_batches, share_of
+from hub.download import fingerprint_of_model
 from runtime.config import InputError
 from runtime.distributed import barrier, print_first, rank
 from runtime.files import file_label, fingerprint
+from runtime.generation import answer_batches, share_of
 
 
 def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -> list[Row]:
     """The rows of a file with the teacher's answers in place of theirs, without those it leaves
     empty. Limits are in its tokens. Raises InputError where all answers are empty."""
     limits = config.max_length, config.max_prompt_length
-    made_of = fingerprint(teacher.source), fingerprint(data_file), *limits
+    made_of = fingerprint_of_model(teacher.source), fingerprint(data_file), *limits
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     folder = data_file.with_name(
         f"{data_file.stem}-by-{file_label(Path(config.teacher).name)}-{key}"
@@ -35,7 +36,7 @@ def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -
         for batch in answer_batches(
             teacher, tokenizer, rows, mine, *limits, config.batch_size, temperature=0.0, desc=desc
         ):
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
+            file.writelines(json.dumps(line) + "\n" for line in batch)
             file.flush()
     barrier()
     answers = read_answers(folder)
@@ -56,7 +57,9 @@ def read_answers(folder: Path) -> dict[int, str]:
     answers = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n"):
-            if line.startswith("[") and line.endswith("]"):  # whole
-                i, text = json.loads(line)
-                answers[i] = text
+            try:
+                row, answer = json.loads(line)
+            except ValueError:
+                continue  # empty, or cut by a kill
+            answers[row] = answer
     return answers

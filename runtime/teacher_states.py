@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hub.download import fingerprint_of_model
 from model import load
 from runtime.distributed import barrier, is_first, rank, world_size
-from runtime.files import file_label, fingerprint
+from runtime.files import file_label
 from tokenize_align import Example, collate
 
 
@@ -25,7 +26,7 @@ class TeacherStates:
         self.size, self.dtype = teacher.config.hidden_size, dtype
         self.folder = teacher.source
         made_of = [(example.teacher.ids, example.teacher.prompt_length) for example in examples]
-        text = repr((fingerprint(self.folder), str(dtype), made_of))
+        text = repr((fingerprint_of_model(self.folder), str(dtype), made_of))
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         label = file_label(Path(config.teacher).name)
         self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{key}.bin")

@@ -23,6 +23,7 @@ import train
 from data import PAPER_SETS, TOY_SETS
 from methods import METHOD_OPTIONS, find_method
 from methods.divergences import DIVERGENCES
+from runtime.checkpoint import saved_settings
 from runtime.config import InputError, flag, parse, run_script
 from runtime.files import atomic_write, file_label
 from tools import statistics
@@ -128,13 +129,14 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
         train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
     rouge = cell.folder / "best" / "rouge.json"
     scored = json.loads(rouge.read_text(encoding="utf-8")) if rouge.exists() else {}
-    done = (scored.get("seeds"), scored.get("num")) == (config.scoring_seeds, config.num)
-    if not done or not set(sets) <= scored["sets"].keys():
-        settings = json.loads((cell.folder / "config.json").read_text(encoding="utf-8"))
-        arguments = [str(cell.folder), "--data", *sets, "--num", str(config.num), "--seeds"]
-        arguments += map(str, config.scoring_seeds)
-        for name in ("max_length", "max_prompt_length", "device", "dtype"):
-            arguments += [f"--{name}", str(settings[name])]
+    trained = saved_settings(cell.folder)
+    settings = {"seeds": config.scoring_seeds, "num": config.num, "temperature": 1.0}
+    settings |= {name: trained[name] for name in ("max_length", "max_prompt_length")}
+    if scored.get("settings") != settings or not set(sets) <= scored["sets"].keys():
+        arguments = [str(cell.folder), "--data", *sets]
+        for name, value in (settings | {n: trained[n] for n in ("device", "dtype")}).items():
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *map(str, values)]
         start("eval_rouge.py", arguments, log)
         scored = json.loads(rouge.read_text(encoding="utf-8"))
     return scored["sets"]

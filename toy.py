@@ -87,36 +87,12 @@ TRAINING = dict(
 )
 # How train.py makes the models: the teacher and the student are raised from random weights, and sft
 # is the student fine-tuned alone by the toy's defaults, to compare with.
-LIMITS = ["--max_length", "96", "--max_prompt_length", "72"]
 RAISED = {
-    "teacher": [
-        "--data",
-        "toy-world",
-        "--epochs",
-        "3",
-        "--lr",
-        "1e-3",
-        "--warmup_steps",
-        "50",
-        "--student_init",
-        "random",
-        *LIMITS,
-    ],
-    "student": [
-        "--data",
-        "toy-childhood",
-        "--epochs",
-        "8",
-        "--lr",
-        "3e-3",
-        "--warmup_steps",
-        "20",
-        "--student_init",
-        "random",
-        *LIMITS,
-    ],
-    "sft": [],
+    "teacher": "--data toy-world --epochs 3 --lr 1e-3 --warmup_steps 50 --student_init random",
+    "student": "--data toy-childhood --epochs 8 --lr 3e-3 --warmup_steps 20 --student_init random",
+    "sft": "",
 }
+LIMITS = "--max_length 96 --max_prompt_length 72"
 
 # ---------------------------------------------------------------------------------------- the world
 
@@ -536,7 +512,8 @@ def raise_model(side: str, device: str) -> None:
     if (run / "config.json").exists():
         command.append("--resume")
     else:
-        command += ["--method", "sft", "--student", start, *RAISED[side]]
+        command += ["--method", "sft", "--student", start]
+        command += f"{RAISED[side]} {LIMITS}".split()
     # One process, also under torchrun. What it prints says nothing here; the progress bar stays.
     alone = {
         name: value

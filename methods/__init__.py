@@ -53,7 +53,7 @@ class Objective:
         n = self.num_student_tokens
         CE, KD, GA, DTW = ce / n, kd / n, ga, dtw / n
         if not self.has_labels:
-            CE = 0.0 * CE.nan_to_num()
+            CE = 0.0 * CE
         return (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
 
     def per_student_token(self, sums: dict) -> dict:

@@ -1,7 +1,7 @@
 """The default run's invented world: two tokenizers that really differ, a teacher and a student.
 
     python train.py             # writes all this under data/toy, then distils the teacher
-    python toy.py               # only writes the data and prints a few rows
+    python toy.py               # only writes the data
 
 The world: people with a town, a food, an animal, a trade and a colour each. None of these is
 certain: asked what Mira eats, the world says plums with probability 0.6, bread with 0.25 and figs
@@ -36,7 +36,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data import TOY_SETS
 from hub.tokenizer_files import ALPHABET, GPT2_SPLIT
 from runtime.config import InputError, run_script
 from runtime.files import DATA_DIR, fingerprint
@@ -533,16 +532,5 @@ def raise_model(side: str, device: str) -> None:
     shutil.rmtree(run)
 
 
-def main() -> None:
-    write_data()
-    for name in TOY_SETS:
-        lines = (home() / name / "test.jsonl").read_text(encoding="utf-8").splitlines()
-        print(f"\n{name}/test: {len(lines)} rows")
-        for line in lines[:5]:
-            row = json.loads(line)
-            text = f" | {row['input']}" if row["input"] else ""
-            print(f"  {row['instruction']}{text}  →  {row['output'][0]}")
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script(write_data)

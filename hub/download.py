@@ -86,7 +86,7 @@ def _download(repository: str, weights: bool) -> Path:
 
 
 def fingerprint_of_model(folder: Path) -> str:
-    """SHA-256 of the configuration, the tokenizer and the weights, of nothing else in the folder."""
+    """SHA-256 of the configuration, the tokenizer and the weights, of nothing else there."""
     digest = hashlib.sha256()
     for pattern in ("config.json", *TOKENIZER_FILES, *SAFETENSORS, *PICKLED):
         for file in sorted(folder.glob(pattern)):

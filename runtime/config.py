@@ -47,12 +47,16 @@ def _help_text(field) -> str:
 
 
 def given_flags(
-    cls, description: str, argv: list[str] | None = None, positional: tuple[str, ...] = ()
+    cls,
+    description: str,
+    argv: list[str] | None = None,
+    positional: tuple[str, ...] = (),
+    others: list[str] | None = None,
 ) -> dict:
     """The flags of the command line that were given, as {field: value}.
 
-    positional: fields that are given by their place. Raises InputError for an unknown flag or a
-    value of another type."""
+    positional: fields that are given by their place. others: a list that takes in the unknown
+    flags. Raises InputError for an unknown flag without it, or a value of another type."""
     parser = _Parser(
         usage="%(prog)s [flags]",
         description=description,
@@ -76,7 +80,12 @@ def given_flags(
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         group.add_argument(f"--{name}", **options)
-    return vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if others is None and unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if others is not None:
+        others += unknown
+    return vars(given)
 
 
 def checked(cls, values: dict):
@@ -86,13 +95,13 @@ def checked(cls, values: dict):
         value = getattr(config, field.name)
         name = f"--{field.name} {value!r}"
         choices = field.metadata["choices"]
-        if choices and value not in choices:
-            raise InputError(f"{name}: must be one of {', '.join(map(str, choices))}")
         minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
-        for number in value if isinstance(value, list) else [value]:
-            if minimum is not None and number < minimum:
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item not in choices:
+                raise InputError(f"{name}: must be one of {', '.join(map(str, choices))}")
+            if minimum is not None and item < minimum:
                 raise InputError(f"{name}: must be at least {minimum}")
-            if maximum is not None and number > maximum:
+            if maximum is not None and item > maximum:
                 raise InputError(f"{name}: must be at most {maximum}")
     return config
 

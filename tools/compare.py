@@ -11,7 +11,6 @@ command can be given again after a kill, with more seeds or with more rows. ± i
 deviation over training seeds; a difference has a paired bootstrap interval over training seeds and
 rows."""
 
-import dataclasses
 import json
 import shlex
 import subprocess
@@ -24,7 +23,7 @@ from data import PAPER_SETS, TOY_SETS
 from methods import METHOD_OPTIONS, find_method
 from methods.divergences import DIVERGENCES
 from runtime.checkpoint import saved_settings
-from runtime.config import InputError, flag, parse, run_script
+from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.files import atomic_write, file_label
 from tools import statistics
 
@@ -64,18 +63,6 @@ class Cell:
     folder: Path
 
 
-def split_command_line(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our flags, and the rest, which is for train.py."""
-    names = {field.name for field in dataclasses.fields(Config)} | {"help"}
-    ours, others = [], []
-    target = ours
-    for word in argv:
-        if word.startswith("--"):
-            target = ours if word[2:].split("=")[0] in names else others
-        target.append(word)
-    return ours, others
-
-
 def as_flags(words: list[str]) -> dict[str, list[str]]:
     """["--name", value, …] → {name: [value, …]}."""
     flags: dict[str, list[str]] = {}
@@ -83,6 +70,8 @@ def as_flags(words: list[str]) -> dict[str, list[str]]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             flags[name] = [value] if equals else []
+        elif not flags:
+            raise InputError(f"{word}: is not a flag")
         else:
             flags[name].append(word)
     return flags
@@ -153,8 +142,9 @@ def start(script: str, arguments: list[str], log) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ours, others = split_command_line(sys.argv[1:] if argv is None else argv)
-    config, shared = parse(Config, __doc__, ours), as_flags(others)
+    others = []
+    config = checked(Config, given_flags(Config, __doc__, argv, others=others))
+    shared = as_flags(others)
     if config.preset:
         config.data, config.methods = "dolly", PAPER_METHODS
         config.baseline = ["sft", "dskd_cma --divergence forward_kl"]

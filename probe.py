@@ -205,8 +205,8 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
             "across, chunks outlined",
             *labels,
             {
-                "student → teacher: rows sum to 1": response.t2s,
-                "teacher → student: columns sum to 1": response.s2t.T,
+                "student → teacher\nrows sum to 1": response.t2s,
+                "teacher → student\ncolumns sum to 1": response.s2t.T,
             },
             response.same_chunk,
         )

@@ -52,7 +52,7 @@ def heatmaps(
     outlined. panels: heading → weights (S, T), side by side."""
     student_labels, teacher_labels = student_labels[:MAX_TOKENS], teacher_labels[:MAX_TOKENS]
     rows, columns = len(student_labels), len(teacher_labels)
-    size = max(4.5, CELL * columns + 2.0), max(3.0, CELL * rows + 2.2)
+    size = max(3.2, CELL * columns + 2.0), max(3.0, CELL * rows + 2.2)
     figure = Figure(figsize=(size[0] * len(panels), size[1]), layout="constrained")
     figure.suptitle(title)
     strongest = max(float(weights[:rows, :columns].max()) for weights in panels.values())

@@ -81,21 +81,16 @@ def test_eval_rouge(runs, world, capsys):
 
 def test_answers_without_room(runs, world, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "%s", "output": "b"}' % ("a " * 300))
-    eval_rouge.main(
-        [
-            str(runs / "sft"),
-            "--data",
-            str(tmp_path / "x.jsonl"),
-            "--temperature",
-            "0",
-            "--out_dir",
-            str(tmp_path),
-            "--max_length",
-            "20",
-        ]
-    )
-    scores = json.loads((tmp_path / "rouge.json").read_text())["sets"]
-    assert scores[str(tmp_path / "x.jsonl")]["bytes_by_row"] == [0]
+    argv = [str(runs / "sft"), "--data", str(tmp_path / "x.jsonl"), "--temperature", "0"]
+    argv += ["--out_dir", str(tmp_path), "--max_length", "20"]
+    with pytest.raises(InputError, match="no row that is scored has room"):
+        eval_rouge.main(argv)
+    with open(tmp_path / "x.jsonl", "a") as file:
+        file.write('\n{"prompt": "a", "output": "b"}')
+    eval_rouge.main(argv)
+    found = json.loads((tmp_path / "rouge.json").read_text())
+    assert found["sets"][str(tmp_path / "x.jsonl")]["bytes_by_row"] == [0, 1]
+    assert found["settings"]["seeds"] == [] and found["settings"]["max_length"] == 20
 
 
 def test_sample(runs, monkeypatch, capsys):

@@ -124,13 +124,15 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
         train.main(argv)
     assert not (tmp_path / "a").exists()
     file = next(data.glob("train-by-teacher-*")) / "answers-0.jsonl"
-    file.write_text(file.read_text() + '[40, "half a li')
+    file.write_text(file.read_text() + '[40, "half [a]')
     monkeypatch.undo()
+    (world / "teacher/rouge.json").write_text("{}")  # says nothing about the model
     train.main(argv)
+    (world / "teacher/rouge.json").unlink()
     rows, decoder = read_rows(data / "train.jsonl"), model.load(world / "teacher")
     tokenizer = load_tokenizer(world / "teacher")
     expected = generation.answer_rows(decoder, tokenizer, rows, 128, 100, 8, temperature=0.0)
-    lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("]")]
+    lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith('"]')]
     assert dict(lines) == dict(enumerate(expected))
     assert len(lines) == len(rows)
     pairs = [{"prompt": r.prompt, "output": text} for r, text in zip(rows, expected) if text]
@@ -234,6 +236,7 @@ def test_learning_rate():
         (["--max_length", "1000"], "256 positions"),
         (["--lora_alpha", "3"], "without --lora_rank"),
         (["--shard", "both"], "torchrun"),
+        (["--shard", "both", "--cache_teacher"], "no teacher's layers"),
         (["--resume", "--out_dir", "none"], "no run"),
     ],
 )
@@ -358,18 +361,20 @@ def test_resume_refuses_what_does_not_fit(quick_run, world, tmp_path):
         train.main(argv)
 
 
-@pytest.mark.parametrize("file", ("model", "projectors", "resume"))
+@pytest.mark.parametrize(
+    "file", ("model.safetensors", "projectors.safetensors", "resume.safetensors", "config.json")
+)
 def test_a_damaged_checkpoint_is_noticed(file, quick_run, world, tmp_path, capsys):
     """The one before takes its place, and the run ends in the same bytes."""
     out = tmp_path / "run"
     shutil.copytree(quick_run, out)
-    path = out / "last" / f"{file}.safetensors"
+    path = out / "last" / file
     path.write_bytes(path.read_bytes()[:-9])
     train.main(["--out_dir", str(out), "--resume"])
     assert "is damaged" in capsys.readouterr().out
     assert_same_run(quick_run, out)
     for name in ("last", "last.previous"):
-        path = out / name / f"{file}.safetensors"
+        path = out / name / file
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="no checkpoint is whole"):
         train.main(["--out_dir", str(out), "--resume"])

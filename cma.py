@@ -38,12 +38,12 @@ class Projectors(nn.Module):
 
 
 class Alignment(NamedTuple):
-    """What each position takes from the other side; padded rows of the two Sides."""
+    """What each position takes from the other side; padded rows of the two Sides.
 
-    t2s_weights: (
-        torch.Tensor
-    )  # (B, S, T), student from teacher: rows sum to 1, or 0 without counterpart
-    s2t_weights: torch.Tensor  # (B, T, S), teacher from student: the same
+    Weights sum to 1 over what they are taken from, or are 0 where a position has no counterpart."""
+
+    t2s_weights: torch.Tensor  # (B, S, T), student from teacher
+    s2t_weights: torch.Tensor  # (B, T, S), teacher from student
     queries: torch.Tensor | None  # (B, S, 2 d_t); None for "chunk_mean"
     keys: torch.Tensor  # (B, T, 2 d_t)
 

@@ -563,7 +563,8 @@ def test_examples_and_batches(world):
 def test_rouge_l_equals_rouge_score(use_stemmer):
     scorer_module = pytest.importorskip("rouge_score.rouge_scorer")
     rng = random.Random(0)
-    words = "the cat sat running flies happily 12 national ÉTÉ don't generalization a".split()
+    words = "the cat cats fly flies sat running run runs happily 12 national ÉTÉ don't".split()
+    words += ["generalization", "a"]
     sentences = [" ".join(rng.choices(words, k=rng.randint(0, 20))) for _ in range(400)]
     if (FIXTURES / "data").is_dir():
         rows = read_rows(FIXTURES / "data/dolly/train.jsonl")[:100]
@@ -949,7 +950,7 @@ def test_byte_kd_against_every_token(way, lengths, world, monkeypatch):
     tokenizers, examples = two_sides(world, way, lengths)
     student, teacher = random_models(tokenizers, monkeypatch)
     batch = ta.collate(examples, 0, 0)
-    chosen = objective(options("byte_kd", temperature=1.3, kd_rate=0.5), batch)
+    chosen = objective(options("byte_kd", temperature=1.3, kd_rate=0.3), batch)
     batch |= byte_kd.BytePaths(*tokenizers, examples)(examples, "cpu")
     total, terms = byte_kd.byte_kd(batch, student, teacher, {}, chosen)
 
@@ -976,7 +977,7 @@ def test_byte_kd_against_every_token(way, lengths, world, monkeypatch):
     n = chosen.num_student_tokens
     close(terms["kd_loss"], kd.detach() / n, 1e-6)
     ce = F.cross_entropy(s.hidden @ s.head.t(), s.labels, reduction="sum")
-    expected = 0.5 * ce / n + 0.5 * kd / n
+    expected = 0.7 * ce / n + 0.3 * kd / n
     close(total.detach(), expected.detach(), 1e-6)
     parameters = [student.head.weight, student.embed.weight]
     wanted = torch.autograd.grad(expected, parameters)

@@ -44,6 +44,15 @@ def data_folder(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than these tests' runs; what fixtures of a session ran is drawn."""
+    from pictures import runs
+
+    for name in ("results", "curves"):
+        monkeypatch.setattr(runs, name, lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def world(data_folder, tmp_path_factory) -> Path:
     """A few rows of the toy, and both its models with random weights: data/, student/, teacher/."""

@@ -14,6 +14,7 @@ HAS_CUDA = torch.cuda.is_available()
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: wants a GPU")
     config.addinivalue_line("markers", "soak: kills a run 20 times, a minute or two")
+    config.addinivalue_line("markers", "draws: looks at a run's pictures")
     if "cuda" not in config.getoption("-m"):
         torch.cuda.is_available = lambda: False
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -45,10 +46,12 @@ def data_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes longer than these tests' runs; what fixtures of a session ran is drawn."""
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than most tests' runs."""
     from pictures import runs
 
+    if request.node.get_closest_marker("draws"):
+        return
     for name in ("results", "curves"):
         monkeypatch.setattr(runs, name, lambda *args: None)
 

@@ -93,11 +93,13 @@ def _read_row(place: str, line: str) -> Row:
     else:
         raise InputError(f'{place}: no "prompt" and no "instruction" (found: {", ".join(fields)})')
     outputs = fields.get("output")
-    if not isinstance(outputs, list):
+    if isinstance(outputs, list):
+        outputs = [output for output in outputs if str(output).strip()]  # blank ones are left out
+    else:
         outputs = [outputs]
-    outputs = [_text(place, "output", output) for output in outputs if output != ""]
     if not outputs:
         raise InputError(f'{place}: "output" is empty')
+    outputs = [_text(place, "output", output) for output in outputs]
     return Row(prompt, outputs, fields.get("truth"))
 
 

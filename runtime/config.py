@@ -80,11 +80,10 @@ def given_flags(
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         group.add_argument(f"--{name}", **options)
+    if others is None:
+        return vars(parser.parse_args(argv))
     given, unknown = parser.parse_known_args(argv)
-    if others is None and unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if others is not None:
-        others += unknown
+    others += unknown
     return vars(given)
 
 

@@ -47,7 +47,7 @@ def test_rows_that_are_wrong(line, message, tmp_path):
 
 def test_rows(tmp_path):
     file = tmp_path / "train.jsonl"
-    lines = [ROW, {"prompt": "a\u2028b", "output": ["x", "", "y"]}]
+    lines = [ROW, {"prompt": "a\u2028b", "output": ["x", " ", "", "y"]}]
     lines += [{"prompt": None, "instruction": "do", "input": "this", "output": "z"}]
     text = "\ufeff" + "\r\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     file.write_text(text, encoding="utf-8")

@@ -123,7 +123,8 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     settings |= {name: trained[name] for name in ("max_length", "max_prompt_length")}
     if scored.get("settings") != settings or not set(sets) <= scored["sets"].keys():
         arguments = [str(cell.folder), "--data", *sets]
-        for name, value in (settings | {n: trained[n] for n in ("device", "dtype")}).items():
+        flags = settings | {name: trained[name] for name in ("device", "dtype")}
+        for name, value in flags.items():
             values = value if isinstance(value, list) else [value]
             arguments += [f"--{name}", *map(str, values)]
         start("eval_rouge.py", arguments, log)

@@ -44,11 +44,13 @@ ALPACA = (
 class Row:
     """A prompt and its answers: the first is trained on, all are references for scoring.
 
-    truth: the probabilities of all answers, where they are known."""
+    truth: the probabilities of all answers, where they are known. ended: false where the answer was
+    cut, so that no EOS follows it."""
 
     prompt: str
     outputs: list[str]
     truth: dict[str, float] | None = None
+    ended: bool = True
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

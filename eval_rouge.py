@@ -96,29 +96,32 @@ def answer_bits(
     max_prompt_length: int,
     batch_size: int = 32,
     desc: str = "bits",
-) -> list[tuple[float, int]]:
-    """For each (prompt, answer): −log₂ p(answer, EOS), and the answer's UTF-8 bytes.
+) -> list[tuple[float, int, bool]]:
+    """For each (prompt, answer): −log₂ p(answer, EOS), the answer's UTF-8 bytes, and whether all of
+    it fits into max_length. Else what is left counts; (0, 0, False) where that is nothing.
 
-    Of an answer that max_length cuts, what is left counts; (0, 0) where that is nothing. torchrun's
-    processes share the rows."""
+    Logits are in float32. torchrun's processes share the rows."""
     mine = share_of(decoder, len(pairs))
     rows = [Row(pairs[i][0], [pairs[i][1]]) for i in mine]
     examples, _, _ = encode_rows(rows, tokenizer, tokenizer, max_length, max_prompt_length)
     examples.sort(key=lambda example: len(example.student.ids))
     device, training = decoder.embed.weight.device, decoder.training
     decoder.eval()
-    bits = {i: (0.0, 0) for i in mine}
+    head = decoder.head.weight.float()
+    bits = {i: (0.0, 0, False) for i in mine}
     for start in tqdm(range(0, len(examples), batch_size), desc=desc, leave=False, delay=2):
         part = examples[start : start + batch_size]
         batch = collate(part, tokenizer.eos_id, tokenizer.eos_id)
         labels = batch["student_labels"].to(device)
         hidden = decoder(batch["student_ids"].to(device))
         response = labels != -100
-        nll = token_nll(hidden[response], decoder.head.weight, labels[response]).double().cpu()
+        with torch.autocast(device.type, enabled=False):
+            nll = token_nll(hidden[response].float(), head, labels[response]).double().cpu()
         counts = [len(example.student.response_ids) for example in part]
         for example, of_example in zip(part, nll.split(counts)):
             num_bytes = example.student.spans[-1][1]
-            bits[mine[example.row]] = float(of_example.sum()) / math.log(2), num_bytes
+            whole = example.student.ids[-1] == tokenizer.eos_id
+            bits[mine[example.row]] = float(of_example.sum()) / math.log(2), num_bytes, whole
     decoder.train(training)
     everything = {}
     for of_process in distributed.gather(bits):
@@ -126,12 +129,12 @@ def answer_bits(
     return [everything[i] for i in range(len(pairs))]
 
 
-def bits_per_byte(bits: list[tuple[float, int]]) -> float:
+def bits_per_byte(bits: list[tuple[float, int, bool]]) -> float:
     """Σ bits / Σ bytes. Raises InputError where every answer was cut to nothing."""
-    num_bytes = sum(n for _, n in bits)
+    num_bytes = sum(n for _, n, _ in bits)
     if not num_bytes:
         raise InputError("--max_length: is too small, no row that is scored has room for an answer")
-    return sum(b for b, _ in bits) / num_bytes
+    return sum(b for b, _, _ in bits) / num_bytes
 
 
 def kl_to_truth(
@@ -145,35 +148,57 @@ def kl_to_truth(
     )
     total = 0.0
     probabilities = [p for row in rows for p in row.truth.values()]
-    for (_, answer), p, (answer_bits_, num_bytes) in zip(pairs, probabilities, bits):
-        if num_bytes < len(answer.encode()):
+    for p, (of_answer, _, whole) in zip(probabilities, bits):
+        if not whole:
             return None
-        total += p * (math.log2(p) + answer_bits_)
+        total += p * (math.log2(p) + of_answer)
     return total / len(rows)
 
 
 def scores_of(
-    decoder, tokenizer, rows: list[Row], max_length: int, max_prompt_length: int, desc: str
+    decoder,
+    tokenizer,
+    rows: list[Row],
+    max_length: int,
+    max_prompt_length: int,
+    desc: str,
+    seeds: tuple[int, ...] = (),
 ) -> dict[str, float]:
-    """What train.py scores: bits per byte of the first references, ROUGE-L × 100 of greedy
-    answers."""
-    bits = answer_bits(
-        decoder,
-        tokenizer,
-        [(row.prompt, row.outputs[0]) for row in rows],
-        max_length,
-        max_prompt_length,
-    )
-    answers = answer_rows(
-        decoder, tokenizer, rows, max_length, max_prompt_length, temperature=0.0, desc=desc
-    )
-    rouge = rouge_l(answers, [row.outputs for row in rows])
+    """What train.py scores: bits per byte of the first references, ROUGE-L × 100 of greedy answers,
+    or the mean over answers sampled with these seeds at temperature 1."""
+    limits = max_length, max_prompt_length
+    pairs = [(row.prompt, row.outputs[0]) for row in rows]
+    bits = answer_bits(decoder, tokenizer, pairs, *limits)
+    rouge = []
+    for seed in seeds or (0,):
+        answers = answer_rows(
+            decoder,
+            tokenizer,
+            rows,
+            *limits,
+            seed=seed,
+            desc=desc,
+            temperature=1.0 if seeds else 0.0,
+        )
+        rouge += rouge_l(answers, [row.outputs for row in rows])
     return {"bits_per_byte": bits_per_byte(bits), "rouge_l": 100 * statistics.mean(rouge)}
+
+
+def has_rouge_words(rows: list[Row]) -> bool:
+    """Whether any reference has a word that ROUGE-L counts; Chinese, say, has none."""
+    return any(rouge_tokens(output, False) for row in rows for output in row.outputs)
 
 
 # ------------------------------------------------------------------------------------------- script
 
-SETTINGS = ("seeds", "num", "temperature", "max_length", "max_prompt_length")  # into rouge.json
+SETTINGS = (  # into rouge.json
+    "seeds",
+    "num",
+    "temperature",
+    "max_length",
+    "max_prompt_length",
+    "no_repeat_ngram",
+)
 
 
 @dataclass
@@ -182,12 +207,15 @@ class Config:
     data: list[str] = flag(["toy"], "Sets by name, folder or .jsonl file; of a folder test.jsonl.")
     seeds: list[int] = flag([10, 20, 30, 40, 50], "Sampling seeds, one pass each.")
     num: int = flag(0, "Score the first rows of each set only; 0: all.", minimum=0)
-    temperature: float = flag(1.0, "Sampling temperature; 0: greedy, in one pass.", minimum=0)
+    temperature: float = flag(1.0, "Sampling temperature; 0: greedy answers only.", minimum=0)
     batch_size: int = flag(32, "Prompts that are answered together.", minimum=1)
     max_length: int = flag(
         0, "Prompt and answer, in tokens; 0: 512, or all a model has.", minimum=0
     )
     max_prompt_length: int = flag(256, "Prompts are cut to this many tokens.", minimum=1)
+    no_repeat_ngram: int = flag(
+        0, "No answer repeats so many tokens of itself or its prompt; 0: any may.", minimum=0
+    )
     out_dir: str = flag(
         "",
         "Where rouge.json and the answers go. Without it: the checkpoint's "
@@ -247,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     with atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
-    print(f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        " "KL(truth ‖ model)")
+    print(f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        greedy   KL(truth ‖ model)")
     for name, scores in results.items():
         known, kl = "", scores["kl_to_truth"]
         if kl is not None:
@@ -256,8 +284,7 @@ def main(argv: list[str] | None = None) -> None:
             known += "   (trained on)"
         print(
             f"{name:<24}{scores['rows']:>6}{scores['bits_per_byte']:16.3f}   "
-            f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}"
-            f"{known}"
+            f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}{scores['rouge_l_greedy']:9.2f}{known}"
         )
     if others:
         print(
@@ -278,27 +305,37 @@ def score_set(
     limits = config.max_length, config.max_prompt_length, config.batch_size
     pairs = [(row.prompt, row.outputs[0]) for row in rows]
     bits = answer_bits(decoder, tokenizer, pairs, *limits, f"{name}, bits")
-    if (0.0, 0) in bits:
+    no_room = sum(num_bytes == 0 for _, num_bytes, _ in bits)
+    if no_room:
         distributed.print_first(
-            f"{name}: {bits.count((0.0, 0))} of {len(rows)} prompts leave no "
+            f"{name}: {no_room} of {len(rows)} prompts leave no "
             f"room for an answer within {config.max_length} tokens; left out "
             "of bits per byte"
         )
     references = [row.outputs for row in rows]
-    rouge, rouge_by_row = [], []
-    for seed in config.seeds or [None]:
+    rouge_by_row = {}  # pass → rows
+    for seed in [None, *config.seeds]:
         label = "greedy" if seed is None else f"seed{seed}"
         answers = answer_rows(
-            decoder, tokenizer, rows, *limits, config.temperature, seed or 0, f"{name}, {label}"
+            decoder,
+            tokenizer,
+            rows,
+            *limits,
+            seed or 0,
+            f"{name}, {label}",
+            temperature=0.0 if seed is None else config.temperature,
+            no_repeat_ngram=config.no_repeat_ngram,
         )
         by_row = [100 * score for score in rouge_l(answers, references)]
-        rouge.append(statistics.mean(by_row))
-        rouge_by_row.append(by_row)
+        rouge_by_row[label] = by_row
         if distributed.is_first():
             with atomic_write(out_dir / f"answers-{file_label(name)}-{label}.jsonl") as file:
                 for row, text, score in zip(rows, answers, by_row):
                     line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=score)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    greedy = rouge_by_row.pop("greedy")
+    sampled = list(rouge_by_row.values()) or [greedy]
+    by_seed = [statistics.mean(by_row) for by_row in sampled]
     kl = None
     if all(row.truth for row in rows):
         kl = kl_to_truth(decoder, tokenizer, rows, *limits)
@@ -306,12 +343,14 @@ def score_set(
         "rows": len(rows),
         "bits_per_byte": bits_per_byte(bits),
         "kl_to_truth": kl,
-        "rouge_l": statistics.mean(rouge),
-        "rouge_l_by_seed": rouge,
-        "std": statistics.stdev(rouge) if len(rouge) > 1 else 0.0,
-        "bits_by_row": [b for b, _ in bits],
-        "bytes_by_row": [n for _, n in bits],
-        "rouge_l_by_row": [statistics.mean(scores) for scores in zip(*rouge_by_row)],
+        "rouge_l": statistics.mean(by_seed),
+        "rouge_l_by_seed": by_seed,
+        "std": statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0,
+        "rouge_l_greedy": statistics.mean(greedy),
+        "bits_by_row": [b for b, _, _ in bits],
+        "bytes_by_row": [n for _, n, _ in bits],
+        "rouge_l_by_row": [statistics.mean(scores) for scores in zip(*sampled)],
+        "rouge_l_greedy_by_row": greedy,
     }
 
 

@@ -162,7 +162,8 @@ class Decoder(nn.Module):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(self.config.hub)
         dtype_field = "dtype" if "dtype" in config else "torch_dtype"
-        config[dtype_field] = str(self.embed.weight.dtype).removeprefix("torch.")
+        dtype = tensors[self.hub_name("embed.weight")].dtype
+        config[dtype_field] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         for name in TOKENIZER_FILES:
             if self.source and (self.source / name).exists() and self.source != folder:

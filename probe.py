@@ -5,7 +5,6 @@ which bytes do teacher and student expect?
     python probe.py out/toy-dskd_cma_ga                     # a table, pictures, probe.json
     python probe.py out/toy-dskd_cma out/toy-dskd_cma_ga    # two runs beside each other
     python probe.py out/toy-byte_kd                         # next bytes
-    python probe.py out/toy-byte_kd --curves                # the run's curves, nothing else
 
 As the first half of DSKD-CMA-GA (arXiv 2603.22056) asks it. Every number stands beside what uniform
 attention and the chunk-mean probe have on the same rows; in brackets 95 % bootstrap intervals over
@@ -24,12 +23,11 @@ from hub.download import model_folder
 from methods import find_method
 from model import load
 from pictures import attention as attention_pictures
-from pictures import runs as run_pictures
 from probing.attention import DIRECTIONS, MEASURES, Response, attend, measure_all
 from probing.next_bytes import MEASURES as BYTE_MEASURES
 from probing.next_bytes import NextBytePrediction, predict_next_bytes
 from probing.statistics import distances, interval, resample
-from runtime.checkpoint import load_modules, read_metrics, saved_settings
+from runtime.checkpoint import load_modules, saved_settings
 from runtime.config import InputError, flag, parse, run_script
 from runtime.files import atomic_write, file_label
 from tokenize_align import Example, encode_rows, load_tokenizer
@@ -45,7 +43,6 @@ class Config:
     data: str = flag("", "Rows to look at: name, folder or .jsonl file. Without it: the run's.")
     split: str = flag("dev", "Which of them.", choices=("train", "dev", "test"))
     num: int = flag(20, "How many rows, from the first.", minimum=2)
-    curves: bool = flag(False, "Draw metrics.jsonl over its steps, and nothing else.")
     teacher: str = flag("", "The teacher, where the run has none or it was moved.")
     out_dir: str = flag("", "Where it all goes. Without it: probe/ in the first run's folder.")
 
@@ -253,11 +250,6 @@ def main(argv: list[str] | None = None) -> None:
     if not config.run:
         raise InputError("name a run: python probe.py OUT_DIR")
     names = [name for name in (config.run, config.other) if name]
-    if config.curves:
-        for name in names:
-            run_pictures.curves(Path(name) / "curves.png", name, read_metrics(Path(name)))
-            print(f"wrote {name}/curves.png")
-        return
     runs = [open_run(name, config.teacher) for name in names]
     data = config.data or runs[0].settings["data"]
     if data.startswith("toy"):

@@ -329,7 +329,9 @@ def encode_rows(
             if tokenizer not in encoded:
                 prompt, cut = encode_prompt(row.prompt, tokenizer, max_prompt_length)
                 response, spans = tokenizer.encode_with_spans(row.outputs[0])
-                encoded[tokenizer] = prompt, response + [tokenizer.eos_id], spans + [(end, end)]
+                if row.ended:
+                    response, spans = response + [tokenizer.eos_id], spans + [(end, end)]
+                encoded[tokenizer] = prompt, response, spans
                 any_cut = any_cut or cut
         num_cut += any_cut
         numbers = chunk_numbers(encoded[student][2], encoded[teacher][2])
@@ -345,18 +347,11 @@ def encode_rows(
 
 
 def make_batches(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
-    """Shuffle, then sort by length within stretches of 32 batches, so that the rows of a batch are
-    about equally long; the batches come in random order. The last, smaller one is kept."""
-    generator = random.Random(seed)
+    """The rows of an epoch's steps: a plain shuffle, `size` at a time. The last, smaller one is
+    kept."""
     order = examples[:]
-    generator.shuffle(order)
-    batches = []
-    for start in range(0, len(order), 32 * size):
-        stretch = order[start : start + 32 * size]
-        stretch.sort(key=lambda example: len(example.student.ids) + len(example.teacher.ids))
-        batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
-    generator.shuffle(batches)
-    return batches
+    random.Random(seed).shuffle(order)
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict[str, torch.Tensor]:

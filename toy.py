@@ -75,6 +75,8 @@ STUDENT = dict(
 # train.py's defaults where both models are the toy's: a run takes a minute or two on two cores.
 TRAINING = dict(
     method="byte_kd",
+    batch_size=32,
+    grad_accum=1,
     epochs=48,
     lr=2e-3,
     projector_lr=3e-3,
@@ -91,7 +93,7 @@ RAISED = {
     "student": "--data toy-childhood --epochs 8 --lr 3e-3 --warmup_steps 20 --student_init random",
     "sft": "",
 }
-LIMITS = "--max_length 96 --max_prompt_length 72"
+LIMITS = "--max_length 96 --max_prompt_length 72 --batch_size 32 --grad_accum 1"
 
 # ---------------------------------------------------------------------------------------- the world
 

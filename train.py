@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import data_file, read_rows, same_data, trained_on
 from discriminator import ADVERSARIES
-from eval_rouge import scores_of
+from eval_rouge import has_rouge_words, scores_of
 from hub.download import model_folder
 from methods import METHOD_OPTIONS, Method, Objective, find_method
 from methods.divergences import DIVERGENCES
@@ -58,6 +58,7 @@ from tokenize_align import (
 )
 
 MAX_BAD_STEPS = 3  # in a row, and the run ends
+SCORING_SEEDS = (10, 20, 30)  # of --select sampled
 
 
 @dataclass
@@ -92,8 +93,8 @@ class Config:
 
     epochs: int = flag(20, "Passes over the training data.", "optimization", minimum=1)
     max_steps: int = flag(0, "Optimizer steps; 0: as --epochs says.", minimum=0)
-    batch_size: int = flag(32, "Rows per forward pass.", minimum=1)
-    grad_accum: int = flag(1, "Forward passes per step, of all processes together.", minimum=1)
+    batch_size: int = flag(8, "Rows per forward pass, of about equal length.", minimum=1)
+    grad_accum: int = flag(4, "Forward passes per step, of all processes together.", minimum=1)
     lr: float = flag(5e-4, "Peak learning rate; a cosine takes it to 1e-7.", minimum=0)
     projector_lr: float = flag(1e-3, "The same for the projectors.", minimum=0)
     ga_lr: float = flag(1e-3, "The same for the adversary; 0: it stays as drawn.", minimum=0)
@@ -109,7 +110,10 @@ class Config:
     eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.", minimum=0)
     eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.", minimum=0)
     select: str = flag(
-        "rouge", "The dev score that chooses the best checkpoint.", choices=("rouge", "bits")
+        "rouge",
+        "The dev score that chooses the best checkpoint: ROUGE-L of greedy or of sampled answers, "
+        "or bits per byte.",
+        choices=("rouge", "sampled", "bits"),
     )
     save_interval: int = flag(0, "Steps between checkpoints; 0: at every scoring.", minimum=0)
 
@@ -243,6 +247,12 @@ def main(argv: list[str] | None = None) -> None:
     scored = {
         split: rows[split][: config.eval_num or None] for split in ("dev", "test") if split in rows
     }
+    if config.select != "bits" and not has_rouge_words(scored["dev"]):
+        print_first(
+            "note: no dev answer has a word of a-z or 0-9, so bits per byte choose the best"
+        )
+        config.select = "bits"
+    scoring_seeds = SCORING_SEEDS if config.select == "sampled" else ()
 
     # models: the student, the frozen teacher, and what learns beside the student
     torch.manual_seed(config.seed)
@@ -336,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     first_step = state["step"]
     rows_per_step = config.batch_size * config.grad_accum
     steps_per_epoch = math.ceil(len(examples) / rows_per_step)
+    tokens_per_step = sum(len(e.student.response_ids) for e in examples) / steps_per_epoch
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     eval_interval = config.eval_interval or steps_per_epoch
     save_interval = config.save_interval or eval_interval
@@ -377,16 +388,15 @@ def main(argv: list[str] | None = None) -> None:
                     config.max_length,
                     config.max_prompt_length,
                     "scoring dev",
+                    scoring_seeds,
                 )
             print_first(
                 f"step {step:>6}   dev: {scores['bits_per_byte']:.3f} bits per byte, "
                 f"ROUGE-L {scores['rouge_l']:.2f}"
             )
             append_metrics(out_dir, {"step": step} | {f"dev_{k}": v for k, v in scores.items()})
-            better = scores["bits_per_byte"] < state["best_dev_bits_per_byte"]
-            if config.select == "rouge":
-                better = scores["rouge_l"] > state["best_dev_rouge_l"]
-            if better:
+            best = {name: state[f"best_dev_{name}"] for name in scores}
+            if rank(scores, config.select) > rank(best, config.select):
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
                 save_checkpoint(out_dir / "best", student, modules, None, state)
         if finished:
@@ -403,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
             step,
             sum(len(e.student.response_ids) for e in step_examples),
             sum(len(e.teacher.response_ids) for e in step_examples),
+            tokens_per_step,
         )
         passes = [
             (method.loss, objective, part, weight)
@@ -494,6 +505,7 @@ def main(argv: list[str] | None = None) -> None:
                     config.max_length,
                     config.max_prompt_length,
                     f"{name}: {split}",
+                    scoring_seeds,
                 )
                 for split in scored
             }
@@ -638,10 +650,12 @@ def learning_rate(peak: float, step: int, warmup_steps: int, total_steps: int) -
 
 
 def forward_passes(config, examples: list[Example]) -> list[tuple[list[Example], float]]:
-    """This process's part of a step: rows of a forward pass, and its weight. The weight is 0 where
-    nothing is left for this process, which then takes part only because the others need it."""
-    parts = [examples[k :: config.grad_accum] for k in range(config.grad_accum)]
-    parts = [part for part in parts if part]
+    """This process's part of a step: rows of a forward pass, and its weight. The rows of a pass are
+    about equally long, so that little is padded. The weight is 0 where nothing is left for this
+    process, which then takes part only because the others need it."""
+    ordered = sorted(examples, key=lambda example: len(example.student.ids))
+    size = math.ceil(len(ordered) / config.grad_accum)
+    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     world_size = distributed.world_size()
     mine = range(distributed.rank(), math.ceil(len(parts) / world_size) * world_size, world_size)
     return [(parts[k % len(parts)], float(k < len(parts))) for k in mine]
@@ -656,6 +670,13 @@ def sum_and_clip_gradients(parameters: list[torch.Tensor], largest: float) -> to
 
         return sharding.clip_gradients(parameters, largest)
     return torch.nn.utils.clip_grad_norm_(parameters, largest)
+
+
+def rank(scores: dict[str, float], select: str) -> tuple[float, ...]:
+    """The larger, the better a checkpoint. Bits per byte decide between equal ROUGE-L."""
+    if select == "bits":
+        return (-scores["bits_per_byte"],)
+    return scores["rouge_l"], -scores["bits_per_byte"]
 
 
 # ------------------------------------------------------------------------------------- conclusions
@@ -678,7 +699,8 @@ def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokeniz
 
 def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path) -> None:
     """The table, the pictures, and the commands that come next."""
-    print(f"\n{'bits per byte, ROUGE-L (greedy)':<32}", end="")
+    how = "sampled" if config.select == "sampled" else "greedy"
+    print(f"\n{f'bits per byte, ROUGE-L ({how})':<32}", end="")
     for split in scored:
         column = f"{split} ({len(scored[split])} of {len(rows[split])} rows)"
         print(f"{column:>26}", end="")

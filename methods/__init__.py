@@ -36,21 +36,25 @@ class Objective:
         total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW
 
     A method calls it on the terms of a block of logits, or on those of a whole batch, and adds up
-    what it gets. CE, KD and DTW are given as sums over tokens; they are divided by the number of
-    student tokens in the whole optimizer step, so that the total depends neither on how the step is
+    what it gets. CE, KD and DTW are given as sums over tokens; they are divided by the number n of
+    student tokens in a whole optimizer step, so that the total depends neither on how the step is
     split into batches (but for σ and the energy distance, which are taken over a batch) nor on how
-    far a batch is padded. GA is given as it stands."""
+    far a batch is padded. GA is given as it stands.
+
+    n is that of an average step. The release's is the step's own, by which a token of a short
+    answer weighs more than one of a long answer: 1.1 times at 32 rows a step, 2.3 times at 4."""
 
     options: object  # train.Config: kd_rate, temperature, divergence, …
     step: int  # optimizer steps done so far
     num_student_tokens: int  # response tokens and EOS in the step, of all processes
     num_teacher_tokens: int
+    tokens_per_step: float | None = None  # n; None: num_student_tokens
     has_labels: bool = True  # False: the student's own answers, which no label teaches
 
     def __call__(self, ce=0.0, kd=0.0, ga=0.0, dtw=0.0):
         α = self.options.kd_rate
         λ_GA, λ_DTW = self.options.ga_weight, self.options.dtw_weight
-        n = self.num_student_tokens
+        n = self.tokens_per_step or self.num_student_tokens
         CE, KD, GA, DTW = ce / n, kd / n, ga, dtw / n
         if not self.has_labels:
             CE = 0.0 * CE

@@ -10,9 +10,9 @@ over the tokens v that start with u, and c a byte, or EOS where b is empty:
 
 w is the share of both models' probability that continues past b in a way the other can follow; it
 is 1 where b is empty and each vocabulary has all bytes. The tokens are sorted by their bytes, so
-that every prefix is a range of them and m a difference of two cumulative sums in float64, in which
-a mass below 1e-16 counts as none. There is no
-projector, no attention and no hyper-parameter but α and T.
+that every prefix is a range of them and m a difference of two cumulative sums in float64. Such a
+difference is known to about 1e-16; SMALLEST is added to every m, so that no byte costs more than 28
+nats. There is no projector, no attention and no hyper-parameter but α and T.
 
 Other tokenizations of the same bytes are not counted (arXiv 2506.14123 does, by a covering tree).
 BLD (2604.07466) teaches next-byte probabilities to an extra byte-level head; here the student's own
@@ -27,6 +27,9 @@ import torch.nn.functional as F
 
 from methods import Method
 from methods.blocks import blocks_of, cross_entropy, in_blocks, student_side, teacher_side
+
+SMALLEST = 1e-12
+SMALLEST_PREFIX = 1e-8  # a prefix with a smaller m counts for nothing
 
 
 class PrefixTable:
@@ -192,9 +195,14 @@ def next_byte_masses(logits: torch.Tensor, states: ByteStates, block: slice, tem
     p = (logits.float() / temperature).softmax(-1)
     ends = states.bounds[prefixes].long()  # (M', 258)
     sums = _RangeSums.apply(p, states.order, rows[:, None].expand_as(ends), ends)
-    eos = p[rows, states.eos_id].double() * (prefixes == 0)
+    eos_is_next = prefixes == 0
+    eos = p[rows, states.eos_id].double() * eos_is_next
     masses = torch.cat([sums[:, 1:257] - sums[:, :256], eos[:, None]], 1)
-    return masses.float(), (sums[:, 256] - sums[:, 257] + eos).float()
+    whole = sums[:, 256] - sums[:, 257] + eos
+    exists = torch.cat([ends[:, 1:257] > ends[:, :256], eos_is_next[:, None]], 1)
+    exists = exists & (whole > SMALLEST_PREFIX)[:, None]
+    masses = (masses.clamp(min=0) + SMALLEST) * exists
+    return masses.float(), whole.float()
 
 
 def next_byte_kl(student_masses, student_mass, teacher_masses, teacher_mass) -> torch.Tensor:

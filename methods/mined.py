@@ -1,8 +1,10 @@
 """MinED (FuseLLM, arXiv 2401.10491): two tokenizers meet by the edit distance of their tokens.
 
-    KD = Σ over aligned pairs KL(map(p_t) ‖ p_s)
+    KD = Σ over aligned positions KL(map(p_t) ‖ p_s) − Σ over the others log p_s(y)
 
-The teacher's likeliest tokens are mapped to the student's nearest strings."""
+The teacher's likeliest tokens are mapped to the student's nearest strings. As in the release,
+positions are aligned by the tokens that they have read last, and the others are taught the label.
+"""
 
 import numpy as np
 import torch
@@ -10,8 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from methods import Method
-from methods.blocks import in_blocks, student_side, teacher_side
-from methods.sft import label_loss
+from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side
 
 TOP = 100  # the teacher's tokens that are mapped, at every position
 
@@ -86,9 +87,9 @@ class AlignedPairs:
     """Adds pairs (2, P), student and teacher positions counted through the batch, and
     vocabulary_map (V_t,).
 
-    The cheapest path by edit distance aligns two responses. A pair on it counts where each is the
-    other's only partner and the teacher's token is, or maps to, the student's string. (Elsewhere
-    FuseLLM teaches the label.)"""
+    The cheapest path by edit distance aligns the tokens that the positions have read last. A pair
+    on it counts where each is the other's only partner and the teacher's token is, or maps to, the
+    student's string."""
 
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
         student, teacher = token_strings(student_tokenizer), token_strings(teacher_tokenizer)
@@ -99,7 +100,9 @@ class AlignedPairs:
         self.pairs = {example.row: self.align(example) for example in examples}
 
     def align(self, example) -> list[tuple[int, int]]:
-        student_ids, teacher_ids = example.student.response_ids, example.teacher.response_ids
+        student_ids, teacher_ids = (
+            side.ids[side.prompt_length - 1 : -1] for side in (example.student, example.teacher)
+        )
         cost = edit_distances(
             [self.student[i] for i in student_ids], [self.teacher[j] for j in teacher_ids]
         )
@@ -157,11 +160,23 @@ def mined(batch, student, teacher, modules, objective):
         terms = {"kd_loss": distance, "mined_pairs": torch.ones_like(distance)}
         return objective(kd=distance.sum()), terms
 
-    ce_total, ce_sums = label_loss(s, objective)
-    kd_total, kd_sums = in_blocks(
+    not_aligned = torch.ones_like(s.labels)
+    not_aligned[at_student] = 0
+
+    def label_loss(block, z_s):
+        y = s.labels[block]
+        terms = cross_entropy(z_s, y)
+        q_log = F.log_softmax(z_s.float() / temperature, -1)
+        taught = not_aligned[block] * objective.has_labels
+        terms["kd_loss"] = -taught * q_log.gather(1, y[:, None]).squeeze(1)
+        return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
+
+    label_total, label_sums = in_blocks(label_loss, [s.hidden], [s.head])
+    pair_total, sums = in_blocks(
         pair_loss, [s.hidden[at_student], t.hidden[at_teacher]], [s.head, t.head]
     )
-    return ce_total + kd_total, objective.per_student_token(ce_sums | kd_sums)
+    sums["kd_loss"] = sums["kd_loss"] + label_sums["kd_loss"]
+    return label_total + pair_total, objective.per_student_token(label_sums | sums)
 
 
 METHOD = Method(

@@ -54,7 +54,7 @@ def results(path: Path, title: str, scores: dict[str, dict[str, float]]) -> None
         axes.bar_label(shapes, [f"{value:.{digits}f}" for value in values], padding=3)
         axes.set_xlim(0, 1.2 * max(values) or 1)
     left.set_xlabel("bits per byte (less is better)")
-    right.set_xlabel("ROUGE-L × 100, greedy")
+    right.set_xlabel("ROUGE-L × 100")
     save(figure, path)
 
 

@@ -14,6 +14,8 @@ from data import Row
 from runtime.distributed import gather, rank, world_size
 from tokenize_align import Tokenizer, encode_prompt, left_pad
 
+MAX_NEW_TOKENS = 256  # of every answer, as in the papers
+
 
 class KVCache:
     """Keys and values of the tokens read so far, so that a step reads one token per row."""
@@ -55,12 +57,13 @@ def stream(
     top_p=1.0,
     eos_id=None,
     generator=None,
+    no_repeat_ngram=0,
 ):
     """Yield one (B,) tensor of new ids per step, as generate() returns them.
 
-    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability. Ends
-    early at the model's last position; raises ValueError where
-    the prompt alone exceeds it."""
+    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability;
+    no_repeat_ngram N lets no row, prompt included, have the same N tokens twice. Ends early at the
+    model's last position; raises ValueError where the prompt alone exceeds it."""
     rows, length = ids.shape
     positions = decoder.config.max_positions
     if length > positions:
@@ -81,6 +84,8 @@ def stream(
             hidden = decoder(new, seen, cache)[:, -1]
         cache.length = length
         logits = decoder.logits(hidden).float()
+        if 0 < no_repeat_ngram <= ids.size(1):
+            forbid_repeats(logits, ids, no_repeat_ngram)
         chosen = choose_tokens(logits, temperature, top_p, generator)
         if eos_id is not None:
             chosen = chosen.masked_fill(ended, eos_id)
@@ -92,11 +97,22 @@ def stream(
         if 2 * num_ended >= len(ended):  # drop them; each time copies the cache
             left = (~ended).nonzero().squeeze(1)
             cache.keep_rows(left)
-            running, ended, chosen = running[left], ended[left], chosen[left]
+            running, ended, chosen, ids = running[left], ended[left], chosen[left], ids[left]
             mask = None if mask is None else mask[left]
         new = chosen[:, None]
+        ids = torch.cat([ids, new], 1)
         length += 1
     decoder.train(training)
+
+
+def forbid_repeats(logits: torch.Tensor, ids: torch.Tensor, size: int) -> None:
+    """Set the logits (B, V) of tokens to −∞ that would end a sequence of `size` tokens that ids
+    (B, T) have already: transformers' no_repeat_ngram_size."""
+    windows = ids.unfold(1, size, 1)  # (B, T − size + 1, size)
+    last = ids[:, ids.size(1) - size + 1 :]
+    repeats = (windows[:, :, :-1] == last[:, None]).all(-1)
+    rows, places = repeats.nonzero(as_tuple=True)
+    logits[rows, windows[rows, places, -1]] = float("-inf")
 
 
 def choose_tokens(logits, temperature, top_p, generator=None) -> torch.Tensor:
@@ -118,19 +134,20 @@ def answer(
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     max_new_tokens: int,
-    temperature: float,
-    generator=None,
-) -> list[str]:
-    """One batch of prompts, token ids → each one's answer."""
+    **how,
+) -> list[tuple[str, bool]]:
+    """One batch of prompts, token ids → each one's answer, and whether it ended by itself.
+
+    how: as in stream()."""
     eos, device = tokenizer.eos_id, decoder.embed.weight.device
     ids, mask = left_pad(prompts, eos)
-    how = dict(temperature=temperature, eos_id=eos, generator=generator)
-    new = generate(decoder, ids.to(device), mask.to(device), max_new_tokens, **how)
+    new = generate(decoder, ids.to(device), mask.to(device), max_new_tokens, eos_id=eos, **how)
     answers = []
     for tokens in new.tolist():
-        if eos in tokens:
+        ended = eos in tokens
+        if ended:
             tokens = tokens[: tokens.index(eos)]
-        answers.append(tokenizer.decode(tokens))
+        answers.append((tokenizer.decode(tokens), ended))
     return answers
 
 
@@ -142,16 +159,17 @@ def answer_batches(
     max_length: int,
     max_prompt_length: int,
     batch_size: int,
-    temperature: float,
     seed: int = 0,
     desc: str = "answering",
-) -> Iterator[list[tuple[int, str]]]:
+    **how,
+) -> Iterator[list[tuple[int, str, bool]]]:
     """Answer the rows with these numbers, prompts of like length together → lists of (number,
-    answer). Limits are in tokens; temperature 0 is greedy."""
+    answer, whether it ended by itself). An answer has at most MAX_NEW_TOKENS tokens, and at most
+    max_length. how: temperature and more of stream()."""
     generator = torch.Generator(decoder.embed.weight.device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
     prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
-    max_new_tokens = max_length - max(map(len, prompts))  # what the longest prompt leaves
+    max_new_tokens = min(MAX_NEW_TOKENS, max_length)
     order = sorted(numbers, key=lambda i: -len(prompts[i]))
     with tqdm(total=len(order), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
@@ -161,10 +179,10 @@ def answer_batches(
                 tokenizer,
                 [prompts[i] for i in part],
                 max_new_tokens,
-                temperature,
-                generator,
+                generator=generator,
+                **how,
             )
-            yield [(i, text.strip()) for i, text in zip(part, answers)]
+            yield [(i, text.strip(), ended) for i, (text, ended) in zip(part, answers)]
             bar.update(len(part))
 
 
@@ -183,12 +201,12 @@ def answer_rows(
     max_length: int,
     max_prompt_length: int,
     batch_size: int = 32,
-    temperature: float = 1.0,
     seed: int = 0,
     desc: str = "answering",
+    **how,
 ) -> list[str]:
     """An answer to every row's prompt, in the rows' order. torchrun's processes share the rows; the
-    same seed, batch size and number of processes give the same answers."""
+    same seed, batch size and number of processes give the same answers. how: as in stream()."""
     mine = share_of(decoder, len(rows))
     answers = {}
     for batch in answer_batches(
@@ -199,11 +217,11 @@ def answer_rows(
         max_length,
         max_prompt_length,
         batch_size,
-        temperature,
         seed + 1_000_003 * mine[0] if mine else 0,
         desc,
+        **how,
     ):
-        answers |= dict(batch)
+        answers |= {i: text for i, text, _ in batch}
     everything = {}
     for part in gather(answers):
         everything |= part

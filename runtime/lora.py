@@ -3,9 +3,10 @@ frozen ones.
 
     y = W x + (α / r) · B A dropout(x)      A: (r, in), drawn anew; B: (out, r), zero at first
 
-on every linear layer of attention and MLP. A and B are float32; W is in the type that the run
-computes in. A checkpoint holds the merged weights W + (α / r) B A, as any other does, and A and B
-in adapter/, as the peft library lays them out."""
+on queries and values, as in the papers (peft's default). A and B are float32; W is in the type that
+the run computes in. A checkpoint holds the merged weights W + (α / r) B A in float32, because
+bfloat16 would round most of a small update away, and A and B in adapter/, as the peft library lays
+them out."""
 
 import json
 import math
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 DROPOUT = 0.1  # the papers'
+TARGETS = ("q_proj", "v_proj", "c_attn")  # GPT-2 has queries, keys and values in one layer
 
 
 class LoRA(nn.Module):
@@ -36,13 +38,13 @@ class LoRA(nn.Module):
 
 
 def add_lora(decoder, rank: int, alpha: float) -> None:
-    """Freeze a Decoder and put the matrices beside every linear layer of its blocks."""
+    """Freeze a Decoder and put the matrices beside the TARGETS of its layers."""
     decoder.requires_grad_(False)
     decoder.has_lora = True
     for layer in decoder.layers:
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
+                if name in TARGETS:
                     setattr(module, name, LoRA(child, rank, alpha))
 
 
@@ -51,12 +53,12 @@ def lora_layers(decoder) -> dict[str, LoRA]:
 
 
 def merged(decoder, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights, by name, of the model without LoRA that computes the same, on the CPU."""
-    state = dict(state)
+    """The weights, by name, of the model without LoRA that computes the same, in float32."""
+    state = {name: tensor.float().cpu() for name, tensor in state.items()}
     for name, layer in lora_layers(decoder).items():
-        weight = state.pop(f"{name}.linear.weight").cpu()
-        a, b = state.pop(f"{name}.a").cpu(), state.pop(f"{name}.b").cpu()
-        state[f"{name}.weight"] = (weight.float() + layer.scale * b @ a).to(weight.dtype)
+        weight = state.pop(f"{name}.linear.weight")
+        a, b = state.pop(f"{name}.a"), state.pop(f"{name}.b")
+        state[f"{name}.weight"] = weight + layer.scale * b @ a
         if f"{name}.linear.bias" in state:
             state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
     return state

@@ -27,8 +27,11 @@ def own_answers(
     generator = torch.Generator(student.embed.weight.device).manual_seed(seed)
     prompts = [example.student.ids[: example.student.prompt_length] for example in examples]
     max_new_tokens = config.max_length - max(map(len, prompts))
-    answers = answer(student, tokenizers[0], prompts, max_new_tokens, 1.0, generator)
-    answered = [Row(rows[example.row].prompt, [text]) for example, text in zip(examples, answers)]
+    answers = answer(student, tokenizers[0], prompts, max_new_tokens, generator=generator)
+    answered = [
+        Row(rows[example.row].prompt, [text], ended=ended)
+        for example, (text, ended) in zip(examples, answers)
+    ]
     result, _, _ = encode_rows(answered, *tokenizers, config.max_length, config.max_prompt_length)
     for example in result:
         example.row = -1
@@ -53,6 +56,7 @@ def on_policy_passes(config, passes: list, student, tokenizers, rows: list[Row])
         objective,
         num_student_tokens=int(num_student),
         num_teacher_tokens=int(num_teacher),
+        tokens_per_step=None,
         has_labels=False,
     )
     return on_data + [

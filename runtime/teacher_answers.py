@@ -1,5 +1,5 @@
 """SeqKD (Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts, greedily (the
-paper's beam search with one beam); an answer that reached the length limit is kept as it is.
+paper's beam search with one beam). An answer that reached the length limit is kept, without EOS.
 
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
 that they depend on. An interrupted run continues where it stopped, and later runs ask no more."""
@@ -40,7 +40,11 @@ def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -
             file.flush()
     barrier()
     answers = read_answers(folder)
-    answered = [Row(row.prompt, [answers[i]]) for i, row in enumerate(rows) if answers[i]]
+    answered = []
+    for i, row in enumerate(rows):
+        text, ended = answers[i]
+        if text:
+            answered.append(Row(row.prompt, [text], ended=ended))
     if not answered:
         raise InputError(
             f"--teacher {config.teacher}: gave an empty answer to every prompt of {data_file}"
@@ -52,14 +56,14 @@ def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -
     return answered
 
 
-def read_answers(folder: Path) -> dict[int, str]:
-    """row → answer, from all processes' files."""
+def read_answers(folder: Path) -> dict[int, tuple[str, bool]]:
+    """row → answer, and whether it ended by itself; from all processes' files."""
     answers = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n"):
             try:
-                row, answer = json.loads(line)
+                row, answer, ended = json.loads(line)
             except ValueError:
                 continue  # empty, or cut by a kill
-            answers[row] = answer
+            answers[row] = answer, ended
     return answers

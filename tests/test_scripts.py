@@ -15,7 +15,7 @@ import probe
 import sample
 import toy
 import train
-from data import read_rows
+from data import Row, read_rows
 from pictures.attention import token_label
 from probing import attention
 from probing.statistics import distances, resample
@@ -65,18 +65,41 @@ def test_eval_rouge(runs, world, capsys):
     for file, expected in zip(files, scores["rouge_l_by_seed"]):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         given = eval_rouge.rouge_l([x["answer"] for x in lines], [x["output"] for x in lines])
-        close(100 * np.mean(given), expected, 1e-9)
+        close(100 * np.mean(given), np.float64(expected), 1e-9)
     close(scores["bits_per_byte"], sum(scores["bits_by_row"]) / sum(scores["bytes_by_row"]), 1e-9)
     rows = read_rows(world / "data/test.jsonl")[:5]
     decoder, tokenizer = model.load(run), load_tokenizer(run)
     kl = 0.0
     for row in rows:
         for answer, p in row.truth.items():
-            ((bits, _),) = eval_rouge.answer_bits(
+            ((bits, _, _),) = eval_rouge.answer_bits(
                 decoder, tokenizer, [(row.prompt, answer)], 90, 256
             )
             kl += p * (math.log2(p) + bits) / len(rows)
     close(scores["kl_to_truth"], kl, 1e-5)
+
+
+def test_truth_wants_the_whole_answer(world):
+    """An answer whose EOS alone is cut has no KL to the truth."""
+    decoder, tokenizer = model.load(world / "student"), load_tokenizer(world / "student")
+    rows = [Row("Which food?\n", ["figs"], {"figs": 1.0})]
+    size = len(tokenizer.encode("Which food?\n") + tokenizer.encode("figs"))
+    assert eval_rouge.kl_to_truth(decoder, tokenizer, rows, size, 99, 1) is None
+    assert eval_rouge.kl_to_truth(decoder, tokenizer, rows, size + 1, 99, 1) > 0
+
+
+def test_bits_have_float32_logits(world):
+    """Under bfloat16 the hidden states are rounded, the logits are not."""
+    decoder, tokenizer = model.load(world / "student"), load_tokenizer(world / "student")
+    decoder.head.weight.data *= 30
+    prompt, label = tokenizer.encode("Which food?\n"), tokenizer.encode("figs")[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ((bits, _, _),) = eval_rouge.answer_bits(
+            decoder, tokenizer, [("Which food?\n", "figs")], len(prompt) + 1, 99
+        )
+        hidden = decoder(torch.tensor([prompt]))[0, -1]
+    exact = -(hidden.float() @ decoder.head.weight.t()).log_softmax(-1)[label] / math.log(2)
+    close(bits, exact, 1e-5)
 
 
 def test_answers_without_room(runs, world, tmp_path):
@@ -200,7 +223,6 @@ def test_probe_refuses(runs, world, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             probe.main(argv)
-    probe.main([str(runs / "sft"), "--curves"])
 
 
 def test_next_bytes_of_a_model_with_itself_agree(runs, world):
@@ -279,31 +301,42 @@ def test_compare(world, tmp_path, capsys, monkeypatch):
     assert sum(line.startswith("python train.py") for line in lines) == 1 + 5 * (6 + 18)
 
 
-def test_the_paired_difference_against_all_draws():
-    """Of two seeds and three rows: the mean over all draws, and an interval that holds it."""
-    rng = np.random.default_rng(1)
-
-    def cells():
-        return {
-            seed: {
-                "a": {
-                    "rouge_l_by_row": rng.random(3).tolist(),
-                    "bits_by_row": rng.random(3).tolist(),
-                    "bytes_by_row": [1, 2, 3],
-                }
+def as_sets(differences: np.ndarray, sizes: np.ndarray) -> dict[int, dict]:
+    """Differences of rows (seeds, rows) as training seeds' sets of rouge.json."""
+    return {
+        seed: {
+            "a": {
+                "rouge_l_by_row": of_seed,
+                "bits_by_row": of_seed * sizes,
+                "bytes_by_row": sizes,
             }
-            for seed in (1, 2)
         }
+        for seed, of_seed in enumerate(differences)
+    }
 
-    ours, theirs = cells(), cells()
-    for metric, values, sizes in (
-        ("rouge_l", "rouge_l_by_row", [1, 1, 1]),
-        ("bits_per_byte", "bits_by_row", [1, 2, 3]),
-    ):
-        difference, low, high = statistics.paired_difference(ours, theirs, ["a"], metric)
-        per_seed = [sum(ours[s]["a"][values]) - sum(theirs[s]["a"][values]) for s in (1, 2)]
-        close(difference, np.mean(per_seed) / sum(sizes), 1e-6)
-        assert low < difference < high
+
+@pytest.mark.parametrize("metric", ("rouge_l", "bits_per_byte"))
+@pytest.mark.parametrize("of_seeds, of_rows", [(1.0, 1.0), (0.3, 5.0), (0.02, 8.0)])
+def test_intervals_hold(metric, of_seeds, of_rows):
+    """The 95 % interval of a difference holds the truth in about 95 of 100 experiments, whether
+    training seeds or rows vary more."""
+    rng, seeds, rows, held = np.random.default_rng(0), 4, 100, 0
+    for _ in range(300):
+        sizes = rng.gamma(2.0, 10.0, rows) + 1
+        differences = 0.7 + rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, of_rows, rows)
+        differences = differences + rng.normal(0, 3.0, (seeds, rows))
+        ours, theirs = as_sets(differences, sizes), as_sets(0 * differences, sizes)
+        _, low, high = statistics.paired_difference(ours, theirs, ["a"], metric)
+        held += low < 0.7 < high
+    assert 0.91 < held / 300 < 0.985
+
+
+def test_the_interval_of_one_seed_is_students():
+    """Over rows alone; and none without a common seed."""
+    rows = np.array([1.0, 2.0, 6.0])
+    ours, theirs = as_sets(rows[None], np.ones(3)), as_sets(0 * rows[None], np.ones(3))
+    reach = 4.302653 * rows.std(ddof=1) / 3**0.5  # t of 2 degrees of freedom
+    close(statistics.paired_difference(ours, theirs, ["a"], "rouge_l"), [3, 3 - reach, 3 + reach])
     assert statistics.paired_difference(ours, {3: {}}, ["a"], "rouge_l") is None
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import model
 import train
-from data import read_rows
+from data import Row, read_rows
 from methods import method_names
 from runtime import generation
 from runtime.config import InputError
@@ -37,8 +37,11 @@ def test_training_lowers_the_loss(method, more, world, tmp_path):
     assert results["student"].keys() == {"dev", "test"}
     best = model.load(tmp_path / "run")
     assert load_tokenizer(tmp_path / "run").vocab_size <= best.config.vocab_size
+
+
+def test_pictures_of_a_run(quick_run):
     for name in ("results.png", "curves.png"):
-        assert (tmp_path / "run" / name).stat().st_size > 5000
+        assert (quick_run / name).stat().st_size > 5000
 
 
 @pytest.mark.parametrize("method", ("kd", "dskd"))
@@ -133,11 +136,19 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
     rows, decoder = read_rows(data / "train.jsonl"), model.load(world / "teacher")
     tokenizer = load_tokenizer(world / "teacher")
     expected = generation.answer_rows(decoder, tokenizer, rows, 128, 100, 8, temperature=0.0)
-    lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith('"]')]
-    assert dict(lines) == dict(enumerate(expected))
+    lines = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("e]")]
+    assert {row: text for row, text, _ in lines} == dict(enumerate(expected))
     assert len(lines) == len(rows)
-    pairs = [{"prompt": r.prompt, "output": text} for r, text in zip(rows, expected) if text]
-    (data / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    ended = {row: whole for row, _, whole in lines}
+    assert set(ended.values()) == {False}  # this teacher never ends, so that no answer has EOS
+    answered = [
+        Row(row.prompt, [text], ended=ended[i])
+        for i, (row, text) in enumerate(zip(rows, expected))
+        if text
+    ]
+    monkeypatch.setattr(
+        train, "read_rows", lambda f: answered if f.stem == "train" else read_rows(f)
+    )
     train.main(flags(world, tmp_path / "b", "--data", data, "--max_steps", 2, method="sft"))
     losses = [[r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in "ab"]
     close(losses[0], losses[1], 1e-6)
@@ -167,8 +178,9 @@ def test_cached_teacher(method, world, tmp_path):
 def test_on_policy(method, share, world, tmp_path):
     """In a share of the steps CE is of the data and the method's terms of the student's answers,
     with counts of their own; a run resumes to the same steps."""
+    more = ["--on_policy", share, "--batch_size", 48, "--lr", "1e-4"]  # an epoch is one step
     for name in "ab":
-        train.main(flags(world, tmp_path / name, "--on_policy", share, method=method))
+        train.main(flags(world, tmp_path / name, *more, method=method))
     a, b = ([r for r in metrics(tmp_path / name) if "loss" in r] for name in "ab")
     assert [r["loss"] for r in a] == [r["loss"] for r in b]
     α = {"byte_kd": 0.75}.get(method, 0.5)
@@ -205,6 +217,49 @@ def test_bfloat16(world, tmp_path):
         assert runs[0] != runs[1]
     weights = load_file(tmp_path / "byte_kd-bfloat16/best/model.safetensors")
     assert weights["transformer.wte.weight"].dtype == torch.float32
+
+
+def test_the_best_checkpoint_is_no_accident(world, tmp_path, capsys):
+    """Bits per byte decide between equal ROUGE-L, and everything where no answer has a word that
+    ROUGE-L counts."""
+    fewer, more = ({"rouge_l": 0.0, "bits_per_byte": bits} for bits in (1.0, 2.0))
+    better = {"rouge_l": 1.0, "bits_per_byte": 3.0}
+    for select in ("rouge", "sampled"):
+        order = sorted((fewer, better, more), key=lambda scores: train.rank(scores, select))
+        assert order == [more, fewer, better]
+    assert train.rank(better, "bits") < train.rank(more, "bits")
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"{i}\n", "output": "你好"} for i in range(8)]
+    for split in ("train", "dev"):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
+    argv = flags(world, tmp_path / "run", "--data", tmp_path / "data", "--lr", "1e-2", method="sft")
+    train.main([*argv, "--epochs", "4"])
+    assert "bits per byte choose the best" in capsys.readouterr().out
+    bits = [r["dev_bits_per_byte"] for r in metrics(tmp_path / "run") if "dev_rouge_l" in r]
+    best = json.loads((tmp_path / "run/best/training.json").read_text())
+    assert len(bits) == 4 and best["best_dev_bits_per_byte"] == min(bits) < bits[0]
+
+
+def test_sampled_selection(world, tmp_path):
+    """Three answers to every row, sampled; the same again with the same seeds."""
+    for name, select in (("a", "sampled"), ("b", "sampled"), ("c", "rouge")):
+        more = ["--max_steps", 2, "--select", select]
+        train.main(flags(world, tmp_path / name, *more, method="sft"))
+    a, b, c = (metrics(tmp_path / name)[-1]["dev_rouge_l"] for name in "abc")
+    assert a == b != c
+
+
+def test_every_token_weighs_the_same(world, tmp_path):
+    """A step's sums are divided by the tokens of an average step: the gradients of an epoch's steps
+    add up to that of all rows in one step, whatever their lengths."""
+    norms = {}
+    for size in (1, 48):
+        more = ["--batch_size", size, "--lr", 0, "--weight_decay", 0, "--epochs", 1]
+        train.main(flags(world, tmp_path / str(size), *more, method="sft"))
+        losses = [r["loss"] for r in metrics(tmp_path / str(size)) if "loss" in r]
+        norms[size] = sum(losses) / len(losses)
+    close(norms[1], norms[48], 1e-5)
 
 
 def test_learning_rate():

@@ -8,8 +8,7 @@ eval_rouge.py.
 A row is a method with its own flags; every other flag of train.py is for all rows. A cell is a
 run's folder: it is trained, or resumed, and scored, unless that was done before, so the same
 command can be given again after a kill, with more seeds or with more rows. ± is the standard
-deviation over training seeds; a difference has a paired bootstrap interval over training seeds and
-rows."""
+deviation over training seeds; a difference has a 95 % interval over training seeds and rows."""
 
 import json
 import shlex
@@ -30,8 +29,14 @@ from tools import statistics
 HERE = Path(__file__).resolve().parents[1]
 # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say.
 PAPER_TEACHER = "out/paper-teacher"
-PAPER_FIRST = f"--method sft --student qwen --lr 2e-5 --epochs 3 --out_dir {PAPER_TEACHER}"
-PAPER_FLAGS = {"teacher": [PAPER_TEACHER], "student": ["gpt2"]}
+PAPER_FIRST = f"--method sft --student qwen --lr 2e-5 --epochs 10 --out_dir {PAPER_TEACHER}"
+PAPER_FLAGS = {
+    "teacher": [PAPER_TEACHER],
+    "student": ["gpt2"],
+    "select": ["sampled"],
+    "eval_num": ["0"],
+}
+PAPER_NO_REPEAT_NGRAM = 6
 PAPER_METHODS = ["sft", "seqkd", "uld", "mined", "alm", "byte_kd"]
 for name in ("dskd_cma", "dskd_cma_ga", "dwa_kd"):
     PAPER_METHODS += [f"{name} --divergence {distance}" for distance in DIVERGENCES]
@@ -46,6 +51,11 @@ class Config:
     scoring_seeds: list[int] = flag([10, 20, 30, 40, 50], "Sampling seeds of the scoring.")
     sets: list[str] = flag([], "The columns. Without it: the toy's four, the papers' five, --data.")
     num: int = flag(0, "Score the first rows of each set only; 0: all.", minimum=0)
+    checkpoint: str = flag(
+        "best",
+        "Which one is scored: the best on dev, or that of the last step.",
+        choices=("best", "last"),
+    )
     baseline: list[str] = flag(["sft", "dskd_cma"], "Rows that the others are compared with.")
     data: str = flag("toy", "Training data, as in train.py.")
     out_dir: str = flag("", "Where cells and tables go. Without it: out/compare-DATA.")
@@ -116,13 +126,15 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     elif begun:
         # Raises InputError where the run in this folder has other settings.
         train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
-    rouge = cell.folder / "best" / "rouge.json"
+    checkpoint = cell.folder / config.checkpoint
+    rouge = checkpoint / "rouge.json"
     scored = json.loads(rouge.read_text(encoding="utf-8")) if rouge.exists() else {}
     trained = saved_settings(cell.folder)
     settings = {"seeds": config.scoring_seeds, "num": config.num, "temperature": 1.0}
+    settings["no_repeat_ngram"] = PAPER_NO_REPEAT_NGRAM if config.preset else 0
     settings |= {name: trained[name] for name in ("max_length", "max_prompt_length")}
     if scored.get("settings") != settings or not set(sets) <= scored["sets"].keys():
-        arguments = [str(cell.folder), "--data", *sets]
+        arguments = [str(checkpoint), "--data", *sets]
         flags = settings | {name: trained[name] for name in ("device", "dtype")}
         for name, value in flags.items():
             values = value if isinstance(value, list) else [value]
@@ -182,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     seeds = ", ".join(map(str, config.seeds))
     text += (
         f"\nMeans ± standard deviations over training seeds ({seeds}), sampled with the seeds "
-        f"{', '.join(map(str, config.scoring_seeds))}. Brackets: paired bootstrap, 95 %.\n"
+        f"{', '.join(map(str, config.scoring_seeds))}. Brackets: 95 % intervals over "
+        f"{'training seeds and rows' if len(config.seeds) > 1 else 'rows only'}.\n"
     )
     with atomic_write(out_dir / "table.md") as file:
         file.write(text)

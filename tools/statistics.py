@@ -11,10 +11,15 @@ from data import same_data
 METRICS = {
     "bits_per_byte": ("bits per byte (lower is better)", 3, min),
     "rouge_l": ("ROUGE-L × 100, sampled", 2, max),
+    "rouge_l_greedy": ("ROUGE-L × 100, greedy", 2, max),
     "kl_to_truth": ("KL(truth ‖ model), bits per answer (lower is better)", 2, min),
 }
 # What a row of a set has: the sum of these over the sum of those is the set's score.
-BY_ROW = {"bits_per_byte": ("bits_by_row", "bytes_by_row"), "rouge_l": ("rouge_l_by_row", None)}
+BY_ROW = {
+    "bits_per_byte": ("bits_by_row", "bytes_by_row"),
+    "rouge_l": ("rouge_l_by_row", None),
+    "rouge_l_greedy": ("rouge_l_greedy_by_row", None),
+}
 
 
 def columns_of(sets: list[str], trained_on: str) -> dict[str, list[str]]:
@@ -47,37 +52,53 @@ def summarize(cells: dict[str, dict[int, dict]], columns: dict[str, list[str]]) 
     return table
 
 
+def t_quantile(probability: float, freedom: float) -> float:
+    """Of Student's t distribution, by integration: t = √ν tan θ has a density like cos(θ)^(ν−1)."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
+    density = np.cos(angle).clip(0) ** (freedom - 1) if freedom != 1 else np.ones_like(angle)
+    share = (np.cumsum(density) - density / 2) / density.sum()
+    return float(freedom**0.5 * np.tan(np.interp(probability, share, angle)))
+
+
 def paired_difference(
-    ours: dict[int, dict],
-    theirs: dict[int, dict],
-    names: list[str],
-    metric: str,
-    resamples: int = 2000,
+    ours: dict[int, dict], theirs: dict[int, dict], names: list[str], metric: str
 ) -> tuple[float, float, float] | None:
-    """Our score minus theirs, a mean over training seeds and sets, and its 95 % bootstrap interval:
-    training seeds are drawn, and within each set its rows, for both alike. Over the seeds that both
-    have; None where there is none."""
+    """Our score minus theirs, a mean over training seeds and sets, and its 95 % interval: what
+    other training seeds and other rows would give, with one seed only what other rows would. Over
+    the seeds that both have; None where there is none.
+
+    Seeds s and a set's rows r are crossed: the difference of a row is μ + a_s + b_r + e_sr. The
+    variance of the mean is that of the seeds' means, which holds a and e, and that of the rows, b,
+    estimated from mean squares; the interval is Student's, with Satterthwaite's degrees of freedom.
+    Bits per byte are a ratio of sums, taken to first order."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    rng = np.random.default_rng(0)
-    drawn_seeds = rng.integers(len(seeds), size=(resamples, len(seeds)))
     values, weights = BY_ROW[metric]
-    difference, draws = 0.0, np.zeros(resamples)
+    by_seed = np.zeros(len(seeds))
+    of_rows, freedom_of_rows = 0.0, 0
     for name in names:
-        num_rows = len(ours[seeds[0]][name][values])
-        drawn_rows = rng.integers(num_rows, size=(resamples, num_rows))
-        for sign, side in ((1, ours), (-1, theirs)):
-            scores = np.array([side[seed][name][values] for seed in seeds])  # (seeds, rows)
-            sizes = (
-                np.ones(num_rows) if weights is None else np.array(side[seeds[0]][name][weights])
-            )
-            difference += sign * scores.mean(0).sum() / sizes.sum() / len(names)
-            for r in range(resamples):
-                of_seeds = scores[:, drawn_rows[r]].sum(1) / sizes[drawn_rows[r]].sum()
-                draws[r] += sign * of_seeds[drawn_seeds[r]].mean() / len(names)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(difference), float(low), float(high)
+        scores = np.array([ours[s][name][values] for s in seeds])  # (seeds, rows)
+        scores = scores - np.array([theirs[s][name][values] for s in seeds])
+        if weights is not None:
+            sizes = np.array(ours[seeds[0]][name][weights])
+            ratio = scores.sum() / (len(seeds) * sizes.sum())
+            scores = ratio + (scores - ratio * sizes) / sizes.mean()
+        by_seed += scores.mean(1) / len(names)
+        num_rows = scores.shape[1]
+        row_means = scores.mean(0)
+        rest = scores - row_means - scores.mean(1, keepdims=True) + scores.mean()
+        of_rest = (rest**2).sum() / max(1, (num_rows - 1) * (len(seeds) - 1)) / len(seeds)
+        of_rows += max(0.0, row_means.var(ddof=1) - of_rest) / num_rows / len(names) ** 2
+        freedom_of_rows += num_rows - 1
+    of_seeds, freedom_of_seeds = 0.0, 1
+    if len(seeds) > 1:
+        of_seeds, freedom_of_seeds = by_seed.var(ddof=1) / len(seeds), len(seeds) - 1
+    variance = of_seeds + of_rows
+    freedom = variance**2 / (of_seeds**2 / freedom_of_seeds + of_rows**2 / freedom_of_rows + 1e-300)
+    mean = float(by_seed.mean())
+    reach = t_quantile(0.975, max(freedom, 1.0)) * variance**0.5
+    return mean, mean - reach, mean + reach
 
 
 def markdown(
@@ -119,7 +140,8 @@ def difference_tables(cells, columns, trained_on, baselines) -> list[str]:
     for baseline in baselines:
         if baseline not in cells or len(cells) == 1 or not compared:
             continue
-        headings = [f"{heading}: {short}" for heading in compared for short in ("bits", "ROUGE-L")]
+        shown = ("bits", "ROUGE-L", "greedy")
+        headings = [f"{heading}: {short}" for heading in compared for short in shown]
         lines = [
             f"| minus `{baseline}` | {' | '.join(headings)} |",
             "|---" * (len(headings) + 1) + "|",
@@ -129,7 +151,7 @@ def difference_tables(cells, columns, trained_on, baselines) -> list[str]:
                 continue
             texts = []
             for names in compared.values():
-                for metric in ("bits_per_byte", "rouge_l"):
+                for metric in BY_ROW:
                     digits = METRICS[metric][1]
                     found = paired_difference(cells[row], cells[baseline], names, metric)
                     text = ""

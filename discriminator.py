@@ -1,6 +1,6 @@
 """Key-query matching by an adversary (DSKD-CMA-GA, arXiv 2603.22056). It learns to tell keys from
 queries, while the queries' projector learns to fool it through gradient reversal R (1505.07818):
-identity forward, −1 × gradient backward. Keys are constants. Three kinds:
+identity forward, −1 × gradient backward. Keys are constants. Two kinds:
 
 gan, a discriminator C (keys are 1, queries 0):
     C(v): highway u = g·relu(H v) + (1 − g)·v, g = σ(H v); dropout; Linear; LeakyReLU; Linear → 1
@@ -9,8 +9,6 @@ ct, conditional transport (2012.14100), which makes it expensive to carry one se
     f(v) = unit(Linear LeakyReLU Linear highway(v))     n(v) = unit(Linear LeakyReLU Linear v)
     c_ij = ‖f(K_i) − f(R(Q_j))‖                         d_ij = n(K_i)·n(R(Q_j))
     CT = −½ mean_j Σ_i c_ij softmax_i(d)_ij − ½ mean_i Σ_j c_ij softmax_j(d)_ij, within an example
-energy, no adversary but the distance of the two sets (Székely & Rizzo 2013), which cannot saturate:
-    ED = 2 E‖K − Q‖ − E‖K − K'‖ − E‖Q − Q'‖, in the keys' root mean square distance from their mean
 
 The adversary is trained here, with its own learning rate. In the release its weights stay as they
 were drawn: --ga_lr 0."""
@@ -19,8 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ADVERSARIES = ("none", "gan", "ct", "energy")
-MAX_PAIRED = 1024  # keys, and queries, in an energy distance
+ADVERSARIES = ("none", "gan", "ct")
 
 
 class _Reverse(torch.autograd.Function):
@@ -84,7 +81,7 @@ class Transport(nn.Module):
 
 
 def make_adversary(kind: str, size: int) -> nn.Module | None:
-    """size: 2 d_t. None for the kinds without weights."""
+    """size: 2 d_t. None for the kind "none"."""
     if kind == "gan":
         return Discriminator(size)
     if kind == "ct":
@@ -130,25 +127,6 @@ def conditional_transport(
     )
 
 
-def energy_distance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """ED of keys (N_t, size) and queries (N_s, size), of at most MAX_PAIRED evenly chosen ones."""
-    with torch.autocast(keys.device.type, enabled=False):
-        keys, queries = evenly(keys.detach().float()), evenly(queries.float())
-        if len(keys) < 2:  # they have no distance from their mean
-            return 0.0 * queries.sum()
-        scale = (keys - keys.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        between = torch.cdist(keys, queries).mean()
-        within_keys = torch.cdist(keys, keys).mean()
-        within_queries = torch.cdist(queries, queries).mean()
-        return (2 * between - within_keys - within_queries) / scale
-
-
-def evenly(vectors: torch.Tensor) -> torch.Tensor:
-    """Every k-th, so that at most MAX_PAIRED are left."""
-    step = (len(vectors) + MAX_PAIRED - 1) // MAX_PAIRED
-    return vectors[:: max(step, 1)]
-
-
 def key_query_loss(
     kind: str, adversary, keys: torch.Tensor, queries: torch.Tensor, student, teacher, objective
 ):
@@ -157,10 +135,6 @@ def key_query_loss(
     keys (B, T, 2 d_t), queries (B, S, 2 d_t): rows of the two Sides. The means are over the tokens
     of the whole optimizer step."""
     n_s, n_t = objective.num_student_tokens, objective.num_teacher_tokens
-    if kind == "energy":
-        distance = energy_distance(teacher.unpad(keys), student.unpad(queries))
-        weight = len(student.labels) / n_s  # this batch's share of the step
-        return objective(ga=distance * weight), {"energy_distance": distance.detach() * weight}
     if kind == "gan":
         of_keys, of_queries = gan(adversary, teacher.unpad(keys), student.unpad(queries))
     else:

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import torch
 
 from data import data_file, read_rows
-from discriminator import evenly
 from hub.download import model_folder
 from methods import find_method
 from model import load
@@ -26,13 +25,14 @@ from pictures import attention as attention_pictures
 from probing.attention import DIRECTIONS, MEASURES, Response, attend, measure_all
 from probing.next_bytes import MEASURES as BYTE_MEASURES
 from probing.next_bytes import NextBytePrediction, predict_next_bytes
-from probing.statistics import distances, interval, resample
+from probing.statistics import interval, mean_distance, resample
 from runtime.checkpoint import load_modules, saved_settings
 from runtime.config import InputError, flag, parse, run_script
 from runtime.files import atomic_write, file_label
 from tokenize_align import Example, encode_rows, load_tokenizer
 
 SHOWN_TOKENS = 40  # a picture shows the longest response of at most so many
+SHOWN_POINTS = 1000  # keys, and queries, in the scatter
 SHOWN_BYTES = 60
 
 
@@ -112,8 +112,7 @@ def attention_numbers(responses: list[Response]) -> tuple[dict, dict]:
     if responses[0].queries is not None:
         keys = torch.cat([response.keys for response in responses])
         queries = torch.cat([response.queries for response in responses])
-        for name, value in distances(keys, queries).items():
-            numbers[name] = {"mean": value, "interval": None}
+        numbers["mean_distance"] = {"mean": mean_distance(keys, queries), "interval": None}
     return numbers, draws
 
 
@@ -170,10 +169,7 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
         print_table(direction, titles, numbers, draws, ("uniform", "chunk_mean"))
     print_table(
         "keys and queries",
-        {
-            "mean_distance": "distance of means (keys' deviations)",
-            "energy_distance": "energy distance (keys' deviations)",
-        },
+        {"mean_distance": "distance of means (keys' deviations)"},
         numbers,
         draws,
     )
@@ -209,8 +205,8 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
         )
         if response.queries is not None:
             scatters[heading] = (
-                evenly(torch.cat([r.keys for r in of_run])),
-                evenly(torch.cat([r.queries for r in of_run])),
+                torch.cat([r.keys for r in of_run])[:SHOWN_POINTS],
+                torch.cat([r.queries for r in of_run])[:SHOWN_POINTS],
             )
     if scatters:
         attention_pictures.scatters(out_dir / "keys_queries.png", scatters)

@@ -854,28 +854,6 @@ def test_conditional_transport_from_its_definition():
     close(of_queries["adversary_query_loss"].sum().detach(), over_queries.detach())
 
 
-def test_energy_distance_from_its_definition(monkeypatch):
-    """0 for one set twice; a gradient for the queries alone, which brings them nearer."""
-    torch.manual_seed(0)
-    keys, queries = torch.randn(60, 6, requires_grad=True), 2 * torch.randn(40, 6) + 1
-    queries.requires_grad_()
-
-    def expected(a, b):
-        a, b = a.detach().double(), b.detach().double()
-        mean = lambda x, y: float(torch.stack([(u - v).norm() for u in x for v in y]).mean())
-        scale = float((a - a.mean(0)).square().sum(1).mean().sqrt())
-        return (2 * mean(a, b) - mean(a, a) - mean(b, b)) / scale
-
-    distance = discriminator.energy_distance(keys, queries)
-    close(distance.detach(), expected(keys, queries))
-    assert abs(float(discriminator.energy_distance(keys, keys.detach()))) < 1e-3
-    gradient, none = torch.autograd.grad(distance, (queries, keys), allow_unused=True)
-    assert none is None
-    assert discriminator.energy_distance(keys, queries - gradient) < distance
-    monkeypatch.setattr(discriminator, "MAX_PAIRED", 30)  # every second one
-    close(discriminator.energy_distance(keys, queries).detach(), expected(keys[::2], queries[::2]))
-
-
 def test_the_queries_projector_gets_the_reversed_gradient():
     torch.manual_seed(0)
     critic, keys = discriminator.Discriminator(6, 8, dropout=0.0), torch.randn(5, 6)
@@ -1153,7 +1131,7 @@ def run_method(method: str, batch, adversary: str):
 
 
 INDEPENDENT = [(method, "none") for method in method_names() if method not in ("byte_kd", "alm")]
-INDEPENDENT += [("dwa_kd", "gan"), ("dskd_cma", "energy"), ("dskd_cla", "ct")]
+INDEPENDENT += [("dwa_kd", "gan"), ("dskd_cla", "ct")]
 
 
 @pytest.mark.parametrize("method, adversary", INDEPENDENT)

@@ -32,7 +32,7 @@ CURVES = {
     "terms of kd_loss (nats per token)": ("t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss"),
     "soft-DTW (cosine distance per token)": ("dtw_embed_loss", "dtw_hidden_loss"),
     "likeliest token is right (share of tokens)": ("accuracy", "t2s_acc", "s2t_acc", "teacher_acc"),
-    "adversary's loss": ("adversary_key_loss", "adversary_query_loss", "energy_distance"),
+    "adversary's loss": ("adversary_key_loss", "adversary_query_loss"),
     "adversary's accuracy": ("adversary_key_acc", "adversary_query_acc"),
     "bits per byte, dev": ("dev_bits_per_byte",),
     "ROUGE-L × 100, dev": ("dev_rouge_l",),

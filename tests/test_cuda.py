@@ -35,7 +35,7 @@ def test_decoders_are_the_cpus(side, world):
 COMBINATIONS = [(name, []) for name in method_names() if name not in ("kd", "dskd")]
 COMBINATIONS += [
     ("dwa_kd", ["--adversary", "gan", "--gradient_checkpointing"]),
-    ("dskd_cma", ["--adversary", "energy", "--lora_rank", 4]),
+    ("dskd_cma", ["--lora_rank", 4]),
     ("byte_kd", ["--on_policy", 0.5]),
     ("uld", ["--cache_teacher"]),
 ]

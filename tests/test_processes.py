@@ -16,7 +16,7 @@ TWO = ["--batch_size", 4, "--grad_accum", 2, "--epochs", 1, "--max_steps", 7, "-
 @pytest.mark.parametrize(
     "method, more",
     [
-        ("dwa_kd", ["--adversary", "energy"]),
+        ("dwa_kd", ["--adversary", "ct"]),
         ("byte_kd", ["--shard", "both"]),
         ("sft", ["--shard", "student", "--lora_rank", 4]),
         ("seqkd", []),

@@ -22,7 +22,7 @@ COMBINATIONS = [(name, []) for name in TWO_VOCABULARIES]
 COMBINATIONS += [
     ("dwa_kd", ["--adversary", "gan", "--divergence", "adaptive_kl"]),
     ("dskd_cla", ["--adversary", "ct"]),
-    ("dskd_cma", ["--adversary", "energy", "--projector_init", "shared"]),
+    ("dskd_cma", ["--projector_init", "shared"]),
 ]
 
 

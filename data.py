@@ -1,15 +1,20 @@
-"""Data: names to JSON-lines files, and their lines to rows.
+"""Data: names to files, and the lines of files to rows.
 
-rows = read_rows(data_file("dolly", "train"))       # or a folder with train.jsonl and dev.jsonl
+rows = read_split("dolly", "train")         # or a folder with train.jsonl, a file, a hub id
 """
 
+import csv
 import hashlib
 import json
+import math
+import random
+import re
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.config import InputError
+from runtime.distributed import print_first
 from runtime.files import DATA_DIR, atomic_path
 
 # The data of the DSKD papers: (set, split) → path in the release's repository, git blob id.
@@ -29,6 +34,9 @@ DATASETS = {
 PAPER_SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
 TOY_SETS = ("toy", "toy-phrasings", "toy-kinds", "toy-asides")  # toy.py writes them
 
+SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
+DEV_SHARE, LARGEST_DEV = 0.05, 500  # of the training rows, where there is no dev split
+
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -38,19 +46,33 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
+ALPACA_END = "### Response:"
+
+# What a row may be called in other projects → what it is called here.
+PROMPTS = ("prompt", "question", "instruction")
+INPUTS = ("input", "context")
+OUTPUTS = ("output", "response", "completion", "answer")
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+ROLES |= {"system": "system"}
+VALID_ROW = '{"prompt": "Name a river.", "output": "The Rhine."}'
 
 
 @dataclass
 class Row:
     """A prompt and its answers: the first is trained on, all are references for scoring.
 
-    truth: the probabilities of all answers, where they are known. ended: false where the answer was
-    cut, so that no EOS follows it."""
+    prompt: a text, or an instruction that wants a template around it (is_instruction). input: the
+    text that it is about. earlier: the turns before it, [{"role", "content"}], system, user and
+    assistant. truth: the probabilities of all answers, where they are known. ended: false where the
+    answer was cut, so that no EOS follows it."""
 
     prompt: str
     outputs: list[str]
     truth: dict[str, float] | None = None
     ended: bool = True
+    input: str = ""
+    earlier: list[dict] = field(default_factory=list)
+    is_instruction: bool = False
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -59,50 +81,147 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return template.format(instruction=instruction, input=input)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read JSON lines with `prompt` and `output` (a string or a list of strings), or with
-    `instruction`, `input` and `output`, which go through Alpaca's template.
+# --------------------------------------------------------------------------------- files → rows
 
-    Raises InputError that names file, line and what was found."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append(_read_row(f"{path}:{number}", line))
+
+def read_rows(path: Path) -> list[Row]:
+    """Read .jsonl, .json, .csv or .parquet. A row has one of
+
+        prompt, question or instruction (with input or context), output, response, completion or
+        answer: a string, or a list of references; system and history
+        messages: [{"role", "content"}, …] or conversations: [{"from", "value"}, …], of which the
+        last, the assistant's, is the answer
+
+    Rows whose answer is empty are left out, with a note. Raises InputError that names file, line
+    and what was found."""
+    path = Path(path)
+    rows, empty = [], []
+    for number, fields in READERS.get(path.suffix, _read_jsonl)(path):
+        row = _read_row(f"{path}:{number}", fields)
+        if row is None:
+            empty.append(number)
+        else:
+            rows.append(row)
+    if empty:
+        print_first(
+            f"note: {path}: {len(empty)} of {len(rows) + len(empty)} rows have an empty answer and "
+            f"are left out, the first in line {empty[0]}"
+        )
     if not rows:
         raise InputError(f"{path}: no rows in this file")
     return rows
 
 
-def _read_row(place: str, line: str) -> Row:
+def _read_text(path: Path) -> str:
     try:
-        fields = json.loads(line)
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _read_jsonl(path: Path):
+    """→ (line, fields) of every row; so do the other readers."""
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error})") from error
+
+
+def _read_json(path: Path):
+    """A list of rows; or lines of JSON under the wrong name."""
+    text = _read_text(path)
+    if text.lstrip()[:1] != "[":
+        yield from _read_jsonl(path)
+        return
+    try:
+        yield from enumerate(json.loads(text), 1)
     except ValueError as error:
-        raise InputError(f"{place}: not JSON ({error})") from error
+        raise InputError(f"{path}: not JSON ({error})") from error
+
+
+def _read_csv(path: Path):
+    yield from enumerate(csv.DictReader(_read_text(path).splitlines(keepends=True)), 2)
+
+
+def _read_parquet(path: Path):
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: needs a library:  pip install pyarrow") from error
+    yield from enumerate(parquet.read_table(path).to_pylist(), 1)
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_row(place: str, fields) -> Row | None:
+    """None where the answer is empty."""
     if not isinstance(fields, dict):
         raise InputError(
-            f"{place}: must be a JSON object with prompt and output, found "
-            f"{type(fields).__name__}"
+            f"{place}: must be an object like {VALID_ROW}, found {type(fields).__name__}"
         )
-    if fields.get("prompt") is not None:
-        prompt = _text(place, "prompt", fields["prompt"])
-    elif "instruction" in fields:
-        instruction = _text(place, "instruction", fields["instruction"])
-        prompt = alpaca_prompt(instruction, fields.get("input") or "")
-    else:
-        raise InputError(f'{place}: no "prompt" and no "instruction" (found: {", ".join(fields)})')
-    outputs = fields.get("output")
-    if isinstance(outputs, list):
-        outputs = [output for output in outputs if str(output).strip()]  # blank ones are left out
-    else:
-        outputs = [outputs]
-    if not outputs:
-        raise InputError(f'{place}: "output" is empty')
-    outputs = [_text(place, "output", output) for output in outputs]
-    return Row(prompt, outputs, fields.get("truth"))
+    fields = {name: value for name, value in fields.items() if value is not None}
+    conversation = fields.get("messages") or fields.get("conversations")
+    if conversation is None and isinstance(fields.get("prompt"), list):
+        conversation = [*fields["prompt"], *fields.get("completion", [])]
+    if conversation is not None:
+        *earlier, asked, answer = _turns(place, conversation)
+        if (asked["role"], answer["role"]) != ("user", "assistant"):
+            raise InputError(f"{place}: the last turns must be the user's and the assistant's")
+        if "system" in fields:
+            earlier = [{"role": "system", "content": fields["system"]}, *earlier]
+        if not answer["content"].strip():
+            return None
+        row = Row(asked["content"], [answer["content"]], earlier=earlier)
+        row.is_instruction = True
+        return row
+
+    name = next((name for name in PROMPTS if name in fields), None)
+    answer = next((name for name in OUTPUTS if name in fields), None)
+    if name is None or answer is None:
+        raise InputError(
+            f"{place}: no {'prompt' if name is None else 'output'} (found: {', '.join(fields)}); "
+            f"a row is, for example, {VALID_ROW}"
+        )
+    row = Row(_text(place, name, fields[name]), _answers(place, answer, fields[answer]))
+    row.truth, row.is_instruction = fields.get("truth"), name != "prompt"
+    for given in INPUTS:
+        if fields.get(given) and not row.input:
+            row.input = _text(place, given, fields[given])
+    instruction = fields.get("instruction")
+    if name == "prompt" and instruction and row.prompt == alpaca_prompt(instruction, row.input):
+        row.prompt, row.is_instruction = instruction, True
+    elif name == "prompt" and row.input in row.prompt:
+        row.input = ""
+    if "system" in fields:
+        row.earlier.append({"role": "system", "content": _text(place, "system", fields["system"])})
+    for asked, answered in fields.get("history", []):
+        row.earlier.append({"role": "user", "content": asked})
+        row.earlier.append({"role": "assistant", "content": answered})
+    return row if row.outputs else None
+
+
+def _turns(place: str, conversation) -> list[dict]:
+    """messages and conversations, as [{"role", "content"}, …]."""
+    turns = []
+    for turn in conversation:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES or not isinstance(content, str):
+            raise InputError(
+                f"{place}: a turn must have a role (system, user or assistant) and a text as its "
+                f"content, found {turn!r:.80}"
+            )
+        turns.append({"role": ROLES[role], "content": content})
+    if len(turns) < 2:
+        raise InputError(f"{place}: a conversation needs a question and an answer")
+    return turns
 
 
 def _text(place: str, name: str, value) -> str:
@@ -113,39 +232,111 @@ def _text(place: str, name: str, value) -> str:
     return value
 
 
-def data_file(name: str, split: str, required: bool = True) -> Path | None:
-    """The JSON-lines file of a split ("train", "dev" or "test").
+def _answers(place: str, name: str, value) -> list[str]:
+    """The references that are not blank."""
+    outputs = value if isinstance(value, list) else [value]
+    for output in outputs:
+        if not isinstance(output, str):
+            raise InputError(f'{place}: "{name}" must be text, found {output!r:.60}')
+    return [output for output in outputs if output.strip()]
 
-    name: a set of the papers (downloaded once), one of the toy's, a folder, or a .jsonl file to be
-    scored. Raises InputError where there is none; with required=False a folder without this split
-    gives None."""
+
+# ------------------------------------------------------------------------------- names → files
+
+
+def data_files(name: str, split: str, required: bool = True) -> list[Path]:
+    """The files of a split ("train", "dev" or "test").
+
+    name: a set of the papers (downloaded once), one of the toy's, a folder, a file, or the id of a
+    data set on the hub. A file is the training rows, or what is scored. Raises InputError where
+    there is none; with required=False a folder without this split gives []."""
     if (name, split) in DATASETS:
-        return _download(name, split)
+        return [_download(name, split)]
     if name in PAPER_SETS:
         raise InputError(f"--data {name}: this set has no {split} split, it is for scoring only")
     path = Path(name)
     if name.startswith("toy") and (DATA_DIR / "toy" / name).is_dir():
         path = DATA_DIR / "toy" / name
     if path.is_file():
-        if split != "test":
-            raise InputError(
-                f"--data {name}: a file can be scored; training wants a folder with "
-                "train.jsonl and dev.jsonl"
-            )
-        return path
+        if path.suffix not in READERS:
+            raise InputError(f"--data {name}: is none of {', '.join(READERS)}")
+        return [path] if split != "dev" else []
+    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        path = _download_from_hub(name)
     if not path.is_dir():
         raise InputError(
             f"--data {name}: no such file or folder, and not one of toy, "
             f"{', '.join(PAPER_SETS)}"
         )
-    if not (path / f"{split}.jsonl").is_file():
-        if not required:
-            return None
-        raise InputError(
-            f"{path}: no {split}.jsonl in this folder (it holds train.jsonl, "
-            "dev.jsonl and, to be scored, test.jsonl)"
+    for split_name in SPLIT_NAMES[split]:
+        files = sorted(
+            file
+            for pattern in ("*", "data/*", f"{split_name}/*")
+            for file in path.glob(pattern)
+            if file.suffix in READERS
+            and (
+                re.fullmatch(rf"{split_name}([-_.]\d[\w-]*)?", file.stem)
+                or file.parent.name == split_name
+            )
         )
-    return path / f"{split}.jsonl"
+        if files:
+            return files
+    if required:
+        raise InputError(
+            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet; it holds "
+            "train.jsonl, dev.jsonl and, to be scored, test.jsonl)"
+        )
+    return []
+
+
+def read_split(name: str, split: str) -> list[Row]:
+    """The rows of a split. Raises InputError where there is none."""
+    return [row for file in data_files(name, split) for row in read_rows(file)]
+
+
+def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
+    """The rows of train, dev and, where a folder has it, test. A dev split that is missing is drawn
+    from the training rows, and so said."""
+    rows = {"train": read_split(name, "train")}
+    for split in ("dev", "test"):
+        if split == "test" and Path(name).is_file():
+            continue
+        if data_files(name, split, required=False):
+            rows[split] = read_split(name, split)
+    if "dev" not in rows:
+        count = min(LARGEST_DEV, math.ceil(DEV_SHARE * len(rows["train"])))
+        if count == len(rows["train"]):
+            raise InputError(f"--data {name}: a single row cannot be split into train and dev")
+        chosen = set(random.Random(seed).sample(range(len(rows["train"])), count))
+        rows["dev"] = [row for i, row in enumerate(rows["train"]) if i in chosen]
+        rows["train"] = [row for i, row in enumerate(rows["train"]) if i not in chosen]
+        print_first(
+            f"--data {name}: no dev split, so {count} training rows, drawn by --seed, are it"
+        )
+    return rows
+
+
+def cache_folder(name: str) -> Path:
+    """Where what is computed from a data set is kept: beside the data."""
+    return data_files(name, "train")[0].parent
+
+
+def fingerprint_of_rows(rows: list[Row]) -> str:
+    """SHA-256 of all that they hold."""
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _download_from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [f"*{suffix}" for suffix in READERS]
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # the client's own errors, httpx's and the system's
+        raise InputError(
+            f"--data {name}: no such folder, and the hub has no such data set or cannot be reached "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def _download(name: str, split: str) -> Path:

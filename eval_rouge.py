@@ -15,17 +15,18 @@ import json
 import math
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import Row, data_file, read_rows, same_data, trained_on
+from data import Row, read_split, same_data, trained_on
 from hub.download import model_folder
 from methods.blocks import token_nll
 from model import load
 from porter import stem
+from prompts import FORMATS, prompt_text
 from runtime import distributed
 from runtime.config import InputError, flag, parse, run_script
 from runtime.distributed import autocast, pick_device
@@ -91,19 +92,20 @@ def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) 
 def answer_bits(
     decoder,
     tokenizer,
-    pairs: list[tuple[str, str]],
+    rows: list[Row],
     max_length: int,
     max_prompt_length: int,
     batch_size: int = 32,
     desc: str = "bits",
 ) -> list[tuple[float, int, bool]]:
-    """For each (prompt, answer): −log₂ p(answer, EOS), the answer's UTF-8 bytes, and whether all of
-    it fits into max_length. Else what is left counts; (0, 0, False) where that is nothing.
+    """For each row's prompt and first answer: −log₂ p(answer, EOS), the answer's UTF-8 bytes, and
+    whether all of it fits into max_length. Else what is left counts; (0, 0, False) where that is
+    nothing.
 
     Logits are in float32. torchrun's processes share the rows."""
-    mine = share_of(decoder, len(pairs))
-    rows = [Row(pairs[i][0], [pairs[i][1]]) for i in mine]
-    examples, _, _ = encode_rows(rows, tokenizer, tokenizer, max_length, max_prompt_length)
+    mine = share_of(decoder, len(rows))
+    of_mine = [rows[i] for i in mine]
+    examples, _, _ = encode_rows(of_mine, tokenizer, tokenizer, max_length, max_prompt_length)
     examples.sort(key=lambda example: len(example.student.ids))
     device, training = decoder.embed.weight.device, decoder.training
     decoder.eval()
@@ -126,7 +128,7 @@ def answer_bits(
     everything = {}
     for of_process in distributed.gather(bits):
         everything |= of_process
-    return [everything[i] for i in range(len(pairs))]
+    return [everything[i] for i in range(len(rows))]
 
 
 def bits_per_byte(bits: list[tuple[float, int, bool]]) -> float:
@@ -142,9 +144,9 @@ def kl_to_truth(
 ) -> float | None:
     """KL(truth ‖ model) in bits per answer, the mean over rows, whose `truth` is known; None where
     an answer is cut."""
-    pairs = [(row.prompt, answer) for row in rows for answer in row.truth]
+    answers = [replace(row, outputs=[answer]) for row in rows for answer in row.truth]
     bits = answer_bits(
-        decoder, tokenizer, pairs, max_length, max_prompt_length, batch_size, "KL to the truth"
+        decoder, tokenizer, answers, max_length, max_prompt_length, batch_size, "KL to the truth"
     )
     total = 0.0
     probabilities = [p for row in rows for p in row.truth.values()]
@@ -167,8 +169,7 @@ def scores_of(
     """What train.py scores: bits per byte of the first references, ROUGE-L × 100 of greedy answers,
     or the mean over answers sampled with these seeds at temperature 1."""
     limits = max_length, max_prompt_length
-    pairs = [(row.prompt, row.outputs[0]) for row in rows]
-    bits = answer_bits(decoder, tokenizer, pairs, *limits)
+    bits = answer_bits(decoder, tokenizer, rows, *limits)
     rouge = []
     for seed in seeds or (0,):
         answers = answer_rows(
@@ -198,6 +199,7 @@ SETTINGS = (  # into rouge.json
     "max_length",
     "max_prompt_length",
     "no_repeat_ngram",
+    "prompt_format",
 )
 
 
@@ -213,6 +215,9 @@ class Config:
         0, "Prompt and answer, in tokens; 0: 512, or all a model has.", minimum=0
     )
     max_prompt_length: int = flag(256, "Prompts are cut to this many tokens.", minimum=1)
+    prompt_format: str = flag(
+        "auto", "How prompts are put; auto: as the model was trained.", choices=FORMATS
+    )
     no_repeat_ngram: int = flag(
         0, "No answer repeats so many tokens of itself or its prompt; 0: any may.", minimum=0
     )
@@ -240,11 +245,10 @@ def main(argv: list[str] | None = None) -> None:
             import toy
 
             toy.write_data()
-        files = {name: data_file(name, "test") for name in config.data}
+        sets = {name: read_split(name, "test")[: config.num or None] for name in config.data}
         folder = model_folder(config.model)
-    sets = {name: read_rows(file)[: config.num or None] for name, file in files.items()}
     decoder = load(folder, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.prompt_format)
     if config.temperature == 0:
         config.seeds = []
     positions = decoder.config.max_positions
@@ -299,12 +303,11 @@ def score_set(
 ) -> dict:
     """Answer one set with every seed, write the answers → the set's part of rouge.json."""
     limit = min(config.max_prompt_length, config.max_length - 1)
-    cut = sum(encode_prompt(row.prompt, tokenizer, limit)[1] for row in rows)
+    cut = sum(encode_prompt(row, tokenizer, limit)[1] for row in rows)
     if cut:
         distributed.print_first(f"{name}: {cut} of {len(rows)} prompts cut to {limit} tokens")
     limits = config.max_length, config.max_prompt_length, config.batch_size
-    pairs = [(row.prompt, row.outputs[0]) for row in rows]
-    bits = answer_bits(decoder, tokenizer, pairs, *limits, f"{name}, bits")
+    bits = answer_bits(decoder, tokenizer, rows, *limits, f"{name}, bits")
     no_room = sum(num_bytes == 0 for _, num_bytes, _ in bits)
     if no_room:
         distributed.print_first(
@@ -331,7 +334,8 @@ def score_set(
         if distributed.is_first():
             with atomic_write(out_dir / f"answers-{file_label(name)}-{label}.jsonl") as file:
                 for row, text, score in zip(rows, answers, by_row):
-                    line = dict(prompt=row.prompt, answer=text, output=row.outputs, rouge_l=score)
+                    prompt = prompt_text(row, tokenizer.prompt_format, tokenizer.template)
+                    line = dict(prompt=prompt, answer=text, output=row.outputs, rouge_l=score)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
     greedy = rouge_by_row.pop("greedy")
     sampled = list(rouge_by_row.values()) or [greedy]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from hub.download import TOKENIZER_FILES, model_folder
+from hub.download import CHAT_TEMPLATES, TOKENIZER_FILES, model_folder
 from hub.model_config import ModelConfig, read_config
 from hub.weights import weights_for
 
@@ -168,6 +168,8 @@ class Decoder(nn.Module):
         for name in TOKENIZER_FILES:
             if self.source and (self.source / name).exists() and self.source != folder:
                 shutil.copyfile(self.source / name, folder / name)
+        if self.source and (self.source / CHAT_TEMPLATES).is_dir() and self.source != folder:
+            shutil.copytree(self.source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import data_file, read_rows
+from data import Row, read_split
 from hub.download import model_folder
 from methods import find_method
 from model import load
@@ -58,16 +58,16 @@ class Run:
     modules: dict  # empty for a method without attention
     tokenizers: tuple  # the student's, the teacher's
 
-    def examples(self, file: Path, num: int) -> list[Example]:
+    def examples(self, rows: list[Row]) -> list[Example]:
         settings = self.settings
         examples, _, dropped = encode_rows(
-            read_rows(file)[:num],
+            rows,
             *self.tokenizers,
             settings["max_length"],
             settings["max_prompt_length"],
         )
         if dropped:
-            print(f"{file}: {dropped} of {num} rows have no response token within --max_length")
+            print(f"{dropped} of {len(rows)} rows have no response token within --max_length")
         return examples
 
 
@@ -84,7 +84,8 @@ def open_run(name: str, teacher: str) -> Run:
         raise InputError(f"{name}: has no teacher; --teacher names a model to compare it with")
     folder = model_folder(out_dir)
     student, frozen = load(folder), load(teacher)
-    tokenizers = load_tokenizer(folder), load_tokenizer(teacher)
+    prompt_format = settings.get("teacher_prompt_format") or settings.get("prompt_format", "auto")
+    tokenizers = load_tokenizer(folder), load_tokenizer(teacher, prompt_format)
     modules, method = {}, find_method(settings["method"])
     if method.make_modules and not method.one_vocabulary:
         options = SimpleNamespace(**settings)
@@ -252,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         import toy
 
         toy.write_data()
-    file = data_file(data, "test" if Path(data).is_file() else config.split)
+    split = "test" if Path(data).is_file() else config.split
+    rows = read_split(data, split)[: config.num]
     folder = "probe" if len(runs) == 1 else f"probe-with-{file_label(config.other)}"
     out_dir = Path(config.out_dir or Path(config.run) / folder)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -260,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     with_attention = all(run.modules for run in runs)
     looked_at = []
     for run in runs:
-        examples = run.examples(file, config.num)
+        examples = run.examples(rows)
         if with_attention:
             pads = run.tokenizers[0].eos_id, run.tokenizers[1].eos_id
             looked_at.append(
@@ -277,16 +279,18 @@ def main(argv: list[str] | None = None) -> None:
             looked_at.append(predict_next_bytes(run.tokenizers, examples, run.student, run.teacher))
     common = set.intersection(*({item.row for item in of_run} for of_run in looked_at))
     if len(common) < 2:
-        raise InputError(f"{file}: {len(common)} rows to look at, but 2 are needed")
+        raise InputError(f"{data}: {len(common)} rows to look at, but 2 are needed")
     looked_at = [[item for item in of_run if item.row in common] for of_run in looked_at]
     for mark, run in zip("AB", runs):
-        print(f"{mark}: {run.name} ({run.settings['method']}), {len(common)} rows of {file}")
+        print(
+            f"{mark}: {run.name} ({run.settings['method']}), {len(common)} rows of {data}, {split}"
+        )
     show = show_attention if with_attention else show_next_bytes
     numbers = show(runs, looked_at, out_dir)
     with atomic_write(out_dir / "probe.json") as log:
         json.dump(
             {
-                "data": str(file),
+                "data": f"{data}, {split}",
                 "rows": sorted(common),
                 "runs": {run.name: of_run for run, of_run in zip(runs, numbers)},
             },

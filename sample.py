@@ -4,13 +4,14 @@
     python sample.py smollm2 "Name three rivers." --temperature 0
     python sample.py out/toy-byte_kd                # asks for instructions until an empty line
 
-The instruction is put into Alpaca's template, as in training; the toy was trained without one."""
+The instruction is put as the model's prompts were in its training by train.py, else into its chat
+template, else into Alpaca's; with --raw it is the prompt as it stands."""
 
 from dataclasses import dataclass
 
 import torch
 
-from data import TOY_SETS, alpaca_prompt, trained_on
+from data import TOY_SETS, Row, trained_on
 from model import load
 from runtime.config import InputError, flag, parse, run_script
 from runtime.generation import stream
@@ -23,6 +24,7 @@ class Config:
     model: str = flag("", "A checkpoint's folder, a run's out_dir, or a model's name.")
     instruction: str = flag("", "What to do; without one, it is asked for in a loop.")
     input: str = flag("", "The text that the instruction is about.")
+    raw: bool = flag(False, "Put no template around the instruction.")
     temperature: float = flag(1.0, "0 takes the likeliest token, 1 samples.", minimum=0)
     top_p: float = flag(
         1.0, "Sample from the likeliest tokens with this probability together.", minimum=1e-6
@@ -39,15 +41,14 @@ class Config:
 
 def print_answer(decoder, tokenizer, config: Config, instruction: str, generator) -> None:
     """Print the answer, token by token; a character split over tokens waits until it is whole."""
+    row = Row(instruction, [], input=config.input, is_instruction=True)
     if trained_on(decoder.source) in TOY_SETS:
         import toy
 
-        text = toy.make_prompt(instruction, config.input)
-    else:
-        text = alpaca_prompt(instruction, config.input)
+        row = Row(toy.make_prompt(instruction, config.input), [])
     positions = decoder.config.max_positions
     limit = positions - min(config.max_new_tokens, positions // 2)
-    prompt, cut = encode_prompt(text, tokenizer, limit)
+    prompt, cut = encode_prompt(row, tokenizer, limit)
     if cut:
         print(f"(the prompt is cut to {limit} tokens)")
     device = decoder.embed.weight.device
@@ -60,10 +61,10 @@ def print_answer(decoder, tokenizer, config: Config, instruction: str, generator
         config.max_new_tokens,
         config.temperature,
         config.top_p,
-        tokenizer.eos_id,
+        tokenizer.eos_ids,
         generator,
     ):
-        if int(new) == tokenizer.eos_id:
+        if int(new) in tokenizer.eos_ids:
             break
         tokens.append(int(new))
         text = tokenizer.decode(tokens)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError('name a model: python sample.py CHECKPOINT_OR_NAME "instruction"')
     device, dtype = pick_device(config.device, config.dtype)
     decoder = load(config.model, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, "raw" if config.raw else "auto")
     generator = torch.Generator(device).manual_seed(config.seed)
     if config.instruction:
         print_answer(decoder, tokenizer, config, config.instruction, generator)

@@ -238,11 +238,11 @@ def test_models_equal_transformers(family, tmp_path):
     how = dict(max_new_tokens=30, do_sample=False, pad_token_id=2, eos_token_id=2)
     for some in (mask, torch.ones_like(mask)):
         greedy = reference.generate(ids, attention_mask=some, **how)[:, 20:]
-        assert torch.equal(generate(ours, ids, some, 30, temperature=0, eos_id=2), greedy)
+        assert torch.equal(generate(ours, ids, some, 30, temperature=0, eos_ids=[2]), greedy)
     ids = torch.randint(3, 7, (3, 20))  # few tokens, so that sequences of them repeat
     for size in (1, 2, 3):
         few = reference.generate(ids, attention_mask=mask, **how, no_repeat_ngram_size=size)[:, 20:]
-        new = generate(ours, ids, mask, 30, temperature=0, eos_id=2, no_repeat_ngram=size)
+        new = generate(ours, ids, mask, 30, temperature=0, eos_ids=[2], no_repeat_ngram=size)
         assert torch.equal(new, few)
     ours.save(tmp_path / "ours")
     import transformers
@@ -365,7 +365,7 @@ def spans_that_tile(tokenizer, text: str):
 @real_vocabularies
 @pytest.mark.parametrize("name", ("gpt2", "qwen1.5", "llama2", "mistral"))
 def test_tokenizers_equal_the_reference(name):
-    ours = ta.load_tokenizer(FIXTURES / "tokenizers" / name)
+    ours = ta.load_tokenizer(FIXTURES / "tokenizers" / name, "raw")
     reference = reference_tokenizer(name)
     for text in texts():
         ids, spans = spans_that_tile(ours, text)
@@ -609,11 +609,9 @@ def test_bits_against_transformers(side, world):
     transformers = pytest.importorskip("transformers")
     decoder, tokenizer = model.load(world / side), ta.load_tokenizer(world / side)
     reference = transformers.AutoModelForCausalLM.from_pretrained(world / side).eval()
-    pairs = [(row.prompt, row.outputs[0]) for row in read_rows(world / "data/dev.jsonl")]
-    for (prompt, answer), (bits, size, whole) in zip(
-        pairs, answer_bits(decoder, tokenizer, pairs, 99, 60)
-    ):
-        prompt_ids = tokenizer.encode(prompt)
+    rows = read_rows(world / "data/dev.jsonl")
+    for row, (bits, size, whole) in zip(rows, answer_bits(decoder, tokenizer, rows, 99, 60)):
+        prompt_ids, answer = tokenizer.encode(row.prompt), row.outputs[0]
         ids = torch.tensor([prompt_ids + tokenizer.encode(answer) + [tokenizer.eos_id]])
         log_p = reference(ids).logits.detach()[0, :-1].log_softmax(-1)
         nats = -log_p.gather(1, ids[0, 1:, None])[len(prompt_ids) - 1 :].sum()

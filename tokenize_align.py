@@ -4,13 +4,16 @@
     ids, spans = tokenizer.encode_with_spans("héllo")       # spans: UTF-8 byte offsets
 
 - Byte-level BPE (GPT-2, Qwen, SmolLM2, Llama 3) runs as a tiktoken Encoding made from the model's
-  own files, SentencePiece (Llama 2, TinyLlama, Mistral) through sentencepiece; both give the ids of
-  the reference libraries.
-- Control tokens in a text are text: "<|endoftext|>" in a row of data ends nothing.
+  own files, a tokenizer.model (Llama 2, TinyLlama, Mistral) through sentencepiece, and any other
+  tokenizer.json through the tokenizers library; all give the ids of the reference libraries.
+- Control tokens in a row's text are text: "<|endoftext|>" ends nothing. A chat template's are
+  control tokens.
 - A chunk is what lies between two byte offsets at which BOTH tokenizations have a boundary.
 """
 
+import json
 import random
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +24,21 @@ import tiktoken
 import torch
 
 from data import Row
+from hub.chat_template import ChatTemplate, read_chat_template
 from hub.download import model_folder
-from hub.tokenizer_files import ALPHABET, ByteLevelConfig, read_byte_level, read_json, token_text
+from hub.tokenizer_files import (
+    ALPHABET,
+    Added,
+    ByteLevelConfig,
+    NotPlain,
+    bos_token,
+    end_ids,
+    read_added_tokens,
+    read_byte_level,
+    read_json,
+    read_settings,
+)
+from prompts import fit_prompt, prompt_text
 from runtime.config import InputError
 
 Span = tuple[int, int]  # (start, end) in bytes
@@ -32,23 +48,35 @@ Span = tuple[int, int]  # (start, end) in bytes
 
 
 class Tokenizer:
-    """What both kinds share.
+    """What all kinds share.
 
-    eos_id closes a response, bos_id (or None) opens a prompt, vocab_size is the largest id + 1,
-    control holds the ids that no text gives, folder the files."""
+    eos_id closes a response, eos_ids end one that is generated, bos_id (or None) opens a prompt,
+    vocab_size is the largest id + 1, control holds the ids that no text gives, id_of the tokens as
+    the files write them, identity is what cuts a text, prompt_format and template say how prompts
+    are put (prompts.py), folder is where the files are.
+    """
 
     folder: Path
     vocab_size: int
     eos_id: int
+    eos_ids: list[int]
     bos_id: int | None
     control: set[int]
+    id_of: dict[str, int]
+    identity: object
+    prompt_format: str = "auto"
+    template: ChatTemplate | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
+        return self.encode_with_spans(text)[0]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids, and the bytes of the text that each stands for. The spans tile the text. Where
         normalization changed characters, the boundaries inside them are spread over them."""
+
+    def encode_with_control(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens are meant: a rendered chat template."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids: control tokens give nothing, broken UTF-8 gives U+FFFD."""
@@ -60,32 +88,67 @@ class Tokenizer:
         """The ids that are text. A model's head may be larger than the vocabulary (Qwen's are)."""
         return [i for i in ids if i < self.vocab_size and i not in self.control]
 
+    def prompt_ids(self, row: Row) -> list[int]:
+        """The tokens of a row's prompt, in this model's own words, BOS first where it has one."""
+        text = prompt_text(row, self.prompt_format, self.template)
+        if self.prompt_format == "chat":
+            return self.encode_with_control(text)  # it has its BOS
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return bos + self.encode(text)
+
+
+class Splitter:
+    """Finds added tokens in a text: (text) → pieces, each with its token's id or None."""
+
+    def __init__(self, added: dict[str, Added]):
+        self.ids, patterns = [], []
+        for name, token in sorted(added.items(), key=lambda item: -len(item[0])):
+            pattern = re.escape(name)
+            if token.single_word:
+                pattern = rf"(?<!\w){pattern}(?!\w)"
+            before, after = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+            patterns.append(f"({before}{pattern}{after})")
+            self.ids.append(token.id)
+        self.pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def __call__(self, text: str) -> list[tuple[str, int | None]]:
+        if self.pattern is None:
+            return [(text, None)]
+        pieces, end = [], 0
+        for match in self.pattern.finditer(text):
+            pieces.append((text[end : match.start()], None))
+            pieces.append((match[0], self.ids[match.lastindex - 1]))
+            end = match.end()
+        pieces.append((text[end:], None))
+        return [piece for piece in pieces if piece[0]]
+
 
 class ByteLevelBPE(Tokenizer):
     """Byte pair encoding over UTF-8 bytes, in GPT-2's form, run by tiktoken."""
 
-    def __init__(self, name: str, config: ByteLevelConfig):
+    def __init__(self, name: str, config: ByteLevelConfig, added: dict[str, Added]):
         self.name, self.nfc = name, config.nfc
-        self.eos_id, self.bos_id = config.eos_id, config.bos_id
-        self.control = set(config.control.values())
-        self.vocab_size = max(*config.vocabulary.values(), *self.control) + 1
+        self.id_of = config.vocabulary | {token: of.id for token, of in added.items()}
+        of_text = {token: of for token, of in added.items() if not of.control}
+        self.control = {of.id for of in added.values() if of.control}
+        self.identity = config, of_text
+        self.split, self.split_all = Splitter(of_text), Splitter(added)
+        added_ids = {of.id for of in added.values()}
+        self.vocab_size = max(*config.vocabulary.values(), *added_ids) + 1
         self.bytes_by_id = [b""] * self.vocab_size
         id_of_bytes = {}
         for token, token_id in config.vocabulary.items():
-            if token_id not in self.control:
+            if token_id not in added_ids:
                 self.bytes_by_id[token_id] = self._bytes(token)
                 id_of_bytes[self._bytes(token)] = token_id
-        for token, token_id in config.control.items():
-            self.bytes_by_id[token_id] = token.encode()
+        for token, of in added.items():
+            self.bytes_by_id[of.id] = token.encode()
 
         # tiktoken takes ids for merge priorities, so it is given priorities: first the bytes, then
         # the merges in their order.
-        if config.merges is None:
-            order = sorted(id_of_bytes, key=id_of_bytes.get)
-        else:
-            order = [bytes([byte]) for byte in range(256)]
-            order += [self._bytes(left + right) for left, right in config.merges]
-            order = list(dict.fromkeys(order))
+        order = [bytes([byte]) for byte in range(256)]
+        order += [self._bytes(left + right) for left, right in config.merges]
+        order = list(dict.fromkeys(order))
         # A byte that the vocabulary lacks gives no token (SmolLM2 lacks some control characters).
         self.id_of_rank = np.array([id_of_bytes.get(token, -1) for token in order])
         self.length_of_rank = np.array([len(token) for token in order])
@@ -109,18 +172,23 @@ class ByteLevelBPE(Tokenizer):
                 "so this is no byte-level BPE"
             ) from error
 
-    def _ranks(self, text: str) -> np.ndarray:
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        return np.array(self.encoding.encode_ordinary(text), dtype=int)
-
-    def encode(self, text):
-        ids = self.id_of_rank[self._ranks(text)]
-        return ids[ids >= 0].tolist()
+    def _ids_and_ends(self, text: str, split: Splitter) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, −1 for a byte without a token, and where each ends in the NFC of the text."""
+        ids, lengths = [], []
+        for piece, added_id in split(unicodedata.normalize("NFC", text) if self.nfc else text):
+            if added_id is not None:
+                ids.append([added_id])
+                lengths.append([len(piece.encode())])
+                continue
+            ranks = np.array(self.encoding.encode_ordinary(piece), dtype=int)
+            ids.append(self.id_of_rank[ranks])
+            lengths.append(self.length_of_rank[ranks])
+        if not ids:
+            return np.zeros(0, int), np.zeros(0, int)
+        return np.concatenate(ids), np.cumsum(np.concatenate(lengths))
 
     def encode_with_spans(self, text):
-        ranks = self._ranks(text)
-        ids, ends = self.id_of_rank[ranks], np.cumsum(self.length_of_rank[ranks])
+        ids, ends = self._ids_and_ends(text, self.split)
         if self.nfc and not unicodedata.is_normalized("NFC", text):
             ends = _nfc_to_original(text)[ends]
         known = ids >= 0
@@ -128,6 +196,10 @@ class ByteLevelBPE(Tokenizer):
         ids, ends = ids[known], ends[known]
         ends[-1:] = last  # bytes without a token belong to the token after them, or the last
         return ids.tolist(), _spans(ends)
+
+    def encode_with_control(self, text):
+        ids, _ = self._ids_and_ends(text, self.split_all)
+        return ids[ids >= 0].tolist()
 
     def decode(self, ids):
         text = b"".join(self.bytes_by_id[i] for i in self.text_ids(ids))
@@ -140,37 +212,33 @@ class ByteLevelBPE(Tokenizer):
 class SentencePiece(Tokenizer):
     """A tokenizer.model with byte fallback and no normalization: Llama 2, TinyLlama, Mistral."""
 
-    def __init__(self, path: Path, eos: str | None, add_bos: bool):
-        try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"{path}: not a SentencePiece model ({error})") from error
+    def __init__(self, path: Path, settings: dict):
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.model, self.vocab_size = model, model.vocab_size()
-        self.eos_id = model.eos_id() if eos is None else model.piece_to_id(eos)
-        if eos is not None and model.id_to_piece(self.eos_id) != eos:
-            raise InputError(f"{path}: the end-of-sequence token {eos!r} is not one of its pieces")
+        add_bos = settings.get("add_bos_token", True)
         self.bos_id = model.bos_id() if add_bos and model.bos_id() >= 0 else None
-        self.control, self.pieces = set(), []
+        self.prefix_always = settings.get("legacy", True) is not False
+        self.control, self.pieces, control = set(), [], {}
         for i in range(self.vocab_size):
             piece = model.id_to_piece(i)
             if model.is_control(i) or model.is_unknown(i):
                 self.control.add(i)
+                control[piece] = Added(i)
             # In the model's own form, where a space is "▁"; a byte's piece is named "<0xE4>".
             self.pieces.append(bytes([int(piece[3:5], 16)]) if model.is_byte(i) else piece.encode())
+        self.id_of = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+        self.split_all = Splitter(control)
+        self.identity = model.serialized_model_proto()
         # A ligature, a combining mark, CJK, an emoji and spaces must come back as they are.
         hostile = "  a ﬁ\u0065\u0301\u4f60\U0001f9ff \n"
         encoded = b"".join(self.pieces[i] for i in model.encode(hostile))
         if encoded != ("▁" + hostile.replace(" ", "▁")).encode():
-            raise InputError(
-                f"{path}: only SentencePiece models with byte fallback, a leading "
-                "space and no normalization are implemented (Llama 2, Mistral)"
-            )
-
-    def encode(self, text):
-        return self.model.encode(text)
+            raise NotPlain("it has no byte fallback, no leading space or a normalization")
+        if settings.get("add_prefix_space", True) is False:
+            raise NotPlain("add_prefix_space is false")
 
     def encode_with_spans(self, text):
-        ids = self.encode(text)
+        ids = self.model.encode(text)
         original = np.frombuffer(text.encode(), np.uint8)
         # Offset in the model's form → offset in the text: a leading "▁" (3 bytes) stands for
         # nothing, and every space became 3 bytes.
@@ -180,6 +248,18 @@ class SentencePiece(Tokenizer):
         ends = np.cumsum([len(self.pieces[i]) for i in ids], dtype=int)
         return ids, _spans(offset[ends])
 
+    def encode_with_control(self, text):
+        ids = []
+        for number, (piece, control_id) in enumerate(self.split_all(text)):
+            if control_id is not None:
+                ids.append(control_id)
+            elif number == 0 or self.prefix_always:
+                ids += self.model.encode(piece)
+            else:  # as it would stand behind other text: without the leading "▁"
+                unknown = self.model.encode("\x00")
+                ids += self.model.encode("\x00" + piece)[len(unknown) :]
+        return ids
+
     def decode(self, ids):
         return self.model.decode(self.text_ids(ids))
 
@@ -187,6 +267,69 @@ class SentencePiece(Tokenizer):
         if token_id in self.control:
             return self.pieces[token_id]
         return self.pieces[token_id].replace("▁".encode(), b" ")
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any other tokenizer.json, run by the tokenizers library: SentencePiece without a
+    tokenizer.model (Gemma, Phi-3, what transformers 5 saves of a Llama 2) and unusual BPEs."""
+
+    def __init__(self, path: Path, whole: dict, added: dict[str, Added], reason: str):
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError as error:
+            raise InputError(
+                f"{path}: needs a library, because {reason}:  pip install tokenizers"
+            ) from error
+        self.identity = json.dumps({**whole, "truncation": None, "padding": None})
+        try:
+            self.plain, self.with_control = (Library.from_str(self.identity) for _ in range(2))
+        except Exception as error:  # the library's own
+            raise InputError(f"{path}: the tokenizers library refuses it ({error})") from error
+        self.plain.encode_special_tokens = True  # control tokens in a text are text
+        self.id_of = self.plain.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self.id_of.values()) + 1
+        self.control = {of.id for of in added.values() if of.control}
+        parts = json.dumps([whole.get("pre_tokenizer"), whole.get("decoder")])
+        kinds = set(re.findall(r'"type": "(\w+)"', parts))
+        if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
+            raise InputError(f"{path}: is neither byte-level nor SentencePiece, but {kinds}")
+        self.bytes_by_id = [b""] * self.vocab_size
+        for token, i in self.id_of.items():
+            if token in added:
+                self.bytes_by_id[i] = token.encode()
+            elif "ByteLevel" in kinds:
+                self.bytes_by_id[i] = bytes(ALPHABET[character] for character in token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                self.bytes_by_id[i] = bytes([int(token[3:5], 16)])
+            else:
+                self.bytes_by_id[i] = token.replace("▁", " ").encode()
+
+    def encode_with_spans(self, text):
+        encoding = self.plain.encode(text, add_special_tokens=False)
+        ids, original = encoding.ids, text.encode()
+        ends = np.cumsum([len(self.bytes_by_id[i]) for i in ids], dtype=int)
+        made = b"".join(self.bytes_by_id[i] for i in ids)
+        if made == b" " + original:
+            ends = ends - 1  # the leading space stands for nothing
+        elif made != original:
+            # The library's offsets, in characters. Tokens of one character share it evenly.
+            byte_of = np.cumsum([0, *(len(character.encode()) for character in text)])
+            ends = byte_of[[end for _, end in encoding.offsets]]
+            for start in np.unique([start for start, _ in encoding.offsets]):
+                same = [i for i, offset in enumerate(encoding.offsets) if offset[0] == start]
+                begin, size = byte_of[start], ends[same[-1]] - byte_of[start]
+                ends[same] = begin + size * (np.arange(len(same)) + 1) // len(same)
+            ends[-1:] = len(original)
+        return ids, _spans(np.maximum.accumulate(ends))
+
+    def encode_with_control(self, text):
+        return self.with_control.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.plain.decode(self.text_ids(ids))
+
+    def token_bytes(self, token_id):
+        return self.bytes_by_id[token_id]
 
 
 def _spans(ends: np.ndarray) -> list[Span]:
@@ -218,35 +361,74 @@ def _nfc_to_original(text: str) -> np.ndarray:
     return np.concatenate(offsets + [[base]])
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(name: str | Path, prompt_format: str = "auto") -> Tokenizer:
     """The tokenizer of a model: a short name, a hub id, or a folder with tokenizer.model,
     tokenizer.json, or vocab.json and merges.txt.
 
-    Raises InputError where they are missing, damaged or of a kind that is not implemented."""
+    prompt_format: how the model's prompts are put. auto: as in the training by train.py that made
+    it, else by the chat template where it has one. Where that is "chat", EOS is the token that ends
+    the assistant's turn. Raises InputError where files are missing, damaged or not implemented."""
     folder = model_folder(name, weights=False)
-    settings = read_json(folder / "tokenizer_config.json") or {}
+    settings, whole = read_settings(folder), read_json(folder / "tokenizer.json")
     try:
-        if (folder / "tokenizer.model").exists():
-            tokenizer = SentencePiece(
-                folder / "tokenizer.model",
-                token_text(settings, "eos_token"),
-                settings.get("add_bos_token", True),
-            )
-        else:
-            tokenizer = ByteLevelBPE(str(folder), read_byte_level(folder, settings))
+        added = read_added_tokens(folder, settings, whole or {})
+        tokenizer = _read_tokenizer(folder, settings, whole, added)
+        tokenizer.folder = folder
+        tokenizer.eos_ids = end_ids(folder, settings, tokenizer.id_of)
+        if not isinstance(tokenizer, SentencePiece):
+            bos = bos_token(whole or {}, settings)
+            tokenizer.bos_id = None if bos is None else tokenizer.id_of[bos]
+        tokenizer.template = read_chat_template(folder, settings)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder}: the tokenizer's files are damaged or of an unknown make ({error!r})"
         ) from error
-    tokenizer.folder = folder
+    if prompt_format == "auto":
+        trained = read_json(folder / "training.json") or {}
+        prompt_format = trained.get("prompt_format", "chat" if tokenizer.template else "auto")
+    tokenizer.prompt_format = prompt_format
+    if prompt_format == "chat":
+        if tokenizer.template is None:
+            raise InputError(f"{folder}: has no chat template (chat_template.jinja), so no 'chat'")
+        after = tokenizer.encode_with_control(tokenizer.template.after_answer())
+        ends = [i for i in after if i in tokenizer.control]
+        tokenizer.eos_ids = list(dict.fromkeys([*ends[:1], *tokenizer.eos_ids]))
+    tokenizer.eos_id = tokenizer.eos_ids[0]
     return tokenizer
 
 
+def _read_tokenizer(folder: Path, settings: dict, whole: dict | None, added: dict) -> Tokenizer:
+    """tokenizer.model, or else tokenizer.json or vocab.json and merges.txt."""
+    path, reason = folder / "tokenizer.model", None
+    if path.exists():
+        try:
+            tokenizer = SentencePiece(path, settings)
+            new = [token for token, of in added.items() if of.id >= tokenizer.vocab_size]
+            if not new:
+                return tokenizer
+            raise NotPlain(f"it lacks the added tokens {', '.join(new)}")
+        except (RuntimeError, OSError) as error:  # Llama 3's is a list of tokens
+            reason = f"not a SentencePiece model ({error})"
+        except NotPlain as error:
+            reason = str(error)
+        if whole is None:
+            raise InputError(f"{path}: {reason}, which is read from a tokenizer.json only")
+    try:
+        config = read_byte_level(folder, settings, whole)
+        id_of = config.vocabulary | {token: of.id for token, of in added.items()}
+        ends = end_ids(folder, settings, id_of)
+        for token, token_id in id_of.items():
+            if token_id in ends:
+                added[token] = Added(token_id)  # no text ends an answer
+        return ByteLevelBPE(str(folder), config, added)
+    except NotPlain as error:
+        return LibraryTokenizer(folder / "tokenizer.json", whole, added, str(error))
+
+
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers have the same tokens under the same ids."""
-    if (a.vocab_size, a.eos_id) != (b.vocab_size, b.eos_id):
-        return False
-    return all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+    """Whether two tokenizers cut every text into the same tokens with the same ids, whatever opens
+    a prompt and ends an answer."""
+    return type(a) is type(b) and a.identity == b.identity
 
 
 # ------------------------------------------------------------------------------------------- chunks
@@ -306,12 +488,10 @@ class Example:
         return last + 1 if len(ends) == 1 else last
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], bool]:
-    """BOS where the model has one, then the prompt, cut to a number of tokens → (ids, was cut)."""
-    ids = tokenizer.encode(prompt)
-    if tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id] + ids
-    return ids[:max_length], len(ids) > max_length
+def encode_prompt(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], bool]:
+    """A row's prompt in at most so many tokens (prompts.fit_prompt) → (ids, was it cut)."""
+    fitted = fit_prompt(row, lambda row: len(tokenizer.prompt_ids(row)) <= max_length)
+    return tokenizer.prompt_ids(fitted)[-max_length:], fitted != row
 
 
 def encode_rows(
@@ -320,20 +500,25 @@ def encode_rows(
     """Tokenize every row twice → (examples, prompts cut, rows dropped without a response token).
 
     Prompt and response are tokenized apart, as in generation; EOS is appended, then everything is
-    cut to max_length tokens. Where both sides have one tokenizer, it runs once."""
+    cut to max_length tokens. A prompt that is too long for one side is cut in its text, for both.
+    Where both sides have one tokenizer, it runs once."""
+    tokenizers = list(dict.fromkeys((student, teacher)))
     examples, num_cut = [], 0
+
+    def fits(row):
+        return all(len(t.prompt_ids(row)) <= max_prompt_length for t in tokenizers)
+
     for number, row in enumerate(rows):
+        fitted = fit_prompt(row, fits)
+        num_cut += fitted != row
         end = len(row.outputs[0].encode())
-        encoded, any_cut = {}, False
-        for tokenizer in (student, teacher):
-            if tokenizer not in encoded:
-                prompt, cut = encode_prompt(row.prompt, tokenizer, max_prompt_length)
-                response, spans = tokenizer.encode_with_spans(row.outputs[0])
-                if row.ended:
-                    response, spans = response + [tokenizer.eos_id], spans + [(end, end)]
-                encoded[tokenizer] = prompt, response, spans
-                any_cut = any_cut or cut
-        num_cut += any_cut
+        encoded = {}
+        for tokenizer in tokenizers:
+            prompt = tokenizer.prompt_ids(fitted)[-max_prompt_length:]
+            response, spans = tokenizer.encode_with_spans(row.outputs[0])
+            if row.ended:
+                response, spans = response + [tokenizer.eos_id], spans + [(end, end)]
+            encoded[tokenizer] = prompt, response, spans
         numbers = chunk_numbers(encoded[student][2], encoded[teacher][2])
         sides = []
         for tokenizer, chunk_of_token in zip((student, teacher), numbers):

@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import data_file, read_rows, same_data, trained_on
+from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trained_on
 from discriminator import ADVERSARIES
 from eval_rouge import has_rouge_words, scores_of
-from hub.download import model_folder
+from hub.download import fingerprint_of_model, model_folder
 from methods import METHOD_OPTIONS, Method, Objective, find_method
 from methods.divergences import DIVERGENCES
 from model import load
+from prompts import FORMATS, own_format
 from runtime import distributed
 from runtime.checkpoint import (
     FREE,
@@ -39,6 +40,7 @@ from runtime.checkpoint import (
     lock_run,
     new_run_folder,
     read_metrics,
+    refuse_changed,
     refuse_used,
     rewind_metrics,
     save_checkpoint,
@@ -59,6 +61,7 @@ from tokenize_align import (
 
 MAX_BAD_STEPS = 3  # in a row, and the run ends
 SCORING_SEEDS = (10, 20, 30)  # of --select sampled
+FEW = 0.02  # a larger share of rows that are cut is warned of
 
 
 @dataclass
@@ -69,7 +72,18 @@ class Config:
         "pretrained", "The student's first weights.", choices=("pretrained", "random")
     )
 
-    data: str = flag("", "A set's name, or a folder with train.jsonl and dev.jsonl.", "data")
+    data: str = flag(
+        "", "A set's name, a folder with train.jsonl and dev.jsonl, a file, or a hub id.", "data"
+    )
+    prompt_format: str = flag(
+        "auto",
+        "How prompts are put. chat: in the model's own template; alpaca: in Alpaca's; raw: as they "
+        "stand; auto: as the model was trained here, else chat where it has a template, else as "
+        "the row says.",
+        choices=FORMATS,
+    )
+    teacher_prompt_format: str = flag("", "The same for the teacher alone.", choices=("", *FORMATS))
+    student_prompt_format: str = flag("", "The same for the student alone.", choices=("", *FORMATS))
     max_length: int = flag(512, "Tokens that prompt, response and EOS are cut to.", minimum=2)
     max_prompt_length: int = flag(256, "Tokens that prompts are cut to.", minimum=1)
 
@@ -239,11 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         with distributed.first_goes_first():
             toy.prepare_for(config)
     with distributed.first_goes_first():
-        files = {
-            split: data_file(config.data, split, required=split != "test")
-            for split in ("train", "dev", "test")
-        }
-    rows = {split: read_rows(file) for split, file in files.items() if file}
+        rows = read_splits(config.data, config.seed)
     scored = {
         split: rows[split][: config.eval_num or None] for split in ("dev", "test") if split in rows
     }
@@ -261,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         with distributed.first_goes_first():
             checkpoint = last_checkpoint(out_dir)
     student, student_tokenizer = load_student(config, checkpoint, device, dtype)
+    if student_tokenizer.prompt_format == "auto":
+        student_tokenizer.prompt_format = own_format(rows["train"])
     teacher, teacher_tokenizer = None, student_tokenizer
     if method.needs_teacher:
         teacher, teacher_tokenizer = load_teacher(config, device, dtype)
@@ -284,21 +296,22 @@ def main(argv: list[str] | None = None) -> None:
 
         with autocast(device, dtype):
             rows["train"] = teacher_rows(
-                config, rows["train"], files["train"], teacher, teacher_tokenizer
+                config, rows["train"], cache_folder(config.data), teacher, teacher_tokenizer
             )
     trains_with_teacher = method.needs_teacher and not method.answered_by_teacher
     tokenizers = student_tokenizer, student_tokenizer
-    if trains_with_teacher and not same_vocabulary(student_tokenizer, teacher_tokenizer):
+    if trains_with_teacher:
         tokenizers = student_tokenizer, teacher_tokenizer
     pads = tokenizers[0].eos_id, tokenizers[1].eos_id  # nothing looks at padding
     examples, num_cut, num_dropped = encode_rows(
         rows["train"], *tokenizers, config.max_length, config.max_prompt_length
     )
     if num_cut or num_dropped:
+        loudly = "WARNING: " if num_cut + num_dropped > FEW * len(rows["train"]) else ""
         print_first(
-            f"{config.data}, train: {num_cut} of {len(rows['train'])} prompts cut to "
-            f"{config.max_prompt_length} tokens, {num_dropped} rows dropped, because no "
-            f"response token fits into {config.max_length}"
+            f"{loudly}{config.data}, train: {num_cut} of {len(rows['train'])} prompts cut to "
+            f"--max_prompt_length {config.max_prompt_length}, {num_dropped} rows dropped, because "
+            f"no response token fits into --max_length {config.max_length}"
         )
     if not examples:
         raise InputError(
@@ -312,12 +325,18 @@ def main(argv: list[str] | None = None) -> None:
     if config.cache_teacher:
         from runtime.teacher_states import TeacherStates
 
-        states = TeacherStates(config, files["train"], teacher, examples, dtype)
+        states = TeacherStates(config, cache_folder(config.data), teacher, examples, dtype)
         with autocast(device, dtype):
             states.fill(config.batch_size, pads[1], device)
     if config.compile:
         for decoder in filter(None, (student, teacher)):
             decoder.compile(dynamic=True)
+
+    # what the run is made of: another run of the same settings would go another way
+    made_of = {"data": fingerprint_of_rows(rows["train"] + rows["dev"])}
+    if teacher is not None:
+        made_of["teacher"] = fingerprint_of_model(teacher.source)
+    made_of["student"] = fingerprint_of_model(student_tokenizer.folder)
 
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
@@ -331,13 +350,18 @@ def main(argv: list[str] | None = None) -> None:
         "data": config.data,
         "method": config.method,
         "student": config.student,
+        "prompt_format": student_tokenizer.prompt_format,
+        "eos_ids": student_tokenizer.eos_ids,
+        "made_of": made_of,
     }
     if distributed.rank():
         torch.manual_seed(config.seed + 1_000_003 * distributed.rank())  # dropout differs
     if checkpoint:
         load_modules(checkpoint, modules)
         load_optimizer(checkpoint, optimizer)
-        state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+        saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+        refuse_changed(out_dir, saved["made_of"], made_of)
+        state = saved
     else:
         sharded = config.shard in ("student", "both")
         distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
@@ -564,7 +588,7 @@ def load_student(config, checkpoint, device, dtype):
             config, "student", folder, torch.float32, device, init=config.student_init
         )
     student.gradient_checkpointing = config.gradient_checkpointing
-    return student, load_tokenizer(folder)
+    return student, load_tokenizer(folder, config.student_prompt_format or config.prompt_format)
 
 
 def load_teacher(config, device, dtype):
@@ -579,7 +603,8 @@ def load_teacher(config, device, dtype):
     teacher = load_decoder(
         config, "teacher", folder, dtype, device, layers=not config.cache_teacher
     )
-    return teacher.requires_grad_(False), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.teacher_prompt_format or config.prompt_format)
+    return teacher.requires_grad_(False), tokenizer
 
 
 def check_pair(
@@ -605,6 +630,22 @@ def check_pair(
             f"--method {config.method}: needs one vocabulary, but {config.teacher} "
             f"and {config.student} have different ones"
         )
+    if method.one_vocabulary and student_tokenizer.eos_id != teacher_tokenizer.eos_id:
+        exchange_ends(teacher, teacher_tokenizer, student_tokenizer)
+
+
+@torch.no_grad()
+def exchange_ends(teacher, teacher_tokenizer, student_tokenizer) -> None:
+    """Rename what ends the teacher's answers, so that in one vocabulary EOS meets EOS: its logits
+    of its own EOS and of the student's change places."""
+    ours, theirs = student_tokenizer.eos_id, teacher_tokenizer.eos_id
+    if ours >= len(teacher.head.weight):
+        raise InputError(f"the teacher's vocabulary lacks the student's end token {ours}")
+    weight = teacher.head.weight.detach().clone()
+    weight[[ours, theirs]] = weight[[theirs, ours]]
+    teacher.head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    teacher_tokenizer.eos_id = ours
+    teacher_tokenizer.eos_ids = [ours]
 
 
 # ------------------------------------------------------------------------------------ optimization

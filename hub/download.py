@@ -36,7 +36,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -66,7 +69,8 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
 def _download(repository: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", *TOKENIZER_FILES, *(SAFETENSORS if weights else ())]
+    wanted = ["config.json", *TOKENIZER_FILES, f"{CHAT_TEMPLATES}/*"]
+    wanted += SAFETENSORS if weights else ()
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
         if weights and not weight_file(folder):

@@ -32,7 +32,12 @@ HARMLESS = set("""architectures model_type dtype torch_dtype transformers_versio
     finetuning_task license gradient_checkpointing predict_special_tokens n_special output_past
     _num_labels _attn_implementation_autoset is_decoder unsloth_fixed unsloth_version
     summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj""".split())
+    summary_use_proj tokenizer_class do_sample num_beams num_beam_groups num_return_sequences
+    temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping min_length bad_words_ids
+    forced_bos_token_id forced_eos_token_id decoder_start_token_id prefix suppress_tokens
+    begin_suppress_tokens remove_invalid_values exponential_decay_length_penalty
+    output_scores return_dict_in_generate""".split())
 
 
 @dataclasses.dataclass
@@ -228,7 +233,7 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     window = get("sliding_window", None)
     if family == "mistral" and "sliding_window" not in get.values:
         window = 4096  # absent is transformers' default, null is off
-    switched_on = get("use_sliding_window", family == "mistral")
+    switched_on = get("use_sliding_window", False) or family == "mistral"
     first = get("max_window_layers", 28)
     types = get("layer_types", None)
     if family == "llama" or window is None or not switched_on:
@@ -238,6 +243,11 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
             )
         return None, [False] * layers
     if family == "mistral":
+        if types and set(types) != {"sliding_attention"}:
+            raise InputError(
+                f"{get.path}: a Mistral with a sliding_window has it in all layers, but layer_types "
+                f"is {types}; set sliding_window to null, or use the architecture Ministral"
+            )
         return window, [True] * layers
     if types is None:
         return window, [layer >= first for layer in range(layers)]

@@ -1,7 +1,9 @@
 """A tokenizer's files to what a byte-level BPE is made of: tokenizer.json, or vocab.json with
 merges.txt."""
 
+import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +28,27 @@ QWEN_SPLIT = (
 )
 
 
+class NotPlain(Exception):
+    """This tokenizer.json is no byte-level BPE in GPT-2's form; the reason is the message."""
+
+
+@dataclass
+class Added:
+    """A token that is split off a text before anything else. A control token, only in prompts."""
+
+    id: int
+    control: bool = True
+    lstrip: bool = False  # takes the spaces before it
+    rstrip: bool = False  # and those after it
+    single_word: bool = False
+
+
 @dataclass
 class ByteLevelConfig:
     vocabulary: dict[str, int]  # token in GPT-2's printable alphabet → id
-    # Pairs, the most important first. None: the ids are in that order (ignore_merges).
-    merges: list[tuple[str, str]] | None
+    merges: list[tuple[str, str]]  # the most important first
     split: str  # the pattern that cuts a text into words
     nfc: bool  # whether the text is NFC-normalized first
-    control: dict[str, int]  # tokens that no text gives → id
-    eos_id: int  # closes a response
-    bos_id: int | None  # opens a prompt, where the files ask for one
 
 
 def read_json(path: Path) -> dict | None:
@@ -48,70 +61,134 @@ def read_json(path: Path) -> dict | None:
         raise InputError(f"{path}: not JSON ({error})") from error
 
 
+def read_settings(folder: Path) -> dict:
+    """tokenizer_config.json, and special_tokens_map.json for what it does not say."""
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    for name, token in (read_json(folder / "special_tokens_map.json") or {}).items():
+        if settings.get(name) is None:
+            settings[name] = token
+    return settings
+
+
 def token_text(settings: dict, name: str) -> str | None:
     """A control token of tokenizer_config.json: a text, or {"content": text, …}."""
     token = settings.get(name)
     return token["content"] if isinstance(token, dict) else token
 
 
-def read_byte_level(folder: Path, settings: dict) -> ByteLevelConfig:
-    """settings: tokenizer_config.json. Raises InputError for what is missing or not implemented."""
-    whole = read_json(folder / "tokenizer.json")
-    config = read_json(folder / "config.json") or {}
-    control = {}
-    for token_id, token in settings.get("added_tokens_decoder", {}).items():
-        control[token["content"]] = int(token_id)
-    control |= read_json(folder / "added_tokens.json") or {}
-    if whole is not None:
-        vocabulary, merges, split, nfc = _from_tokenizer_json(folder / "tokenizer.json", whole)
-        for token in whole.get("added_tokens") or []:
-            control[token["content"]] = token["id"]
-    else:
-        kind = settings.get("tokenizer_class") or config.get("model_type")
-        vocabulary, merges, split, nfc = _from_vocabulary_and_merges(folder, kind)
+def read_added_tokens(folder: Path, settings: dict, whole: dict) -> dict[str, Added]:
+    """Added tokens of all files. whole: tokenizer.json. Control tokens that the model of this
+    folder has no embedding for, as a pad token may be, are left out."""
+    added = {}
+    for name, token_id in (read_json(folder / "added_tokens.json") or {}).items():
+        added[name] = Added(token_id)
+    tokens = [
+        dict(token, id=int(i)) for i, token in settings.get("added_tokens_decoder", {}).items()
+    ]
+    for token in [*tokens, *(whole.get("added_tokens") or [])]:
+        added[token["content"]] = Added(
+            token["id"],
+            control=token.get("special", True),
+            lstrip=token.get("lstrip", False),
+            rstrip=token.get("rstrip", False),
+            single_word=token.get("single_word", False),
+        )
+    size = (read_json(folder / "config.json") or {}).get("vocab_size", math.inf)
+    return {name: token for name, token in added.items() if token.id < size or not token.control}
 
+
+def end_ids(folder: Path, settings: dict, id_of: dict[str, int]) -> list[int]:
+    """The tokens that end an answer, the tokenizer's own first. id_of: a token's id.
+
+    Raises InputError where no file names one."""
+    config = read_json(folder / "config.json") or {}
     eos = token_text(settings, "eos_token")
-    if eos is not None:
-        eos_id = control.get(eos, vocabulary.get(eos))
-    else:
-        eos_id = config.get("eos_token_id")
-        eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-    names = {token_id: token for token, token_id in (vocabulary | control).items()}
-    if eos_id not in names:
+    ids = [] if eos is None else [id_of.get(eos)]
+    for values in (config, read_json(folder / "generation_config.json") or {}):
+        value = values.get("eos_token_id")
+        ids += value if isinstance(value, list) else [value]
+    known = set(id_of.values())
+    ids = list(dict.fromkeys(i for i in ids if i in known))
+    if not ids or eos is not None and eos not in id_of:
         raise InputError(
             f"{folder}: no end-of-sequence token: eos_token of tokenizer_config.json "
             f"is {eos!r}, eos_token_id of config.json {config.get('eos_token_id')}"
         )
-    control.setdefault(names[eos_id], eos_id)
-    bos_id = _bos_id(whole or {}, settings, control)
-    return ByteLevelConfig(vocabulary, merges, split, nfc, control, eos_id, bos_id)
+    return ids
 
 
-def _from_tokenizer_json(path: Path, whole: dict):
-    """vocabulary, merges, split and nfc."""
-    model = whole["model"]
+def read_byte_level(folder: Path, settings: dict, whole: dict | None) -> ByteLevelConfig:
+    """settings: read_settings, whole: tokenizer.json. Raises NotPlain for another kind of
+    tokenizer.json, InputError for what is missing."""
+    if whole is not None:
+        return _from_tokenizer_json(whole)
+    config = read_json(folder / "config.json") or {}
+    return _from_vocabulary_and_merges(
+        folder, settings.get("tokenizer_class") or config.get("model_type")
+    )
+
+
+def _from_tokenizer_json(whole: dict) -> ByteLevelConfig:
+    model, added = whole["model"], whole.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise InputError(
-            f"{path}: only byte-level BPE is implemented; SentencePiece models are "
-            "read from tokenizer.model"
-        )
+        raise NotPlain(f"its model is {model.get('type')}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise NotPlain(f"its model has {name}")
+    if model.get("unk_token") and not set(ALPHABET) <= model["vocab"].keys():
+        raise NotPlain("it has a token for unknown bytes")
     normalizer = whole.get("normalizer") or {"type": "Sequence", "normalizers": []}
     nfc = normalizer["type"] == "NFC"
     if not nfc and normalizer != {"type": "Sequence", "normalizers": []}:
-        raise InputError(
-            f"{path}: the normalizer {normalizer['type']} is not implemented (implemented: NFC)"
-        )
-    merges = None
-    if not model.get("ignore_merges"):
-        merges = [
-            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-            for merge in model["merges"]
-        ]
-    return model["vocab"], merges, _split_pattern(path, whole.get("pre_tokenizer") or {}), nfc
+        raise NotPlain(f"its normalizer is {normalizer['type']}")
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
+    split = _split_pattern(whole.get("pre_tokenizer") or {})
+    merged = set(ALPHABET) | {left + right for left, right in merges}
+    merged |= {token["content"] for token in added}
+    if model.get("ignore_merges") and not merged.issuperset(model["vocab"]):
+        raise NotPlain("it has tokens that no merge makes")
+    if not in_rank_order(tuple(merges)):
+        raise NotPlain("its merges are not in the order of their tokens")
+    return ByteLevelConfig(model["vocab"], merges, split, nfc)
 
 
-def _from_vocabulary_and_merges(folder: Path, kind: str | None):
-    """The same from vocab.json and merges.txt; the split follows from the tokenizer's class."""
+@functools.lru_cache(maxsize=8)
+def in_rank_order(merges: tuple[tuple[str, str], ...]) -> bool:
+    """Whether BPE by pairs and tiktoken's BPE, which merges any two neighbours that together are a
+    token, cut alike: every token's own bytes must come to a pair that one of its merges names, and
+    a token's merges must stand together (Llama 3 has several of each).
+
+    (Merges a+b, b+c, a+bc do not: of "abc" the pairs make [ab, c], tiktoken makes [abc].)"""
+    pairs_of = {}
+    last = None
+    for left, right in merges:
+        token = left + right
+        if token in pairs_of and token != last:
+            return False
+        pairs_of.setdefault(token, []).append([left, right])
+        last = token
+    rank_of = {token: rank for rank, token in enumerate(pairs_of)}
+    for rank, (token, pairs) in enumerate(pairs_of.items()):
+        parts = list(token)
+        while len(parts) > 2:
+            lowest, place = rank, None
+            for i in range(len(parts) - 1):
+                found = rank_of.get(parts[i] + parts[i + 1], rank)
+                if found < lowest:
+                    lowest, place = found, i
+            if place is None:
+                return False
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if parts not in pairs:
+            return False
+    return True
+
+
+def _from_vocabulary_and_merges(folder: Path, kind: str | None) -> ByteLevelConfig:
+    """From vocab.json and merges.txt; the split follows from the tokenizer's class."""
     vocabulary = read_json(folder / "vocab.json")
     if vocabulary is None or not (folder / "merges.txt").exists():
         raise InputError(
@@ -121,25 +198,32 @@ def _from_vocabulary_and_merges(folder: Path, kind: str | None):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast", "gpt2"):
-        return vocabulary, merges, GPT2_SPLIT, False
-    if kind in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "qwen2", "qwen3"):
-        return vocabulary, merges, QWEN_SPLIT, True
-    raise InputError(f"{folder}: how {kind!r} splits a text is unknown; add its tokenizer.json")
+        split, nfc = GPT2_SPLIT, False
+    elif kind in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "qwen2", "qwen3"):
+        split, nfc = QWEN_SPLIT, True
+    else:
+        raise InputError(f"{folder}: how {kind!r} splits a text is unknown; add its tokenizer.json")
+    if not in_rank_order(tuple(merges)):
+        raise InputError(
+            f"{folder}: the merges are not in the order of their tokens; add tokenizer.json, which "
+            "the tokenizers library then runs"
+        )
+    return ByteLevelConfig(vocabulary, merges, split, nfc)
 
 
-def _bos_id(whole: dict, settings: dict, control: dict[str, int]) -> int | None:
-    """Llama 3 asks for BOS in its post-processor, others in tokenizer_config.json."""
+def bos_token(whole: dict, settings: dict) -> str | None:
+    """What opens a prompt, where the files ask for it: Llama 3 in its post-processor, others in
+    tokenizer_config.json."""
     post_processor = whole.get("post_processor") or {}
     for processor in [post_processor, *post_processor.get("processors", [])]:
         if processor.get("type") == "TemplateProcessing":
             first = processor["single"][0]
             if "SpecialToken" in first:
-                return control[first["SpecialToken"]["id"]]
-    bos = token_text(settings, "bos_token")
-    return control[bos] if settings.get("add_bos_token") and bos else None
+                return first["SpecialToken"]["id"]
+    return token_text(settings, "bos_token") if settings.get("add_bos_token") else None
 
 
-def _split_pattern(path: Path, pre_tokenizer: dict) -> str:
+def _split_pattern(pre_tokenizer: dict) -> str:
     """One regular expression for a tokenizer.json's pre-tokenizer."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [step.get("type") for step in steps]
@@ -163,7 +247,4 @@ def _split_pattern(path: Path, pre_tokenizer: dict) -> str:
         and "Regex" in first["pattern"]
     ):
         return first["pattern"]["Regex"]
-    raise InputError(
-        f"{path}: the pre-tokenizer {kinds} is not implemented (implemented: "
-        "ByteLevel; Digits one by one + ByteLevel; Split + ByteLevel)"
-    )
+    raise NotPlain(f"its pre-tokenizer is {kinds}")

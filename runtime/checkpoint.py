@@ -71,6 +71,16 @@ def saved_settings(out_dir: Path) -> dict:
         raise InputError(f"{out_dir}: no run in this folder (config.json: {error})") from error
 
 
+def refuse_changed(out_dir: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raise InputError where the data or a model is not what the run began with."""
+    for name, fingerprint in now.items():
+        if before.get(name) != fingerprint:
+            raise InputError(
+                f"--resume: the {name} of the run in {out_dir} changed since it began, so it "
+                "cannot be continued; put it back, or start a new run"
+            )
+
+
 def lock_run(out_dir: Path) -> None:
     """Keep other processes out of a run's folder until this one ends or trains another run."""
     for lock in LOCKS:
@@ -173,6 +183,7 @@ def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict
         lora.save_adapter(temporary / "adapter", student, weights, state["student"])
     else:
         student.save(temporary, weights)
+    write_end_tokens(temporary, state["eos_ids"])
     for name, module in modules.items():
         save_file(module.state_dict(), temporary / f"{name}.safetensors")
     if moments is not None:
@@ -190,6 +201,16 @@ def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict
     flush(folder.parent)
     if moments is None:
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_end_tokens(folder: Path, eos_ids: list[int]) -> None:
+    """Tell others, in config.json and generation_config.json, what ends an answer: first the token
+    that was trained."""
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
+            path.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:

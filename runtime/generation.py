@@ -1,6 +1,6 @@
 """Answers, token by token: a batch of prompts is continued until every row has ended.
 
-new = generate(decoder, ids, mask, 256, eos_id=eos)     # left-padded prompts (B, T) → (B, N)
+new = generate(decoder, ids, mask, 256, eos_ids=[2])    # left-padded prompts (B, T) → (B, N)
 for ids in stream(decoder, …):                          # the same, one (B,) tensor at a time
 """
 
@@ -42,7 +42,7 @@ class KVCache:
 def generate(decoder, ids, mask, max_new_tokens, **how) -> torch.Tensor:
     """Continue LEFT-padded prompts (B, T), mask (B, T) true on real tokens → new ids (B, N).
 
-    how: as in stream(). A row ends at its first eos_id and is filled up with it."""
+    how: as in stream(). A row ends at the first of eos_ids and is filled up with eos_ids[0]."""
     steps = list(stream(decoder, ids, mask, max_new_tokens, **how))
     return torch.stack(steps, 1) if steps else ids.new_empty(ids.size(0), 0)
 
@@ -55,7 +55,7 @@ def stream(
     max_new_tokens,
     temperature=1.0,
     top_p=1.0,
-    eos_id=None,
+    eos_ids=(),
     generator=None,
     no_repeat_ngram=0,
 ):
@@ -74,7 +74,9 @@ def stream(
     cache = KVCache(end)
     running = torch.arange(rows, device=ids.device)  # the rows that are still computed
     ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
-    output = ids.new_full((rows,), 0 if eos_id is None else eos_id)
+    filler = eos_ids[0] if eos_ids else 0
+    ends = torch.tensor(eos_ids, dtype=torch.long, device=ids.device)
+    output = ids.new_full((rows,), filler)
     training = decoder.training
     decoder.eval()
     new = ids
@@ -87,9 +89,8 @@ def stream(
         if 0 < no_repeat_ngram <= ids.size(1):
             forbid_repeats(logits, ids, no_repeat_ngram)
         chosen = choose_tokens(logits, temperature, top_p, generator)
-        if eos_id is not None:
-            chosen = chosen.masked_fill(ended, eos_id)
-            ended = chosen == eos_id
+        chosen = chosen.masked_fill(ended, filler)
+        ended = torch.isin(chosen, ends)
         yield output.index_copy(0, running, chosen)
         num_ended = int(ended.sum())
         if num_ended == len(ended):
@@ -139,15 +140,13 @@ def answer(
     """One batch of prompts, token ids → each one's answer, and whether it ended by itself.
 
     how: as in stream()."""
-    eos, device = tokenizer.eos_id, decoder.embed.weight.device
-    ids, mask = left_pad(prompts, eos)
-    new = generate(decoder, ids.to(device), mask.to(device), max_new_tokens, eos_id=eos, **how)
+    ends, device = tokenizer.eos_ids, decoder.embed.weight.device
+    ids, mask = left_pad(prompts, tokenizer.eos_id)
+    new = generate(decoder, ids.to(device), mask.to(device), max_new_tokens, eos_ids=ends, **how)
     answers = []
     for tokens in new.tolist():
-        ended = eos in tokens
-        if ended:
-            tokens = tokens[: tokens.index(eos)]
-        answers.append((tokenizer.decode(tokens), ended))
+        length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        answers.append((tokenizer.decode(tokens[:length]), length < len(tokens)))
     return answers
 
 
@@ -168,7 +167,7 @@ def answer_batches(
     max_length. how: temperature and more of stream()."""
     generator = torch.Generator(decoder.embed.weight.device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
-    prompts = [encode_prompt(row.prompt, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
+    prompts = [encode_prompt(row, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
     max_new_tokens = min(MAX_NEW_TOKENS, max_length)
     order = sorted(numbers, key=lambda i: -len(prompts[i]))
     with tqdm(total=len(order), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:

@@ -29,7 +29,7 @@ def own_answers(
     max_new_tokens = config.max_length - max(map(len, prompts))
     answers = answer(student, tokenizers[0], prompts, max_new_tokens, generator=generator)
     answered = [
-        Row(rows[example.row].prompt, [text], ended=ended)
+        replace(rows[example.row], outputs=[text], ended=ended)
         for example, (text, ended) in zip(examples, answers)
     ]
     result, _, _ = encode_rows(answered, *tokenizers, config.max_length, config.max_prompt_length)

@@ -6,25 +6,26 @@ that they depend on. An interrupted run continues where it stopped, and later ru
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from data import Row
+from data import Row, fingerprint_of_rows
 from hub.download import fingerprint_of_model
 from runtime.config import InputError
 from runtime.distributed import barrier, print_first, rank
-from runtime.files import file_label, fingerprint
+from runtime.files import file_label
 from runtime.generation import answer_batches, share_of
 
 
-def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -> list[Row]:
-    """The rows of a file with the teacher's answers in place of theirs, without those it leaves
-    empty. Limits are in its tokens. Raises InputError where all answers are empty."""
+def teacher_rows(config, rows: list[Row], folder: Path, teacher, tokenizer) -> list[Row]:
+    """The rows with the teacher's answers in place of theirs, without those it leaves
+    empty. Limits are in its tokens; the answers are kept in a folder in `folder`.
+    Raises InputError where all answers are empty."""
     limits = config.max_length, config.max_prompt_length
-    made_of = fingerprint_of_model(teacher.source), fingerprint(data_file), *limits
+    made_of = fingerprint_of_model(teacher.source), fingerprint_of_rows(rows), *limits
+    made_of += (tokenizer.prompt_format,)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
-    folder = data_file.with_name(
-        f"{data_file.stem}-by-{file_label(Path(config.teacher).name)}-{key}"
-    )
+    folder = folder / f"train-by-{file_label(Path(config.teacher).name)}-{key}"
     folder.mkdir(exist_ok=True)
     known = read_answers(folder)
     barrier()  # all processes have read the same
@@ -44,10 +45,10 @@ def teacher_rows(config, rows: list[Row], data_file: Path, teacher, tokenizer) -
     for i, row in enumerate(rows):
         text, ended = answers[i]
         if text:
-            answered.append(Row(row.prompt, [text], ended=ended))
+            answered.append(replace(row, outputs=[text], ended=ended))
     if not answered:
         raise InputError(
-            f"--teacher {config.teacher}: gave an empty answer to every prompt of {data_file}"
+            f"--teacher {config.teacher}: gave an empty answer to every prompt of {config.data}"
         )
     print_first(
         f"the teacher's answers: {folder} ({len(rows)} prompts, "

@@ -21,15 +21,15 @@ class TeacherStates:
     .done, a byte per row that is 1 when its states are on the disk, so that several processes can
     write and an interrupted run continues. The name is a hash of all that the states depend on."""
 
-    def __init__(self, config, data_file: Path, teacher, examples: list[Example], dtype):
-        """dtype: the type in which the teacher runs."""
+    def __init__(self, config, folder: Path, teacher, examples: list[Example], dtype):
+        """folder: where the file is kept. dtype: the type in which the teacher runs."""
         self.size, self.dtype = teacher.config.hidden_size, dtype
-        self.folder = teacher.source
+        self.source = teacher.source
         made_of = [(example.teacher.ids, example.teacher.prompt_length) for example in examples]
-        text = repr((fingerprint_of_model(self.folder), str(dtype), made_of))
+        text = repr((fingerprint_of_model(self.source), str(dtype), made_of))
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         label = file_label(Path(config.teacher).name)
-        self.path = data_file.with_name(f"{data_file.stem}-states-{label}-{key}.bin")
+        self.path = folder / f"train-states-{label}-{key}.bin"
         self.place, end = {}, 0  # row → its positions in the file
         for example in examples:
             start, end = end, end + len(example.teacher.response_ids)
@@ -59,7 +59,7 @@ class TeacherStates:
         return self.path.with_suffix(".done")
 
     def _write(self, todo, done, batch_size, pad, device) -> None:
-        teacher = load(self.folder, dtype=self.dtype, device=device)
+        teacher = load(self.source, dtype=self.dtype, device=device)
         states = np.memmap(self.path, np.uint16, "r+", shape=self.shape)
         with tqdm(
             total=len(todo),

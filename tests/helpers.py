@@ -201,7 +201,7 @@ def texts() -> list[str]:
     result = HOSTILE + ["".join(rng.choices(pool, k=rng.randint(1, 60))) for _ in range(300)]
     if (FIXTURES / "data").is_dir():
         for row in read_rows(FIXTURES / "data/dolly/train.jsonl")[:100]:
-            result += [row.prompt, row.outputs[0]]
+            result += [row.prompt + row.input, row.outputs[0]]
     return result
 
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import tokenize_align as ta
-from data import alpaca_prompt, data_file, git_blob_id, read_rows
+from data import alpaca_prompt, data_files, git_blob_id, read_rows, read_splits
 from hub.download import MODELS, model_folder
 from methods import find_method, method_names
+from prompts import prompt_text
 from runtime.config import InputError
 from tests.helpers import FIXTURES, HOSTILE, close, real_vocabularies, reference_model
 
@@ -26,12 +27,18 @@ ROW = {"prompt": "p", "output": "o"}
     "line, message",
     [
         ("{", "not JSON"),
-        ("[1]", "JSON object"),
-        ("{}", 'no "prompt"'),
+        ("[1]", "must be an object like"),
+        ("{}", "no prompt"),
         ('{"prompt": "", "output": "x"}', '"prompt" must be'),
-        ('{"prompt": "p"}', '"output" must be'),
+        ('{"prompt": "p"}', "no output .found: prompt.; a row is, for example, ."),
+        ('{"prompt": "p", "input": [1], "output": "x"}', '"input" must be'),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "a question and an answer"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "a turn must have a role"),
+        (
+            '{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}',
+            "the last turns must be",
+        ),
         ('{"prompt": "p", "output": 3}', '"output" must be'),
-        ('{"prompt": "p", "output": []}', '"output" is empty'),
         ('{"prompt": "p", "output": [3]}', '"output" must be'),
         ('{"instruction": 5, "output": "x"}', '"instruction" must be'),
     ],
@@ -52,7 +59,8 @@ def test_rows(tmp_path):
     text = "\ufeff" + "\r\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     file.write_text(text, encoding="utf-8")
     rows = read_rows(file)
-    assert [row.prompt for row in rows] == ["p", "a\u2028b", alpaca_prompt("do", "this")]
+    texts = [prompt_text(row, "auto") for row in rows]
+    assert texts == ["p", "a\u2028b", alpaca_prompt("do", "this")]
     assert [row.outputs for row in rows] == [["o"], ["x", "y"], ["z"]]
     file.write_bytes(b'{"prompt": "\xff", "output": "x"}')
     with pytest.raises(InputError, match="not UTF-8"):
@@ -85,10 +93,10 @@ def test_data_is_checked_after_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(data.urllib.request, "urlretrieve", fetch)
     for sent, good in ((5, False), (len(content), True), (0, True)):  # the last is not fetched
         if good:
-            assert read_rows(data_file("dolly", "train"))[0].prompt == "p"
+            assert read_rows(data_files("dolly", "train")[0])[0].prompt == "p"
             continue
         with pytest.raises(InputError, match="cut or was changed"):
-            data_file("dolly", "train")
+            data_files("dolly", "train")
         assert not list((tmp_path / "dolly").iterdir())
     # git's id of "hello\n"
     blob.write_bytes(b"hello\n")
@@ -102,12 +110,10 @@ def test_names_of_data_and_models(tmp_path, monkeypatch):
         ("nothing", "test", "no such file"),
     ):
         with pytest.raises(InputError, match=message):
-            data_file(name, split)
-    assert data_file(str(tmp_path), "test", required=False) is None
+            data_files(name, split)
+    assert data_files(str(tmp_path), "test", required=False) == []
     (tmp_path / "x.jsonl").write_text(json.dumps(ROW))
-    assert data_file(str(tmp_path / "x.jsonl"), "test") == tmp_path / "x.jsonl"
-    with pytest.raises(InputError, match="training wants a folder"):
-        data_file(str(tmp_path / "x.jsonl"), "train")
+    assert data_files(str(tmp_path / "x.jsonl"), "test") == [tmp_path / "x.jsonl"]
 
     asked = []
 
@@ -158,7 +164,7 @@ def test_vocabulary_and_merges_equal_tokenizer_json(tmp_path):
     [
         ({}, "no tokenizer"),
         ({"tokenizer.json": "{"}, "not JSON"),
-        ({"tokenizer.json": '{"model": {"type": "WordPiece"}}'}, "byte-level BPE"),
+        ({"tokenizer.json": '{"model": {"type": "WordPiece"}}'}, "library refuses it"),
         ({"tokenizer.json": "{}"}, "damaged"),
         ({"tokenizer.model": "x"}, "SentencePiece"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "unknown"),

@@ -29,7 +29,7 @@ def test_rows_end_at_eos_and_leave(tmp_path):
     decoder, ids = model.load(tmp_path), torch.randint(3, 97, (6, 5))
     free = generate(decoder, ids, None, 12, temperature=0)
     eos = int(free[0, 3])
-    ended = generate(decoder, ids, None, 12, temperature=0, eos_id=eos)
+    ended = generate(decoder, ids, None, 12, temperature=0, eos_ids=[eos])
     for row, whole in zip(ended.tolist(), free.tolist()):
         cut = whole[: whole.index(eos) + 1] if eos in whole else whole
         assert row[: len(cut)] == cut[: len(row)] and set(row[len(cut) :]) <= {eos}

@@ -73,7 +73,7 @@ def test_eval_rouge(runs, world, capsys):
     for row in rows:
         for answer, p in row.truth.items():
             ((bits, _, _),) = eval_rouge.answer_bits(
-                decoder, tokenizer, [(row.prompt, answer)], 90, 256
+                decoder, tokenizer, [Row(row.prompt, [answer])], 90, 256
             )
             kl += p * (math.log2(p) + bits) / len(rows)
     close(scores["kl_to_truth"], kl, 1e-5)
@@ -95,7 +95,7 @@ def test_bits_have_float32_logits(world):
     prompt, label = tokenizer.encode("Which food?\n"), tokenizer.encode("figs")[0]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ((bits, _, _),) = eval_rouge.answer_bits(
-            decoder, tokenizer, [("Which food?\n", "figs")], len(prompt) + 1, 99
+            decoder, tokenizer, [Row("Which food?\n", ["figs"])], len(prompt) + 1, 99
         )
         hidden = decoder(torch.tensor([prompt]))[0, -1]
     exact = -(hidden.float() @ decoder.head.weight.t()).log_softmax(-1)[label] / math.log(2)
@@ -170,7 +170,7 @@ def test_the_probe_shows_the_attention_of_training(runs, world):
     from tokenize_align import collate
 
     run = probe.open_run(str(runs / "dskd_cma_ga"), "")
-    examples = run.examples(world / "data/dev.jsonl", 4)
+    examples = run.examples(read_rows(world / "data/dev.jsonl")[:4])
     pads = run.tokenizers[0].eos_id, run.tokenizers[1].eos_id
     found = attention.attend(
         "dskd_cma_ga", examples, run.student, run.teacher, run.modules["projectors"], pads
@@ -227,7 +227,7 @@ def test_next_bytes_of_a_model_with_itself_agree(runs, world):
     from probing.next_bytes import predict_next_bytes
 
     run = probe.open_run(str(runs / "byte_kd"), "")
-    examples = run.examples(world / "data/dev.jsonl", 4)
+    examples = run.examples(read_rows(world / "data/dev.jsonl")[:4])
     for example in examples:
         example.teacher = example.student
     tokenizers = (run.tokenizers[0], run.tokenizers[0])

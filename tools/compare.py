@@ -132,6 +132,7 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     trained = saved_settings(cell.folder)
     settings = {"seeds": config.scoring_seeds, "num": config.num, "temperature": 1.0}
     settings["no_repeat_ngram"] = PAPER_NO_REPEAT_NGRAM if config.preset else 0
+    settings["prompt_format"] = "auto"
     settings |= {name: trained[name] for name in ("max_length", "max_prompt_length")}
     if scored.get("settings") != settings or not set(sets) <= scored["sets"].keys():
         arguments = [str(checkpoint), "--data", *sets]

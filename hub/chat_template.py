@@ -1,0 +1,79 @@
+"""A model's own chat template, rendered as transformers renders it."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+from hub.tokenizer_files import read_json, token_text
+from runtime.config import InputError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+ANSWER = "The answer."  # stands for one where the turn's end is looked for
+
+
+class ChatTemplate:
+    """Jinja source that turns messages, [{"role", "content"}], into a text with control tokens."""
+
+    def __init__(self, path: Path, source: str, special_tokens: dict[str, str]):
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = self._refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        self.path, self.special_tokens, self.errors = path, special_tokens, TemplateError
+        try:
+            self.template = environment.from_string(source)
+        except TemplateError as error:
+            raise InputError(f"{path}: the chat template is damaged ({error})") from error
+
+    def _refuse(self, message: str):
+        raise InputError(f"{self.path}: the chat template refuses these messages: {message}")
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The text up to where the assistant begins to answer. Raises InputError for messages that
+        the template refuses (Gemma's knows no system)."""
+        try:
+            return self.template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except self.errors as error:
+            raise InputError(f"{self.path}: the chat template cannot be used ({error})") from error
+
+    def after_answer(self) -> str:
+        """What follows an answer: the control token that ends the turn, and more."""
+        messages = [
+            {"role": "user", "content": "A question?"},
+            {"role": "assistant", "content": ANSWER},
+        ]
+        return self.render(messages, add_generation_prompt=False).rpartition(ANSWER)[2]
+
+
+def read_chat_template(folder: Path, settings: dict) -> ChatTemplate | None:
+    """chat_template.jinja, or else the template in tokenizer_config.json (settings); None without
+    either. Of several the one named "default"."""
+    path, source = folder / "chat_template.jinja", None
+    if path.exists():
+        source = path.read_text(encoding="utf-8")
+    else:
+        path = folder / "chat_template.json"
+        source = (read_json(path) or {}).get("chat_template")
+        if source is None:
+            path, source = folder / "tokenizer_config.json", settings.get("chat_template")
+    if isinstance(source, list):
+        source = {named["name"]: named["template"] for named in source}.get("default")
+    if source is None:
+        return None
+    special_tokens = {}
+    for name in SPECIAL_TOKENS:
+        if token_text(settings, name) is not None:
+            special_tokens[name] = token_text(settings, name)
+    return ChatTemplate(path, source, special_tokens)

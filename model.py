@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from hub.download import CHAT_TEMPLATES, TOKENIZER_FILES, model_folder
-from hub.model_config import ModelConfig, read_config
+from hub.model_config import ARCHITECTURES, ModelConfig, read_config, read_fields
 from hub.weights import weights_for
 
 # On a CPU the gradient of bfloat16 attention takes 2 to 5 times as long as float32's on rows of up
@@ -370,9 +370,15 @@ def load(
 
     init="random" takes the shape alone and draws fresh weights. layers=False leaves the layers on
     the disk; what remains is good for .embed and .head.
+    An architecture that is not written here, good for a teacher, is left to transformers.
     Raises InputError for an unknown name, a folder without config or weights, what is not
     implemented, damaged files, and missing, extra or misshapen tensors."""
     folder = model_folder(name, weights=init == "pretrained")
+    _, architecture = read_fields(folder / "config.json")
+    if architecture not in (None, *ARCHITECTURES) and init == "pretrained":
+        from runtime.transformers_teacher import load_transformers
+
+        return load_transformers(folder, dtype, device)
     decoder = shape_of(folder, layers)
     if init == "random":
         decoder.allocate("cpu")

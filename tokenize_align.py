@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 import torch
@@ -103,13 +104,13 @@ class Splitter:
     def __init__(self, added: dict[str, Added]):
         self.ids, patterns = [], []
         for name, token in sorted(added.items(), key=lambda item: -len(item[0])):
-            pattern = re.escape(name)
+            pattern = regex.escape(name)
             if token.single_word:
                 pattern = rf"(?<!\w){pattern}(?!\w)"
             before, after = r"\s*" * token.lstrip, r"\s*" * token.rstrip
             patterns.append(f"({before}{pattern}{after})")
             self.ids.append(token.id)
-        self.pattern = re.compile("|".join(patterns)) if patterns else None
+        self.pattern = regex.compile("|".join(patterns)) if patterns else None
 
     def __call__(self, text: str) -> list[tuple[str, int | None]]:
         if self.pattern is None:

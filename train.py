@@ -27,7 +27,7 @@ from eval_rouge import has_rouge_words, scores_of
 from hub.download import fingerprint_of_model, model_folder
 from methods import METHOD_OPTIONS, Method, Objective, find_method
 from methods.divergences import DIVERGENCES
-from model import load
+from model import Decoder, load
 from prompts import FORMATS, own_format
 from runtime import distributed
 from runtime.checkpoint import (
@@ -586,6 +586,11 @@ def load_student(config, checkpoint, device, dtype):
     else:
         student = load_decoder(
             config, "student", folder, torch.float32, device, init=config.student_init
+        )
+    if not isinstance(student, Decoder):
+        raise InputError(
+            f"--student {config.student}: its architecture is not written here, so it can only "
+            "teach"
         )
     student.gradient_checkpointing = config.gradient_checkpointing
     return student, load_tokenizer(folder, config.student_prompt_format or config.prompt_format)

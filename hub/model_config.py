@@ -124,20 +124,26 @@ class _Fields:
                 )
 
 
-def read_config(path: Path) -> ModelConfig:
-    """Read config.json. Raises InputError for a missing or damaged file and for an architecture,
-    a field or a value that is not implemented."""
+def read_fields(path: Path) -> tuple[dict, str | None]:
+    """config.json, and the name of the architecture. Raises InputError where it is missing or
+    damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path.parent}: no config.json in this folder") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
-    name = (values.get("architectures") or [None])[0]
+    return values, (values.get("architectures") or [None])[0]
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read config.json. Raises InputError for a missing or damaged file and for an architecture,
+    a field or a value that is not implemented."""
+    values, name = read_fields(path)
     family = ARCHITECTURES.get(name)
     if family is None:
         raise InputError(
-            f"{path}: the architecture {name!r} is not implemented (implemented: "
+            f"{path}: the architecture {name!r} is not implemented (implemented, for students too: "
             f"{', '.join(ARCHITECTURES)})"
         )
     fields = _Fields(path, values)
@@ -245,8 +251,8 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     if family == "mistral":
         if types and set(types) != {"sliding_attention"}:
             raise InputError(
-                f"{get.path}: a Mistral with a sliding_window has it in all layers, but layer_types "
-                f"is {types}; set sliding_window to null, or use the architecture Ministral"
+                f"{get.path}: layer_types is {types}, but a Mistral with a sliding_window has it "
+                "in all layers (the architecture with both kinds is Ministral)"
             )
         return window, [True] * layers
     if types is None:

@@ -24,6 +24,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0  # tokens stored before the current forward pass
         self.layers = []  # keys and values, (B, kv_heads, capacity, head_dim) each
+        self.of_library = None  # a cache of transformers (runtime/transformers_teacher.py)
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         if layer == len(self.layers):
@@ -37,6 +38,8 @@ class KVCache:
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        if self.of_library is not None:
+            self.of_library.batch_select_indices(rows)
 
 
 def generate(decoder, ids, mask, max_new_tokens, **how) -> torch.Tensor:

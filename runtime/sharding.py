@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Decoder, load, shape_of
+from runtime.config import InputError
 from runtime.distributed import all_reduce, is_first, world_size
 
 
@@ -17,6 +18,8 @@ def load_sharded(folder, dtype: torch.dtype, device: str, change=None, **how) ->
     change: a function of the decoder that is called before. how: load's other arguments."""
     if is_first():
         decoder = load(folder, dtype=dtype, device="cpu", **how)
+        if not isinstance(decoder, Decoder):
+            raise InputError(f"--shard: {folder} is run by transformers, which is not sharded here")
     else:
         decoder = shape_of(folder).to(dtype)
     if change:

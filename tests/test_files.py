@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import tokenize_align as ta
-from data import alpaca_prompt, data_files, git_blob_id, read_rows, read_splits
+from data import alpaca_prompt, data_files, git_blob_id, read_rows
 from hub.download import MODELS, model_folder
 from methods import find_method, method_names
 from prompts import prompt_text
@@ -263,6 +263,7 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     state["lm_head.weight"] = state["wte.weight"].clone()
     save_file(state, file)
     change_config(tmp_path, dict(n_special=0, output_past=True, unsloth_fixed=True))
+    change_config(tmp_path, dict(tokenizer_class="GPT2Tokenizer", do_sample=True, top_p=0.9))
     decoder, ids = model.load(tmp_path), torch.randint(0, 97, (2, 9))
     close(decoder.logits(decoder(ids)).detach(), reference(ids).logits.detach())
 
@@ -272,6 +273,22 @@ def test_an_absent_sliding_window_is_transformers_default(tmp_path):
     for value, window in ((5, 5), (None, None), ("absent", 4096)):
         change_config(tmp_path, {"sliding_window": value})
         assert model.load(tmp_path).config.sliding_window == window
+
+
+@torch.no_grad()
+def test_mistral_slides_as_in_transformers(tmp_path):
+    """In all layers, whatever use_sliding_window says; layers of two kinds are another model's."""
+    transformers = pytest.importorskip("transformers")
+    reference_model("mistral", tmp_path)
+    change_config(tmp_path, {"sliding_window": 4, "use_sliding_window": False})
+    ids = torch.randint(0, 97, (2, 20))
+    decoder = model.load(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    close(decoder.logits(decoder(ids)), reference(ids).logits)
+    kinds = ["sliding_attention", "full_attention"]
+    change_config(tmp_path, {"layer_types": (kinds * decoder.config.num_layers)[:2]})
+    with pytest.raises(InputError, match="Ministral"):
+        model.load(tmp_path)
 
 
 def test_random_init_has_the_config_and_its_own_weights(tmp_path):

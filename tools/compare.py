@@ -29,10 +29,14 @@ from tools import statistics
 HERE = Path(__file__).resolve().parents[1]
 # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say.
 PAPER_TEACHER = "out/paper-teacher"
-PAPER_FIRST = f"--method sft --student qwen --lr 2e-5 --epochs 10 --out_dir {PAPER_TEACHER}"
+PAPER_FIRST = (
+    "--method sft --student qwen --prompt_format alpaca --lr 2e-5 --epochs 10 "
+    f"--out_dir {PAPER_TEACHER}"
+)
 PAPER_FLAGS = {
     "teacher": [PAPER_TEACHER],
     "student": ["gpt2"],
+    "prompt_format": ["alpaca"],
     "select": ["sampled"],
     "eval_num": ["0"],
 }

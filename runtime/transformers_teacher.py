@@ -1,0 +1,91 @@
+"""A teacher of an architecture that is not written here (Gemma, Phi, OLMo, Pythia …), run by the
+transformers library. A teacher needs no more than embeddings, last hidden states and a head."""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+
+from runtime.config import InputError
+from runtime.distributed import print_first
+
+# Fields of configurations that change logits: soft caps (Gemma 2), scales (Cohere, Granite …).
+ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class TransformersTeacher(nn.Module):
+    """What model.Decoder offers to the losses, to scoring and to generation; it cannot be saved.
+
+    Raises InputError where the logits are not W h, h being the last hidden states: a bias, a scale
+    or a soft cap would be left out of the distillation."""
+
+    def __init__(self, model, folder: Path):
+        super().__init__()
+        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.model, self.source = model.base_model, folder
+        text = model.config.get_text_config()
+        vocab_size, hidden_size = self.head.weight.shape
+        self.config = SimpleNamespace(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            max_positions=text.max_position_embeddings,
+            num_layers=text.num_hidden_layers,
+        )
+        refused = [name for name in ON_LOGITS if getattr(text, name, None) not in (None, 1)]
+        if getattr(self.head, "bias", None) is not None:
+            refused.append("a bias of the head")
+        if refused:
+            raise InputError(
+                f"{folder}: has {', '.join(refused)}; a teacher's logits must be its head times "
+                "its last hidden states, and nothing else"
+            )
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        ids = torch.arange(8, device=self.embed.weight.device)[None]
+        with torch.no_grad():
+            expected, found = model(ids).logits.float(), self.head.weight @ self(ids)[0].mT
+        if (found.mT.float() - expected[0]).abs().max() > 0.01 * expected.abs().max():
+            raise InputError(
+                f"{folder}: the logits of {type(model).__name__} are not its head times its last "
+                "hidden states, so it cannot teach here"
+            )
+
+    def forward(self, ids: torch.Tensor, mask=None, cache=None) -> torch.Tensor:
+        """As model.Decoder: token ids (B, T) → hidden states (B, T, d)."""
+        how = {}
+        if cache is not None:
+            if cache.of_library is None:
+                from transformers import DynamicCache
+
+                cache.of_library = DynamicCache()
+            how = {"past_key_values": cache.of_library, "use_cache": True}
+        if mask is not None:
+            how["attention_mask"] = mask.long()
+            if self.takes_positions:
+                positions = mask.long().cumsum(1).sub(1).clamp(min=0)
+                how["position_ids"] = positions[:, -ids.size(1) :]
+        return self.model(input_ids=ids, **how).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) → (..., V)"""
+        return self.head(hidden)
+
+
+def load_transformers(folder: Path, dtype: torch.dtype, device: str) -> TransformersTeacher:
+    """Read a folder by transformers' AutoModelForCausalLM. Raises InputError where transformers is
+    not installed or does not know the architecture either."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: this architecture is not written here; as a teacher it needs a library:  "
+            "pip install transformers"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except Exception as error:  # the library's own
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: transformers cannot load it ({reason:.300})") from error
+    print_first(f"note: {folder} ({type(model).__name__}) is run by the transformers library")
+    return TransformersTeacher(model.to(device).eval(), folder).eval()

@@ -31,6 +31,7 @@ class Projectors(nn.Module):
 
     def __init__(self, student_size: int, teacher_size: int, query: bool, dtw_embed: bool = False):
         super().__init__()
+        self.value_over_σ = True  # what t2s reads is h_t/σ_h + …; in dskdv2 it is h_t
         self.t2s = nn.Linear(teacher_size, student_size)
         self.s2t = nn.Linear(student_size, teacher_size)
         self.query = nn.Linear(2 * student_size, 2 * teacher_size) if query else None

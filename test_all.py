@@ -34,6 +34,7 @@ from hub.tokenizer_files import ALPHABET
 from methods import alm, blocks, byte_kd, dwa_kd, find_method, method_names, mined, plain
 from methods.divergences import DIVERGENCES, divergence
 from methods.projector_init import init_from_shared
+from methods.shared_tokens import SharedChunks
 from methods.soft_dtw import dtw_divergences, soft_dtw
 from porter import stem
 from runtime.generation import generate
@@ -43,17 +44,23 @@ from tests.helpers import (
     FIXTURES,
     GOLDEN,
     HOSTILE,
+    TEXTS,
+    WAYS,
+    chunks,
     close,
+    cut_to,
     golden_batch,
     golden_models,
     golden_projectors,
     num_tokens,
     objective,
     options,
+    random_models,
     real_vocabularies,
     reference_model,
     small_modules,
     texts,
+    two_sides,
 )
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -461,23 +468,6 @@ def test_nfc_spans_point_into_the_original(tmp_path):
     assert spans == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8)]
 
 
-def chunks(spans_a, spans_b) -> list[tuple[range, range]]:
-    """(tokens of a, tokens of b) of every chunk, from its definition: cut at common boundaries."""
-    cuts = {end for _, end in spans_a} & {end for _, end in spans_b}
-
-    def number(span):
-        return sum(0 < cut <= span[0] for cut in cuts)
-
-    result = []
-    for chunk in sorted({*map(number, spans_a), *map(number, spans_b)}):
-        tokens = []
-        for spans in (spans_a, spans_b):
-            inside = [i for i, span in enumerate(spans) if number(span) == chunk]
-            tokens.append(range(inside[0], inside[-1] + 1) if inside else range(0))
-        result.append(tuple(tokens))
-    return result
-
-
 def test_chunks():
     # The cuts are 2 and 6, then EOS.
     a, b = [(0, 2), (2, 5), (5, 6), (6, 6)], [(0, 1), (1, 2), (2, 4), (4, 6), (6, 6)]
@@ -499,26 +489,6 @@ def test_chunks_of_real_vocabularies():
         for of_a, of_b in chunks(a, b):
             mask[of_a.start : of_a.stop, of_b.start : of_b.stop] = True
         assert torch.equal(ta.chunk_mask(a, b), mask)
-
-
-WAYS = ((0, 1), (1, 0), (0, 0))
-TEXTS = ["plums", "Mira eats 12 figs.", "héllo 你 🙂", "  two  spaces", "a"]
-
-
-def cut_to(side: ta.Sequence, n: int) -> ta.Sequence:
-    """A side of an example, cut to the first n tokens of its response."""
-    first = side.prompt_length
-    return ta.Sequence(side.ids[: first + n], first, side.spans[:n], side.chunks[:n])
-
-
-def two_sides(world, way, lengths=(999, 999), texts=TEXTS):
-    """(tokenizers, examples) of some texts, each side cut to a number of response tokens."""
-    tokenizers = [ta.load_tokenizer(world / ("student", "teacher")[i]) for i in way]
-    examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 999, 99)
-    for example in examples:
-        example.student = cut_to(example.student, lengths[0])
-        example.teacher = cut_to(example.teacher, lengths[1])
-    return tokenizers, examples
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -889,20 +859,6 @@ def test_a_chunk_without_counterpart_takes_nothing():
                 close(losses[0][name], losses[1][name], 1e-6)
 
 
-def random_models(tokenizers, monkeypatch):
-    """Two models of the tokenizers' vocabularies in float64, with .embed, .head and forward."""
-    torch.manual_seed(0)
-    models = []
-    for tokenizer, size in zip(tokenizers, (5, 6)):
-        embed = torch.nn.Embedding(tokenizer.vocab_size, size).double()
-        head = torch.nn.Linear(size, tokenizer.vocab_size + 3, bias=False).double()
-        decoder = SimpleNamespace(embed=embed, head=head)
-        models.append(
-            type("Tiny", (), vars(decoder) | {"__call__": lambda self, ids: 3 * self.embed(ids)})()
-        )
-    return models
-
-
 def next_byte_masses_by_hand(tokenizer, logits, prefix: bytes):
     """{byte or "end": mass}, and the mass of the prefix, token by token."""
     p, masses, whole = (logits / 1.3).softmax(-1), {}, 0.0
@@ -1037,7 +993,7 @@ def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatc
     student, teacher = random_models(tokenizers, monkeypatch)
     batch = ta.collate(examples, 0, 0)
     chosen = objective(options("alm", temperature=temperature), batch)
-    batch |= alm.ChunksOfBatch(*tokenizers, examples)(examples, "cpu")
+    batch |= SharedChunks(*tokenizers, examples)(examples, "cpu")
     s, t = blocks.student_side(batch, student), blocks.teacher_side(batch, teacher)
     log_p = []
     for side in (s, t):
@@ -1128,14 +1084,14 @@ def run_method(method: str, batch, adversary: str):
     return total.detach(), terms, student.embed.weight.grad
 
 
-INDEPENDENT = [(method, "none") for method in method_names() if method not in ("byte_kd", "alm")]
+# Their places in the text come with the examples; the tests of each say the same of them.
+IN_THE_TEXT = ("alm", "byte_kd", "dskdv2", "gold", "strict", "xtoken")
+INDEPENDENT = [(method, "none") for method in method_names() if method not in IN_THE_TEXT]
 INDEPENDENT += [("dwa_kd", "gan"), ("dskd_cla", "ct")]
 
 
 @pytest.mark.parametrize("method, adversary", INDEPENDENT)
 def test_padding_order_and_blocks_change_nothing(method, adversary, monkeypatch):
-    """Of byte_kd and alm, whose places in the text come with the examples, the tests above say
-    it."""
     batch = golden_batch("ragged")
     tensors = {k: v for k, v in batch.items() if k.endswith(("ids", "labels"))}
     chunks = {
@@ -1171,7 +1127,7 @@ def test_padding_order_and_blocks_change_nothing(method, adversary, monkeypatch)
 
 @pytest.mark.parametrize(
     "method",
-    [name for name in method_names() if name not in ("alm", "byte_kd", "mined", "kd", "dskd")],
+    [name for name in method_names() if name not in (*IN_THE_TEXT, "mined", "kd", "dskd")],
 )
 def test_a_step_in_two_parts_is_the_step(method):
     """The rows of a step in two batches: the same total, where nothing is a mean over a batch."""

@@ -13,40 +13,16 @@ import torch
 
 from methods import Method
 from methods.blocks import (
-    block_size,
     cross_entropy,
     in_blocks,
     student_side,
     teacher_side,
     token_nll,
+    whole_row_blocks,
 )
+from methods.shared_tokens import SharedChunks
 
 SMALLEST = 1e-6  # taken off a and b: of a certain chunk, log(1 − e^b) would be infinite
-
-
-class ChunksOfBatch:
-    """Numbers a batch's chunks through all its rows.
-
-    → student_batch_chunks (N_s,), teacher_batch_chunks (N_t,): the number of each position's chunk,
-    num_chunks where the two sides have not the same text of it (a row was cut there)."""
-
-    def __init__(self, student_tokenizer, teacher_tokenizer, examples):
-        pass
-
-    def __call__(self, examples, device) -> dict:
-        student, teacher, first = [], [], 0
-        num_chunks = sum(example.num_whole_chunks for example in examples)
-        for example in examples:
-            for numbers, side in ((student, example.student), (teacher, example.teacher)):
-                for chunk in side.chunks:
-                    whole = chunk < example.num_whole_chunks
-                    numbers.append(first + chunk if whole else num_chunks)
-            first += example.num_whole_chunks
-        return {
-            "student_batch_chunks": torch.tensor(student, device=device),
-            "teacher_batch_chunks": torch.tensor(teacher, device=device),
-            "num_chunks": num_chunks,
-        }
 
 
 def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -55,20 +31,6 @@ def binary_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) 
     b = student.clamp(max=0) / temperature - SMALLEST
     rest_a, rest_b = -torch.expm1(a), -torch.expm1(b)  # 1 − e^a, 1 − e^b
     return temperature * (a.exp() * (a - b) + rest_a * (rest_a.log() - rest_b.log()))
-
-
-def whole_row_blocks(counts: list[int], device) -> list[slice]:
-    """Blocks that end where a row does, so that none cuts a chunk in two."""
-    size = block_size(device)
-    blocks, start, stop = [], 0, 0
-    for count in counts:
-        stop += count
-        if stop - start >= size:
-            blocks.append(slice(start, stop))
-            start = stop
-    if stop > start:
-        blocks.append(slice(start, stop))
-    return blocks
 
 
 def alm(batch, student, teacher, modules, objective):
@@ -87,14 +49,14 @@ def alm(batch, student, teacher, modules, objective):
         terms["kd_loss"] = binary_kl(log_p_t[here], log_p_s, objective.options.temperature) * shared
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 
-    blocks = whole_row_blocks(s.counts, s.hidden.device)
+    blocks = [block for block, _ in whole_row_blocks(s, t)]
     total, sums = in_blocks(block_loss, [s.hidden], [s.head], blocks)
     return total, objective.per_student_token(sums)
 
 
 METHOD = Method(
     loss=alm,
-    batch_extras=ChunksOfBatch,
+    batch_extras=SharedChunks,
     defaults=dict(temperature=100.0),
     uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
 )

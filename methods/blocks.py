@@ -91,6 +91,18 @@ def blocks_of(num_positions: int, device: torch.device) -> list[slice]:
     ]
 
 
+def whole_row_blocks(student: Side, teacher: Side) -> list[tuple[slice, slice]]:
+    """Blocks of both sides' positions that end where a row does, so that none cuts a chunk."""
+    size = block_size(student.labels.device)
+    blocks, start_s, start_t, stop_s, stop_t = [], 0, 0, 0, 0
+    for count_s, count_t in zip(student.counts, teacher.counts):
+        stop_s, stop_t = stop_s + count_s, stop_t + count_t
+        if stop_s - start_s >= size or stop_s == len(student.labels):
+            blocks.append((slice(start_s, stop_s), slice(start_t, stop_t)))
+            start_s, start_t = stop_s, stop_t
+    return blocks
+
+
 def in_blocks(
     block_loss,
     hidden: list[torch.Tensor],

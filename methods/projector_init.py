@@ -12,28 +12,19 @@ squares, with the smallest solution where there are several and biases of 0:
 
 import torch
 
+from methods.shared_tokens import student_token_of
 from runtime.config import InputError
 
 
 def shared_tokens(student_tokenizer, teacher_tokenizer) -> list[tuple[int, int]]:
-    """(student id, teacher id) of tokens with the same bytes; of several ids the first.
+    """(student id, teacher id) of tokens with the same bytes, and of EOS.
 
-    Raises InputError where there is none."""
-    first_ids = []
-    for tokenizer in (student_tokenizer, teacher_tokenizer):
-        ids = {}
-        for i in range(tokenizer.vocab_size):
-            ids.setdefault(tokenizer.token_bytes(i), i)
-        first_ids.append(ids)
-    student_ids, teacher_ids = first_ids
-    pairs = [
-        (student_ids[token], teacher_ids[token])
-        for token in student_ids
-        if token and token in teacher_ids
-    ]
-    if not pairs:
+    Raises InputError where EOS is all."""
+    found = student_token_of(student_tokenizer, teacher_tokenizer)
+    pairs = sorted((i, j) for j, i in enumerate(found) if i >= 0)
+    if len(pairs) < 2:
         raise InputError("--projector_init shared: the two vocabularies have no token in common")
-    return sorted(pairs)
+    return pairs
 
 
 def least_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -43,15 +34,17 @@ def least_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def init_from_shared(projectors, student, teacher, pairs: list[tuple[int, int]]) -> None:
-    """Set cma.Projectors from pairs of shared_tokens, on the CPU. P_t2s is given
-    h_t / σ_h + E_t(y_t) / σ_y, so it is multiplied by σ_h: the root mean square of the final norm's
+    """Set cma.Projectors from pairs of shared_tokens, on the CPU. Where P_t2s is given
+    h_t / σ_h + E_t(y_t) / σ_y, it is multiplied by σ_h: the root mean square of the final norm's
     weights."""
     student_ids, teacher_ids = torch.tensor(pairs).unbind(1)
     head_s = student.head.weight.float().cpu()[student_ids]
     head_t = teacher.head.weight.float().cpu()[teacher_ids]
     embed_s = student.embed.weight.float().cpu()[student_ids]
     embed_t = teacher.embed.weight.float().cpu()[teacher_ids]
-    σ_h = teacher.norm.weight.float().cpu().square().mean().sqrt()
+    σ_h = 1.0
+    if projectors.value_over_σ:
+        σ_h = teacher.norm.weight.float().cpu().square().mean().sqrt()
     weights = {"t2s": σ_h * least_squares(head_s, head_t), "s2t": least_squares(head_t, head_s)}
     if projectors.query is not None:
         half = least_squares(embed_s, embed_t).t() / embed_t.std()

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 import cma
 import model
-from data import read_rows
+import tokenize_align as ta
+from data import Row, read_rows
 from discriminator import Discriminator, Transport
 from methods import Objective, find_method
 from train import Config
@@ -105,6 +107,59 @@ def small_modules(method: str, student, teacher, adversary: str = "none") -> dic
     if adversary in kinds:
         modules["adversary"] = kinds[adversary](2 * teacher.config.hidden_size, 16).eval()
     return modules
+
+
+# -------------------------------------------------------------------------- two tokenizations
+
+WAYS = ((0, 1), (1, 0), (0, 0))
+TEXTS = ["plums", "Mira eats 12 figs.", "héllo 你 🙂", "  two  spaces", "a"]
+
+
+def cut_to(side: ta.Sequence, n: int) -> ta.Sequence:
+    """A side of an example, cut to the first n tokens of its response."""
+    first = side.prompt_length
+    return ta.Sequence(side.ids[: first + n], first, side.spans[:n], side.chunks[:n])
+
+
+def two_sides(world, way, lengths=(999, 999), texts=TEXTS):
+    """(tokenizers, examples) of some texts, each side cut to a number of response tokens."""
+    tokenizers = [ta.load_tokenizer(world / ("student", "teacher")[i]) for i in way]
+    examples, _, _ = ta.encode_rows([Row("say it", [text]) for text in texts], *tokenizers, 999, 99)
+    for example in examples:
+        example.student = cut_to(example.student, lengths[0])
+        example.teacher = cut_to(example.teacher, lengths[1])
+    return tokenizers, examples
+
+
+def random_models(tokenizers, monkeypatch):
+    """Two models of the tokenizers' vocabularies in float64, with .embed, .head and forward."""
+    torch.manual_seed(0)
+    models = []
+    for tokenizer, size in zip(tokenizers, (5, 6)):
+        embed = torch.nn.Embedding(tokenizer.vocab_size, size).double()
+        head = torch.nn.Linear(size, tokenizer.vocab_size + 3, bias=False).double()
+        decoder = SimpleNamespace(embed=embed, head=head)
+        models.append(
+            type("Tiny", (), vars(decoder) | {"__call__": lambda self, ids: 3 * self.embed(ids)})()
+        )
+    return models
+
+
+def chunks(spans_a, spans_b) -> list[tuple[range, range]]:
+    """(tokens of a, tokens of b) of every chunk, from its definition: cut at common boundaries."""
+    cuts = {end for _, end in spans_a} & {end for _, end in spans_b}
+
+    def number(span):
+        return sum(0 < cut <= span[0] for cut in cuts)
+
+    result = []
+    for chunk in sorted({*map(number, spans_a), *map(number, spans_b)}):
+        tokens = []
+        for spans in (spans_a, spans_b):
+            inside = [i for i, span in enumerate(spans) if number(span) == chunk]
+            tokens.append(range(inside[0], inside[-1] + 1) if inside else range(0))
+        result.append(tuple(tokens))
+    return result
 
 
 # ------------------------------------------------------------------------------------ models

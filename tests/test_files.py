@@ -203,7 +203,7 @@ def change_config(folder, change: dict) -> None:
 @pytest.mark.parametrize(
     "family, change, message",
     [
-        ("gpt2", dict(architectures=["MambaForCausalLM"]), "MambaForCausalLM"),
+        ("gpt2", dict(architectures=["NewLM"], model_type="new"), "transformers cannot load it"),
         ("gpt2", dict(activation_function="relu"), "relu"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse"),
         ("gpt2", dict(rotary_pct=0.25), "rotary_pct"),

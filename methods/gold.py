@@ -7,8 +7,8 @@ P(v) of a chunk, at the position of its first token and given its true other tok
     L = w Σ over shared tokens JSD(P_t, P_s) + (1 − w) Σ over ranks |P_t − P_s| of the others
     KD = Σ over rows  (student tokens of the row) · mean of L over its chunks
 
-with w the shared tokens' share of the teacher's vocabulary; ranks are those of sorted P. EOS is left to the cross-entropy. TRL
-takes the mean over rows, and its default reads p one position later."""
+with w the shared tokens' share of the teacher's vocabulary; ranks are those of sorted P. EOS is
+left to the cross-entropy. TRL takes the mean over rows, and its default reads p one position later."""
 
 import torch
 import torch.nn.functional as F

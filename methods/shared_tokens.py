@@ -1,6 +1,5 @@
-"""What two vocabularies share: tokens of the same bytes, and positions where both sides have read
-the same bytes and the
-same token comes next. dskdv2, strict, gold and xtoken use it."""
+"""What two vocabularies share: tokens of the same bytes, positions where both sides have read the
+same bytes and the same token comes next, and chunks. alm, dskdv2, gold, strict, xtoken use it."""
 
 import torch
 

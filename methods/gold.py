@@ -8,7 +8,7 @@ P(v) of a chunk, at the position of its first token and given its true other tok
     KD = Σ over rows  (student tokens of the row) · mean of L over its chunks
 
 with w the shared tokens' share of the teacher's vocabulary; ranks are those of sorted P. EOS is
-left to the cross-entropy. TRL takes the mean over rows, and its default reads p one position later."""
+left to the cross-entropy. TRL takes the mean over rows; its default reads p a position later."""
 
 import torch
 import torch.nn.functional as F

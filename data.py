@@ -59,7 +59,8 @@ VALID_ROW = '{"prompt": "Name a river.", "output": "The Rhine."}'
 
 @dataclass
 class Row:
-    """A prompt and its answers: the first is trained on, all are references for scoring.
+    """A prompt and its answers: the first is trained on, all are references for scoring. Without
+    one the teacher answers.
 
     prompt: a text, or an instruction that wants a template around it (is_instruction). input: the
     text that it is about. earlier: the turns before it, [{"role", "content"}], system, user and
@@ -84,7 +85,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 # --------------------------------------------------------------------------------- files → rows
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, answered: bool = True) -> list[Row]:
     """Read .jsonl, .json, .csv or .parquet. A row has one of
 
         prompt, question or instruction (with input or context), output, response, completion or
@@ -92,12 +93,12 @@ def read_rows(path: Path) -> list[Row]:
         messages: [{"role", "content"}, …] or conversations: [{"from", "value"}, …], of which the
         last, the assistant's, is the answer
 
-    Rows whose answer is empty are left out, with a note. Raises InputError that names file, line
-    and what was found."""
+    Rows whose answer is empty are left out, with a note. answered: whether all must have one.
+    Raises InputError that names file, line and what was found."""
     path = Path(path)
     rows, empty = [], []
     for number, fields in READERS.get(path.suffix, _read_jsonl)(path):
-        row = _read_row(f"{path}:{number}", fields)
+        row = _read_row(f"{path}:{number}", fields, answered)
         if row is None:
             empty.append(number)
         else:
@@ -161,7 +162,7 @@ READERS = {
 }
 
 
-def _read_row(place: str, fields) -> Row | None:
+def _read_row(place: str, fields, answered: bool) -> Row | None:
     """None where the answer is empty."""
     if not isinstance(fields, dict):
         raise InputError(
@@ -185,12 +186,14 @@ def _read_row(place: str, fields) -> Row | None:
 
     name = next((name for name in PROMPTS if name in fields), None)
     answer = next((name for name in OUTPUTS if name in fields), None)
-    if name is None or answer is None:
+    if name is None or answer is None and answered:
         raise InputError(
             f"{place}: no {'prompt' if name is None else 'output'} (found: {', '.join(fields)}); "
             f"a row is, for example, {VALID_ROW}"
         )
-    row = Row(_text(place, name, fields[name]), _answers(place, answer, fields[answer]))
+    row = Row(_text(place, name, fields[name]), [])
+    if answer is not None:
+        row.outputs = _answers(place, answer, fields[answer])
     row.truth, row.is_instruction = fields.get("truth"), name != "prompt"
     for given in INPUTS:
         if fields.get(given) and not row.input:
@@ -205,7 +208,7 @@ def _read_row(place: str, fields) -> Row | None:
     for asked, answered in fields.get("history", []):
         row.earlier.append({"role": "user", "content": asked})
         row.earlier.append({"role": "assistant", "content": answered})
-    return row if row.outputs else None
+    return row if row.outputs or answer is None else None
 
 
 def _turns(place: str, conversation) -> list[dict]:
@@ -291,7 +294,8 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
 
 def read_split(name: str, split: str) -> list[Row]:
     """The rows of a split. Raises InputError where there is none."""
-    return [row for file in data_files(name, split) for row in read_rows(file)]
+    answered = split != "train"
+    return [row for file in data_files(name, split) for row in read_rows(file, answered)]
 
 
 def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
@@ -304,10 +308,11 @@ def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
         if data_files(name, split, required=False):
             rows[split] = read_split(name, split)
     if "dev" not in rows:
-        count = min(LARGEST_DEV, math.ceil(DEV_SHARE * len(rows["train"])))
-        if count == len(rows["train"]):
-            raise InputError(f"--data {name}: a single row cannot be split into train and dev")
-        chosen = set(random.Random(seed).sample(range(len(rows["train"])), count))
+        answered = [i for i, row in enumerate(rows["train"]) if row.outputs]
+        count = min(LARGEST_DEV, math.ceil(DEV_SHARE * len(answered)))
+        if count == len(answered):
+            raise InputError(f"--data {name}: too few rows to split them into train and dev")
+        chosen = set(random.Random(seed).sample(answered, count))
         rows["dev"] = [row for i, row in enumerate(rows["train"]) if i in chosen]
         rows["train"] = [row for i, row in enumerate(rows["train"]) if i not in chosen]
         print_first(

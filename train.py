@@ -257,6 +257,12 @@ def main(argv: list[str] | None = None) -> None:
     scored = {
         split: rows[split][: config.eval_num or None] for split in ("dev", "test") if split in rows
     }
+    num_unanswered = sum(not row.outputs for row in rows["train"])
+    if num_unanswered and not method.needs_teacher:
+        raise InputError(
+            f"--data {config.data}: {num_unanswered} training rows have no output, and --method "
+            f"{config.method} has no teacher that answers them"
+        )
     if config.select != "bits" and not has_rouge_words(scored["dev"]):
         print_first(
             "note: no dev answer has a word of a-z or 0-9, so bits per byte choose the best"
@@ -275,7 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         student_tokenizer.prompt_format = own_format(rows["train"])
     teacher, teacher_tokenizer = None, student_tokenizer
     if method.needs_teacher:
-        teacher, teacher_tokenizer = load_teacher(config, device, dtype)
+        keep_layers = not config.cache_teacher or num_unanswered > 0
+        teacher, teacher_tokenizer = load_teacher(config, device, dtype, keep_layers)
     check_pair(config, method, student, teacher, student_tokenizer, teacher_tokenizer)
     modules = {}
     if method.make_modules:
@@ -291,12 +298,17 @@ def main(argv: list[str] | None = None) -> None:
         modules["adversary"].requires_grad_(config.ga_lr > 0)
 
     # examples: the training rows in both tokenizations
-    if method.answered_by_teacher:
+    if method.answered_by_teacher or num_unanswered:
         from runtime.teacher_answers import teacher_rows
 
         with autocast(device, dtype):
             rows["train"] = teacher_rows(
-                config, rows["train"], cache_folder(config.data), teacher, teacher_tokenizer
+                config,
+                rows["train"],
+                cache_folder(config.data),
+                teacher,
+                teacher_tokenizer,
+                method.answered_by_teacher,
             )
     trains_with_teacher = method.needs_teacher and not method.answered_by_teacher
     tokenizers = student_tokenizer, student_tokenizer
@@ -596,7 +608,7 @@ def load_student(config, checkpoint, device, dtype):
     return student, load_tokenizer(folder, config.student_prompt_format or config.prompt_format)
 
 
-def load_teacher(config, device, dtype):
+def load_teacher(config, device, dtype, layers: bool):
     """The frozen teacher and its tokenizer."""
     folder = folder_of(config, "teacher")
     if not same_data(config.data, trained_on(folder)):
@@ -605,9 +617,7 @@ def load_teacher(config, device, dtype):
             f"papers do first:  python train.py --method sft --student {config.teacher} "
             f"--data {config.data} --lr 2e-5 --epochs 3 --out_dir out/teacher"
         )
-    teacher = load_decoder(
-        config, "teacher", folder, dtype, device, layers=not config.cache_teacher
-    )
+    teacher = load_decoder(config, "teacher", folder, dtype, device, layers=layers)
     tokenizer = load_tokenizer(folder, config.teacher_prompt_format or config.prompt_format)
     return teacher.requires_grad_(False), tokenizer
 

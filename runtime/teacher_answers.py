@@ -1,5 +1,6 @@
 """SeqKD (Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts, greedily (the
-paper's beam search with one beam). An answer that reached the length limit is kept, without EOS.
+paper's beam search with one beam): all of them, or those that have no answer. One that reached the
+length limit is kept, without EOS.
 
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
 that they depend on. An interrupted run continues where it stopped, and later runs ask no more."""
@@ -17,10 +18,13 @@ from runtime.files import file_label
 from runtime.generation import answer_batches, share_of
 
 
-def teacher_rows(config, rows: list[Row], folder: Path, teacher, tokenizer) -> list[Row]:
-    """The rows with the teacher's answers in place of theirs, without those it leaves
-    empty. Limits are in its tokens; the answers are kept in a folder in `folder`.
-    Raises InputError where all answers are empty."""
+def teacher_rows(
+    config, all_rows: list[Row], folder: Path, teacher, tokenizer, every: bool
+) -> list[Row]:
+    """The rows with the teacher's answers, in place of theirs (every) or where they have none,
+    without those it leaves empty. Limits are in its tokens; the answers are kept in a folder in
+    `folder`. Raises InputError where all answers are empty."""
+    rows = [row for row in all_rows if every or not row.outputs]
     limits = config.max_length, config.max_prompt_length
     made_of = fingerprint_of_model(teacher.source), fingerprint_of_rows(rows), *limits
     made_of += (tokenizer.prompt_format,)
@@ -54,7 +58,7 @@ def teacher_rows(config, rows: list[Row], folder: Path, teacher, tokenizer) -> l
         f"the teacher's answers: {folder} ({len(rows)} prompts, "
         f"{len(rows) - len(answered)} empty answers left out)"
     )
-    return answered
+    return answered + [row for row in all_rows if row.outputs and not every]
 
 
 def read_answers(folder: Path) -> dict[int, tuple[str, bool]]:

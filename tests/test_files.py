@@ -48,7 +48,7 @@ def test_rows_that_are_wrong(line, message, tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text(json.dumps(ROW) + "\n" + line + "\n")
     with pytest.raises(InputError, match=message) as error:
-        read_rows(file)
+        read_rows(file, answered=True)
     assert str(error.value).startswith(f"{file}:2: ")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 import signal
 
 import pytest
@@ -150,6 +151,32 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
     given = train.read_splits(str(data), 1)
     monkeypatch.setattr(train, "read_splits", lambda *_: given | {"train": answered})
     train.main(flags(world, tmp_path / "b", "--data", data, "--max_steps", 2, method="sft"))
+    losses = [[r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in "ab"]
+    close(losses[0], losses[1], 1e-6)
+
+
+def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch):
+    """And those alone; sft, which has no teacher, says so."""
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*"))
+    lines = [json.loads(x) for x in (data / "train.jsonl").read_text().splitlines()]
+    for line in lines[10:]:
+        del line["output"]
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    more = ["--data", data, "--max_steps", 3]
+    with pytest.raises(InputError, match="38 training rows have no output"):
+        train.main(flags(world, tmp_path / "sft", *more, method="sft"))
+    train.main(flags(world, tmp_path / "a", *more, "--cache_teacher", method="uld"))
+    given = train.read_splits(str(data), 1)
+    file = next(data.glob("train-by-teacher-*")) / "answers-0.jsonl"
+    answers = {
+        i: text for i, text, _ in map(json.loads, filter(None, file.read_text().split("\n")))
+    }
+    asked = [row for row in given["train"] if not row.outputs]
+    rows = [replace(row, outputs=[answers[i]], ended=False) for i, row in enumerate(asked)]
+    rows = [row for row in rows if row.outputs[0]] + given["train"][:10]
+    monkeypatch.setattr(train, "read_splits", lambda *_: given | {"train": rows})
+    train.main(flags(world, tmp_path / "b", *more, "--cache_teacher", method="uld"))
     losses = [[r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in "ab"]
     close(losses[0], losses[1], 1e-6)
 

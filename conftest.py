@@ -33,15 +33,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="session")
 def data_folder(tmp_path_factory):
     """What the scripts keep under data/ stays out of the project's own."""
-    import data
-    import toy
     import runtime.files
 
-    folder = tmp_path_factory.mktemp("data")
     patch = pytest.MonkeyPatch()
-    for module in (data, toy, runtime.files):
-        patch.setattr(module, "DATA_DIR", folder)
-    yield folder
+    patch.setattr(runtime.files, "PROJECT", tmp_path_factory.mktemp("project"))
+    (runtime.files.PROJECT / "data").mkdir()
+    yield runtime.files.PROJECT / "data"
     patch.undo()
 
 

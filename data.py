@@ -7,15 +7,16 @@ import csv
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.config import InputError
+from runtime.config import InputError, did_you_mean
 from runtime.distributed import print_first
-from runtime.files import DATA_DIR, atomic_path
+from runtime.files import atomic_path, data_dir, file_label
 
 # The data of the DSKD papers: (set, split) → path in the release's repository, git blob id.
 RELEASE = "https://raw.githubusercontent.com/stellaevat/DSKD-KQ/375154c/"
@@ -258,8 +259,8 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
     if name in PAPER_SETS:
         raise InputError(f"--data {name}: this set has no {split} split, it is for scoring only")
     path = Path(name)
-    if name.startswith("toy") and (DATA_DIR / "toy" / name).is_dir():
-        path = DATA_DIR / "toy" / name
+    if name.startswith("toy") and (data_dir() / "toy" / name).is_dir():
+        path = data_dir() / "toy" / name
     if path.is_file():
         if path.suffix not in READERS:
             raise InputError(f"--data {name}: is none of {', '.join(READERS)}")
@@ -269,7 +270,7 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
     if not path.is_dir():
         raise InputError(
             f"--data {name}: no such file or folder, and not one of toy, "
-            f"{', '.join(PAPER_SETS)}"
+            f"{', '.join(PAPER_SETS)}{did_you_mean(name, ('toy', *PAPER_SETS))}"
         )
     for split_name in SPLIT_NAMES[split]:
         files = sorted(
@@ -322,8 +323,13 @@ def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what is computed from a data set is kept: beside the data."""
-    return data_files(name, "train")[0].parent
+    """Where what is computed from a data set is kept: beside the data, where one may write there
+    and no --cache_dir is given."""
+    folder = data_files(name, "train")[0].parent
+    if "NANODSKD_CACHE" in os.environ or not os.access(folder, os.W_OK):
+        folder = data_dir() / "computed" / file_label(str(folder.resolve()))
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def fingerprint_of_rows(rows: list[Row]) -> str:
@@ -346,7 +352,7 @@ def _download_from_hub(name: str) -> Path:
 
 def _download(name: str, split: str) -> Path:
     remote, blob_id = DATASETS[name, split]
-    path = DATA_DIR / name / f"{split}.jsonl"
+    path = data_dir() / name / f"{split}.jsonl"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import Row, read_split, same_data, trained_on
 from hub.download import model_folder
@@ -32,6 +31,7 @@ from runtime.config import InputError, flag, parse, run_script
 from runtime.distributed import autocast, pick_device
 from runtime.files import atomic_write, file_label
 from runtime.generation import answer_rows, share_of
+from runtime.progress import Progress
 from tokenize_align import collate, encode_prompt, encode_rows, load_tokenizer
 
 # ------------------------------------------------------------------------------------------ ROUGE-L
@@ -111,7 +111,8 @@ def answer_bits(
     decoder.eval()
     head = decoder.head.weight.float()
     bits = {i: (0.0, 0, False) for i in mine}
-    for start in tqdm(range(0, len(examples), batch_size), desc=desc, leave=False, delay=2):
+    progress = Progress(len(examples), desc, "row")
+    for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         batch = collate(part, tokenizer.eos_id, tokenizer.eos_id)
         labels = batch["student_labels"].to(device)
@@ -124,6 +125,8 @@ def answer_bits(
             num_bytes = example.student.spans[-1][1]
             whole = example.student.ids[-1] == tokenizer.eos_id
             bits[mine[example.row]] = float(of_example.sum()) / math.log(2), num_bytes, whole
+        progress.update(len(part))
+    progress.close()
     decoder.train(training)
     everything = {}
     for of_process in distributed.gather(bits):

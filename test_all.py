@@ -44,7 +44,6 @@ from tests.helpers import (
     FIXTURES,
     GOLDEN,
     HOSTILE,
-    TEXTS,
     WAYS,
     chunks,
     close,

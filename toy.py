@@ -38,7 +38,7 @@ from pathlib import Path
 
 from hub.tokenizer_files import ALPHABET, GPT2_SPLIT
 from runtime.config import InputError, run_script
-from runtime.files import DATA_DIR, fingerprint
+from runtime.files import data_dir, fingerprint, one_at_a_time
 
 WORLD_ROWS, CHILDHOOD_ROWS = 20_000, 6000  # what the teacher and the student were raised on
 TRAIN_ROWS, DEV_ROWS, TEST_ROWS, OOD_ROWS = 800, 100, 300, 200
@@ -461,7 +461,7 @@ def write_teacher(folder: Path, texts: list[str]) -> None:
 
 
 def home() -> Path:
-    return DATA_DIR / "toy"
+    return data_dir() / "toy"
 
 
 def model_folder(side: str) -> Path:
@@ -472,6 +472,11 @@ def model_folder(side: str) -> Path:
 def write_data() -> None:
     """Write the sets and the tokenizers, unless they are there. Raises InputError where another
     version of this file made them."""
+    with one_at_a_time(data_dir() / "toy.lock"):
+        _write_data()
+
+
+def _write_data() -> None:
     made_by = fingerprint(Path(__file__))
     if home().exists():
         if (home() / "made_by.txt").read_text() != made_by:
@@ -500,8 +505,9 @@ def prepare_for(config) -> None:
     if config.student == "toy" and config.method != "sft":
         sides.append("sft")
     for side in sides:
-        if not model_folder(side).exists():
-            raise_model(side, config.device)
+        with one_at_a_time(data_dir() / f"toy-{side}.lock"):
+            if not model_folder(side).exists():
+                raise_model(side, config.device)
 
 
 def raise_model(side: str, device: str) -> None:
@@ -515,13 +521,14 @@ def raise_model(side: str, device: str) -> None:
     else:
         command += ["--method", "sft", "--student", start]
         command += f"{RAISED[side]} {LIMITS}".split()
-    # One process, also under torchrun. What it prints says nothing here; the progress bar stays.
+    # One process, also under torchrun. What it prints says nothing here; how far it is does.
     alone = {
         name: value
         for name, value in os.environ.items()
         if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    result = subprocess.run([*command, "--device", device], stdout=subprocess.DEVNULL, env=alone)
+    quiet = subprocess.DEVNULL if sys.stderr.isatty() else None
+    result = subprocess.run([*command, "--device", device], stdout=quiet, env=alone)
     if result.returncode:
         raise InputError(
             f"preparing the toy {side} ended with exit code {result.returncode}; try "

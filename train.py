@@ -11,15 +11,16 @@
 
 Defaults are the papers' settings; a method, and the toy, may have others (methods/, toy.py)."""
 
+import collections
 import json
 import math
+import os
 import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trained_on
 from discriminator import ADVERSARIES
@@ -46,10 +47,12 @@ from runtime.checkpoint import (
     save_checkpoint,
     saved_settings,
     start_run,
+    write_settings,
 )
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.distributed import autocast, keep_memory, pick_device, print_first
 from runtime.files import atomic_write
+from runtime.progress import Progress
 from tokenize_align import (
     Example,
     collate,
@@ -120,7 +123,14 @@ class Config:
     seed: int = flag(1, "Of first weights, the rows' order and dropout.", minimum=0)
 
     out_dir: str = flag("", "A new folder. Without it: one under out/.", "evaluation and saving")
-    resume: bool = flag(False, "Continue the run in --out_dir, with its settings.")
+    resume: bool = flag(
+        False,
+        "Continue the run in --out_dir, with its settings; a larger --epochs or --max_steps makes a "
+        "finished run longer.",
+    )
+    cache_dir: str = flag(
+        "", "Where the toy, downloads and --cache_teacher's states are kept. Without it: data/."
+    )
     eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.", minimum=0)
     eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.", minimum=0)
     select: str = flag(
@@ -151,11 +161,16 @@ def read_settings(argv: list[str] | None = None) -> Config:
     """The command line, over the method's defaults, the toy's for the toy; or a run's settings on
     --resume. Raises InputError for what does not go together."""
     given = given_flags(Config, __doc__, argv)
+    for name in ("teacher", "student", "data"):  # the run's folder may be read from elsewhere
+        if name in given and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
     if given.get("resume"):
         config = resumed_settings(given)
     else:
         config = new_settings(given)
     method = find_method(config.method)
+    if "epochs" in given and config.max_steps:
+        raise InputError(f"--epochs: has no use beside --max_steps {config.max_steps}")
     if config.teacher and not method.needs_teacher:
         raise InputError(f"--method {config.method} has no teacher: the --student learns alone")
     if method.needs_teacher and not config.teacher:
@@ -223,6 +238,8 @@ def resumed_settings(given: dict) -> Config:
 def main(argv: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------- set up
     config = read_settings(argv)
+    if config.cache_dir:
+        os.environ["NANODSKD_CACHE"] = str(Path(config.cache_dir).resolve())
     method = find_method(config.method)
     device, dtype = pick_device(config.device, config.dtype)
     config.dtype = str(dtype).removeprefix("torch.")
@@ -238,7 +255,10 @@ def main(argv: list[str] | None = None) -> None:
     if device == "cpu":
         keep_memory()
     if not config.out_dir:
-        config.out_dir = str(new_run_folder(config.teacher, config.student, config.method))
+        new = None
+        if distributed.is_first():
+            new = str(new_run_folder(config.teacher, config.student, config.method))
+        config.out_dir = distributed.gather(new)[0]
     out_dir = Path(config.out_dir)
     if distributed.is_first():
         if config.resume:
@@ -379,11 +399,14 @@ def main(argv: list[str] | None = None) -> None:
         distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
     if config.resume and distributed.is_first():
         rewind_metrics(out_dir, state["step"])
+        write_settings(config, out_dir)  # --epochs may be another
     first_step = state["step"]
     rows_per_step = config.batch_size * config.grad_accum
     steps_per_epoch = math.ceil(len(examples) / rows_per_step)
     tokens_per_step = sum(len(e.student.response_ids) for e in examples) / steps_per_epoch
     total_steps = config.max_steps or config.epochs * steps_per_epoch
+    if total_steps < first_step:
+        raise InputError(f"--resume: the run has taken {first_step} steps, more than {total_steps}")
     eval_interval = config.eval_interval or steps_per_epoch
     save_interval = config.save_interval or eval_interval
     adversary = modules.get("adversary")
@@ -401,7 +424,8 @@ def main(argv: list[str] | None = None) -> None:
     stop = Stop(
         f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} --resume"
     )
-    bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+    progress = Progress(total_steps, "training", "step", first_step, parts=20)
+    recent = collections.deque(maxlen=50)  # losses: a single one says little
     bad_steps = 0
     for step in range(first_step, total_steps + 1):
         # save and score where that is due; what is saved is scored again after an interruption
@@ -510,12 +534,12 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": seconds,
         }
         append_metrics(out_dir, record)
-        bar.set_postfix(
-            loss=f"{record.get('loss', math.nan):.3f}",
-            tok_s=f"{record['tokens_per_second']:.0f}",
-            refresh=False,
+        recent.append(record.get("loss", math.nan))
+        progress.update(
+            1,
+            f"loss {sum(recent) / len(recent):.3f} (mean of {len(recent)} steps), "
+            f"{record['tokens_per_second']:,.0f} tokens/s",
         )
-        bar.update()
         if bad_steps == MAX_BAD_STEPS:
             raise InputError(
                 f"{MAX_BAD_STEPS} steps in a row, up to step {step + 1}, had a loss "
@@ -523,7 +547,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"--warmup_steps or --dtype float32 in a new run. {out_dir / 'last'} "
                 "holds the last good checkpoint, where there was one"
             )
-    bar.close()
+    progress.close()
     distributed.barrier()  # best/ is there
 
     # ------------------------------------------------------------------------- score and conclude

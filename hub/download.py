@@ -7,7 +7,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from runtime.config import InputError
+from runtime.config import InputError, did_you_mean
 from runtime.files import fingerprint
 
 MODELS = {
@@ -61,7 +61,7 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise InputError(
             f"{name}: not a folder, not a hub id (owner/name) and not one of "
-            f"{', '.join(MODELS)}"
+            f"{', '.join(MODELS)}{did_you_mean(str(name), MODELS)}"
         )
     return _download(repository, weights)
 

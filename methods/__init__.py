@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.config import InputError
+from runtime.config import InputError, did_you_mean
 
 # Options that only some methods use. A method's record names those that it does.
 METHOD_OPTIONS = (
@@ -104,6 +104,7 @@ def find_method(name: str) -> Method:
     if path.suffix != ".py" or not path.is_file():
         raise InputError(
             f"--method {name}: must be the path of a file or one of {', '.join(method_names())}"
+            f"{did_you_mean(name, method_names())}"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -51,7 +51,8 @@ def map_vocabulary(student: list[str], teacher: list[str]) -> np.ndarray:
             others.setdefault(len(bare), {}).setdefault(bare, []).append(i)
     nearest[[i for i, string in enumerate(teacher) if not string]] = -1
 
-    bar = tqdm(total=sum(map(len, others.values())), desc="mapping the vocabulary", unit="token")
+    total = sum(map(len, others.values()))
+    bar = tqdm(total=total, desc="mapping the vocabulary", unit="token", disable=None)
     for length, ids_of in others.items():
         candidates = sorted(filter(None, stripped), key=lambda s: (abs(len(s) - length), len(s)))
         strings = list(ids_of)

@@ -12,6 +12,7 @@ the one before it stays. Nothing is pickled."""
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from runtime.distributed import all_reduce, gather, is_first, print_first, rank,
 from runtime.files import atomic_write, flush
 
 # What may differ between a run and its continuation.
-FREE = ("resume", "out_dir", "device", "dtype", "shard")
+FREE = ("resume", "out_dir", "cache_dir", "device", "dtype", "shard", "epochs", "max_steps")
 LOCKS: list[int] = []  # of the folder that this process writes into
 
 
@@ -35,14 +36,19 @@ LOCKS: list[int] = []  # of the folder that this process writes into
 
 
 def new_run_folder(teacher: str, student: str, method: str) -> Path:
-    """The first of out/TEACHER-STUDENT-METHOD, …-2, …-3 that is not there."""
+    """The first of out/TEACHER-STUDENT-METHOD, …-2, …-3 that is empty and that no other process has
+    taken; this one takes it."""
     names = [Path(name).name for name in (teacher, student) if name and name != "toy"]
     name = "-".join([*(names or ["toy"]), Path(method).stem])
-    folder, number = Path("out") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("out") / f"{name}-{number}"
-    return folder
+    for number in itertools.count(1):
+        folder = Path("out") / (name if number == 1 else f"{name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock_run(folder)
+            refuse_used(folder)
+            return folder
+        except InputError:
+            continue
 
 
 def refuse_used(out_dir: Path) -> None:
@@ -59,8 +65,13 @@ def start_run(config, out_dir: Path) -> None:
     refuse_used(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_run(out_dir)
+    write_settings(config, out_dir)
+
+
+def write_settings(config, out_dir: Path) -> None:
+    settings = dataclasses.asdict(config) | {"resume": False}
     with atomic_write(out_dir / "config.json") as file:
-        json.dump(dataclasses.asdict(config), file, indent=2)
+        json.dump(settings, file, indent=2)
 
 
 def saved_settings(out_dir: Path) -> dict:

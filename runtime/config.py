@@ -9,6 +9,7 @@ config = parse(Config, "What the script does.")        # --lr 1e-3
 
 import argparse
 import dataclasses
+import difflib
 import os
 import sys
 import traceback
@@ -27,6 +28,12 @@ def flag(default, help: str, group: str = "", choices=None, minimum=None, maximu
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def did_you_mean(name: str, names) -> str:
+    """ "; did you mean …?" where one of the names is like it, else nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,10 +87,13 @@ def given_flags(
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         group.add_argument(f"--{name}", **options)
-    if others is None:
-        return vars(parser.parse_args(argv))
     given, unknown = parser.parse_known_args(argv)
-    others += unknown
+    if others is not None:
+        others += unknown
+    elif unknown:
+        known = [f"--{field.name}" for field in dataclasses.fields(cls)]
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
+        raise InputError(f"unknown: {' '.join(unknown)}{hint} (--help lists the flags)")
     return vars(given)
 
 
@@ -97,7 +107,8 @@ def checked(cls, values: dict):
         minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
         for item in value if isinstance(value, list) else [value]:
             if choices and item not in choices:
-                raise InputError(f"{name}: must be one of {', '.join(map(str, choices))}")
+                hint = did_you_mean(str(item), map(str, choices))
+                raise InputError(f"{name}: must be one of {', '.join(map(str, choices))}{hint}")
             if minimum is not None and item < minimum:
                 raise InputError(f"{name}: must be at least {minimum}")
             if maximum is not None and item > maximum:

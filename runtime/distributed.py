@@ -10,7 +10,6 @@ here does nothing."""
 import contextlib
 import ctypes
 import datetime
-import functools
 import os
 import sys
 
@@ -72,8 +71,6 @@ def init(device: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     # One process may answer prompts for hours while the others wait. Of a dead one torchrun tells.
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
-    if rank() > 0:
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 def rank() -> int:

@@ -1,13 +1,19 @@
 """Files that appear under their names only when they are whole, and fingerprints of files."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
 from pathlib import Path
 
-# Downloads, the toy and what is computed once are kept here.
-DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def data_dir() -> Path:
+    """Where downloads, the toy and what is computed once are kept: --cache_dir, which is the
+    environment's NANODSKD_CACHE, else this project's data/."""
+    return Path(os.environ.get("NANODSKD_CACHE", PROJECT / "data"))
 
 
 @contextlib.contextmanager
@@ -28,6 +34,15 @@ def atomic_path(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path):
+    """A block that one process of this machine is in at a time; others wait. path: a file for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def flush(path: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import Row
 from runtime.distributed import gather, rank, world_size
+from runtime.progress import Progress
 from tokenize_align import Tokenizer, encode_prompt, left_pad
 
 MAX_NEW_TOKENS = 256  # of every answer, as in the papers
@@ -173,19 +173,20 @@ def answer_batches(
     prompts = [encode_prompt(row, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
     max_new_tokens = min(MAX_NEW_TOKENS, max_length)
     order = sorted(numbers, key=lambda i: -len(prompts[i]))
-    with tqdm(total=len(order), desc=desc, unit="row", leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            answers = answer(
-                decoder,
-                tokenizer,
-                [prompts[i] for i in part],
-                max_new_tokens,
-                generator=generator,
-                **how,
-            )
-            yield [(i, text.strip(), ended) for i, (text, ended) in zip(part, answers)]
-            bar.update(len(part))
+    progress = Progress(len(order), desc, "row")
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        answers = answer(
+            decoder,
+            tokenizer,
+            [prompts[i] for i in part],
+            max_new_tokens,
+            generator=generator,
+            **how,
+        )
+        yield [(i, text.strip(), ended) for i, (text, ended) in zip(part, answers)]
+        progress.update(len(part))
+    progress.close()
 
 
 def share_of(decoder, count: int) -> list[int]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hub.download import fingerprint_of_model
 from model import load
 from runtime.distributed import barrier, is_first, rank, world_size
 from runtime.files import file_label
+from runtime.progress import Progress
 from tokenize_align import Example, collate
 
 
@@ -61,26 +61,22 @@ class TeacherStates:
     def _write(self, todo, done, batch_size, pad, device) -> None:
         teacher = load(self.source, dtype=self.dtype, device=device)
         states = np.memmap(self.path, np.uint16, "r+", shape=self.shape)
-        with tqdm(
-            total=len(todo),
-            desc="the teacher's hidden states, once",
-            unit="row",
-            dynamic_ncols=True,
-        ) as bar:
-            for start in range(0, len(todo), batch_size):
-                numbers = todo[start : start + batch_size]
-                examples = [self.examples[i] for i in numbers]
-                ids = collate(examples, pad, pad)["teacher_ids"].to(device)
-                with torch.no_grad():
-                    hidden = teacher(ids).bfloat16().cpu()
-                for example, row in zip(examples, hidden):
-                    first, last = example.teacher.prompt_length - 1, len(example.teacher.ids) - 1
-                    place = slice(*self.place[example.row])
-                    states[place] = row[first:last].view(torch.uint16).numpy()
-                states.flush()
-                done[numbers] = 1
-                done.flush()
-                bar.update(len(examples))
+        progress = Progress(len(todo), "the teacher's hidden states, once", "row")
+        for start in range(0, len(todo), batch_size):
+            numbers = todo[start : start + batch_size]
+            examples = [self.examples[i] for i in numbers]
+            ids = collate(examples, pad, pad)["teacher_ids"].to(device)
+            with torch.no_grad():
+                hidden = teacher(ids).bfloat16().cpu()
+            for example, row in zip(examples, hidden):
+                first, last = example.teacher.prompt_length - 1, len(example.teacher.ids) - 1
+                place = slice(*self.place[example.row])
+                states[place] = row[first:last].view(torch.uint16).numpy()
+            states.flush()
+            done[numbers] = 1
+            done.flush()
+            progress.update(len(examples))
+        progress.close()
 
     def of(self, examples: list[Example]) -> torch.Tensor:
         """The packed states of a batch, (N_t, d_t), in the teacher's type."""

@@ -267,12 +267,13 @@ QUICK = ["--max_steps", "4", "--save_interval", "1", "--eval_interval", "2", "--
 
 def flags(world: Path, out: Path, *more, method: str = "dskd_cma_ga") -> list[str]:
     """A short run on the small toy."""
+    length = [] if "--max_steps" in more or "--epochs" in more else ["--epochs", 2]
     words = [
         *([] if method == "sft" else ["--teacher", world / "teacher"]),
         *("--student", world / "student", "--data", world / "data", "--method", method),
         *("--out_dir", out, "--max_length", 128, "--max_prompt_length", 100),
         *("--batch_size", 8, "--grad_accum", 1),
-        *("--epochs", 2, "--lr", "1e-3", "--eval_num", 4, *more),
+        *(*length, "--lr", "1e-3", "--eval_num", 4, *more),
     ]
     return [str(word) for word in words]
 

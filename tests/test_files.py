@@ -84,7 +84,7 @@ def test_data_is_checked_after_the_download(tmp_path, monkeypatch):
     content = json.dumps(ROW).encode() + b"\n"
     blob = tmp_path / "blob"
     blob.write_bytes(content)
-    monkeypatch.setattr(data, "DATA_DIR", tmp_path)
+    monkeypatch.setenv("NANODSKD_CACHE", str(tmp_path))
     monkeypatch.setitem(data.DATASETS, ("dolly", "train"), ("x.jsonl", git_blob_id(blob)))
 
     def fetch(url, path):

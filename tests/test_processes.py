@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import train
 from tests.helpers import close, finish, flags, metrics, start, without_times
 
-TWO = ["--batch_size", 4, "--grad_accum", 2, "--epochs", 1, "--max_steps", 7, "--eval_interval", 4]
+TWO = ["--batch_size", 4, "--grad_accum", 2, "--max_steps", 7, "--eval_interval", 4]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def atomic_path(path: Path):
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path):
-    """A block that one process of this machine is in at a time; others wait. path: a file for it."""
+    """A block that one process of this machine is in at a time. path: a file for its lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

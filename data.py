@@ -99,7 +99,7 @@ def read_rows(path: Path, answered: bool = True) -> list[Row]:
     path = Path(path)
     rows, empty = [], []
     for number, fields in READERS.get(path.suffix, _read_jsonl)(path):
-        row = _read_row(f"{path}:{number}", fields, answered)
+        row = read_row(f"{path}:{number}", fields, answered)
         if row is None:
             empty.append(number)
         else:
@@ -163,8 +163,8 @@ READERS = {
 }
 
 
-def _read_row(place: str, fields, answered: bool) -> Row | None:
-    """None where the answer is empty."""
+def read_row(place: str, fields, answered: bool = True) -> Row | None:
+    """A row from its fields; None where the answer is empty. place: what errors name."""
     if not isinstance(fields, dict):
         raise InputError(
             f"{place}: must be an object like {VALID_ROW}, found {type(fields).__name__}"

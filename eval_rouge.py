@@ -18,6 +18,7 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import runtime.config  # first, so that Ctrl-C while starting is one line
 import torch
 
 from data import Row, read_split, same_data, trained_on
@@ -168,14 +169,16 @@ def scores_of(
     max_prompt_length: int,
     desc: str,
     seeds: tuple[int, ...] = (),
+    answers: bool = True,
 ) -> dict[str, float]:
-    """What train.py scores: bits per byte of the first references, ROUGE-L × 100 of greedy answers,
-    or the mean over answers sampled with these seeds at temperature 1."""
+    """What train.py scores: bits per byte of the first references and, with answers, ROUGE-L × 100
+    of greedy ones, or the mean over answers sampled with these seeds at temperature 1."""
     limits = max_length, max_prompt_length
     bits = answer_bits(decoder, tokenizer, rows, *limits)
+    scores = {"bits_per_byte": bits_per_byte(bits)}
     rouge = []
-    for seed in seeds or (0,):
-        answers = answer_rows(
+    for seed in (seeds or (0,)) if answers else ():
+        given = answer_rows(
             decoder,
             tokenizer,
             rows,
@@ -184,8 +187,10 @@ def scores_of(
             desc=desc,
             temperature=1.0 if seeds else 0.0,
         )
-        rouge += rouge_l(answers, [row.outputs for row in rows])
-    return {"bits_per_byte": bits_per_byte(bits), "rouge_l": 100 * statistics.mean(rouge)}
+        rouge += rouge_l(given, [row.outputs for row in rows])
+    if rouge:
+        scores["rouge_l"] = 100 * statistics.mean(rouge)
+    return scores
 
 
 def has_rouge_words(rows: list[Row]) -> bool:

@@ -136,6 +136,11 @@ class Decoder(nn.Module):
         real, itself = mask.bool()[:, None, None, :], distance == 0
         return full & real | itself, sliding & real | itself
 
+    @property
+    def hidden_scale(self) -> float:
+        """The root mean square of hidden states, about: that of the final norm's weights."""
+        return float(self.norm.weight.detach().float().square().mean().sqrt())
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) → (..., V)"""
         return self.head(hidden)
@@ -376,7 +381,7 @@ def load(
     folder = model_folder(name, weights=init == "pretrained")
     _, architecture = read_fields(folder / "config.json")
     if architecture not in (None, *ARCHITECTURES) and init == "pretrained":
-        from runtime.transformers_teacher import load_transformers
+        from runtime.transformers_model import load_transformers
 
         return load_transformers(folder, dtype, device)
     decoder = shape_of(folder, layers)

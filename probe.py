@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import runtime.config  # first, so that Ctrl-C while starting is one line
 import torch
 
 from data import Row, read_split

@@ -1,6 +1,6 @@
 """Ask a model something: the answer is printed while it is generated.
 
-    python sample.py out/toy-byte_kd "Which food does Mira like?"
+    python sample.py out/toy-byte_kd "Which food does Mira like?"       # and what is true
     python sample.py smollm2 "Name three rivers." --temperature 0
     python sample.py out/toy-byte_kd                # asks for instructions until an empty line
 
@@ -9,6 +9,7 @@ template, else into Alpaca's; with --raw it is the prompt as it stands."""
 
 from dataclasses import dataclass
 
+import runtime.config  # first, so that Ctrl-C while starting is one line
 import torch
 
 from data import TOY_SETS, Row, trained_on
@@ -39,13 +40,16 @@ class Config:
     )
 
 
-def print_answer(decoder, tokenizer, config: Config, instruction: str, generator) -> None:
-    """Print the answer, token by token; a character split over tokens waits until it is whole."""
-    row = Row(instruction, [], input=config.input, is_instruction=True)
-    if trained_on(decoder.source) in TOY_SETS:
+def row_of(config: Config, instruction: str, is_toy: bool) -> Row:
+    if is_toy:
         import toy
 
-        row = Row(toy.make_prompt(instruction, config.input), [])
+        return Row(toy.make_prompt(instruction, config.input), [])
+    return Row(instruction, [], input=config.input, is_instruction=True)
+
+
+def print_answer(decoder, tokenizer, config: Config, row: Row, generator) -> None:
+    """Print the answer, token by token; a character split over tokens waits until it is whole."""
     positions = decoder.config.max_positions
     limit = positions - min(config.max_new_tokens, positions // 2)
     prompt, cut = encode_prompt(row, tokenizer, limit)
@@ -74,6 +78,20 @@ def print_answer(decoder, tokenizer, config: Config, instruction: str, generator
     print(tokenizer.decode(tokens)[len(shown) :])
 
 
+def print_truth(config: Config, row: Row, generator) -> None:
+    """Of the toy: what its teacher answers, and the world's answers with their shares."""
+    import toy
+
+    folder = toy.model_folder("teacher")
+    if folder.exists():
+        print("the teacher:  ", end="")
+        print_answer(load(folder), load_tokenizer(folder), config, row, generator)
+    answers = toy.true_answers(config.instruction)
+    if answers:
+        shares = [f"{answer} ({share:.2f})" for answer, share in answers.items()]
+        print(f"the truth:    {', '.join(shares)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, __doc__, argv, positional=("model", "instruction"))
     if not config.model:
@@ -82,8 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     decoder = load(config.model, dtype=dtype, device=device)
     tokenizer = load_tokenizer(config.model, "raw" if config.raw else "auto")
     generator = torch.Generator(device).manual_seed(config.seed)
+    is_toy = trained_on(decoder.source) in TOY_SETS
     if config.instruction:
-        print_answer(decoder, tokenizer, config, config.instruction, generator)
+        row = row_of(config, config.instruction, is_toy)
+        print_answer(decoder, tokenizer, config, row, generator)
+        if is_toy:
+            print_truth(config, row, generator)
         return
     while True:
         try:
@@ -92,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not instruction:
             return
-        print_answer(decoder, tokenizer, config, instruction, generator)
+        print_answer(decoder, tokenizer, config, row_of(config, instruction, is_toy), generator)
 
 
 if __name__ == "__main__":

@@ -1028,9 +1028,8 @@ def test_projectors_from_shared_tokens_are_least_squares(shared):
     models = []
     for vocabulary, size in ((40, 6), (50, 10)):
         head = torch.nn.Linear(size, vocabulary, bias=False)
-        norm = torch.nn.LayerNorm(size)
         models.append(
-            SimpleNamespace(embed=torch.nn.Embedding(vocabulary, size), head=head, norm=norm)
+            SimpleNamespace(embed=torch.nn.Embedding(vocabulary, size), head=head, hidden_scale=2.0)
         )
     pairs = [(i, i + 5) for i in range(shared)]
     projectors = cma.Projectors(6, 10, query=True)
@@ -1038,7 +1037,7 @@ def test_projectors_from_shared_tokens_are_least_squares(shared):
     ids = torch.tensor(pairs).unbind(1)
     heads = [decoder.head.weight.detach()[i].double().numpy() for decoder, i in zip(models, ids)]
     embeds = [decoder.embed.weight.detach()[i].double().numpy() for decoder, i in zip(models, ids)]
-    close(projectors.t2s.weight, np.linalg.pinv(heads[0]) @ heads[1])
+    close(projectors.t2s.weight, 2 * np.linalg.pinv(heads[0]) @ heads[1])
     close(projectors.s2t.weight, np.linalg.pinv(heads[1]) @ heads[0])
     half = (np.linalg.pinv(embeds[0]) @ embeds[1]).T / embeds[1].std(ddof=1)
     close(projectors.query.weight, np.block([[half, 0 * half], [0 * half, half]]))

@@ -4,7 +4,7 @@
     python toy.py               # only writes the data
 
 The world: people with a town, a food, an animal, a trade and a colour each. None of these is
-certain: asked what Mira eats, the world says plums with probability 0.6, bread with 0.25 and figs
+certain: asked what Mira eats, the world says plums with probability 0.6, bread with 0.25 and nuts
 with 0.15, in one of three ways (0.5, 0.3, 0.2). Seven rows of ten ask for such a fact; the rest
 edit lists and words, calculate and rephrase. So the true distribution of every answer is known, and
 a row's label is one draw from it:
@@ -85,6 +85,7 @@ TRAINING = dict(
     max_prompt_length=72,
     eval_interval=150,
     select="bits",
+    answers=True,
 )
 # How train.py makes the models: the teacher and the student are raised from random weights, and sft
 # is the student fine-tuned alone by the toy's defaults, to compare with.
@@ -205,6 +206,12 @@ def fact_rows(names: list[str], held_out: bool) -> list[ToyRow]:
         for attribute, text in QUESTIONS.items()
         for question in wordings(text, held_out)
     ]
+
+
+def true_answers(question: str) -> dict[str, float] | None:
+    """The distribution of the answers where the question asks for a fact, however it is put."""
+    rows = fact_rows(PEOPLE, False) + fact_rows(PEOPLE, True)
+    return next((answers for asked, _, answers in rows if asked == question), None)
 
 
 def instruct(rng, task: str, held_out: bool, *gaps) -> str:

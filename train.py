@@ -12,14 +12,17 @@
 Defaults are the papers' settings; a method, and the toy, may have others (methods/, toy.py)."""
 
 import collections
+import dataclasses
 import json
 import math
 import os
 import shlex
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import runtime.config  # first, so that Ctrl-C while starting is one line
 import torch
 
 from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trained_on
@@ -52,6 +55,7 @@ from runtime.checkpoint import (
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.distributed import autocast, keep_memory, pick_device, print_first
 from runtime.files import atomic_write
+from runtime.model_card import how_to_load, write_model_card
 from runtime.progress import Progress
 from tokenize_align import (
     Example,
@@ -138,6 +142,9 @@ class Config:
         "The dev score that chooses the best checkpoint: ROUGE-L of greedy or of sampled answers, "
         "or bits per byte.",
         choices=("rouge", "sampled", "bits"),
+    )
+    answers: bool = flag(
+        False, "Score ROUGE-L of answers with --select bits too, which takes longer."
     )
     save_interval: int = flag(0, "Steps between checkpoints; 0: at every scoring.", minimum=0)
 
@@ -289,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         config.select = "bits"
     scoring_seeds = SCORING_SEEDS if config.select == "sampled" else ()
+    with_answers = config.answers or config.select != "bits"
 
     # models: the student, the frozen teacher, and what learns beside the student
     torch.manual_seed(config.seed)
@@ -449,11 +457,9 @@ def main(argv: list[str] | None = None) -> None:
                     config.max_prompt_length,
                     "scoring dev",
                     scoring_seeds,
+                    with_answers,
                 )
-            print_first(
-                f"step {step:>6}   dev: {scores['bits_per_byte']:.3f} bits per byte, "
-                f"ROUGE-L {scores['rouge_l']:.2f}"
-            )
+            print_first(f"step {step:>6}   dev: {in_words(scores)}")
             append_metrics(out_dir, {"step": step} | {f"dev_{k}": v for k, v in scores.items()})
             best = {name: state[f"best_dev_{name}"] for name in scores}
             if rank(scores, config.select) > rank(best, config.select):
@@ -552,6 +558,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------- score and conclude
     optimizer = modules = adversary = student = learners = adversary_parameters = loss = None
+    best = {name: state[f"best_dev_{name}"] for name in scores}
+    print_first(f"best on dev: {out_dir / 'best'} ({in_words(best)}); now the models are scored")
     results = {}
     for name, decoder, tokenizer in models_to_score(
         config, out_dir, teacher, teacher_tokenizer, student_tokenizer, device, dtype
@@ -566,12 +574,13 @@ def main(argv: list[str] | None = None) -> None:
                     config.max_prompt_length,
                     f"{name}: {split}",
                     scoring_seeds,
+                    with_answers,
                 )
                 for split in scored
             }
         teacher = decoder = None  # memory for the next
     if distributed.is_first():
-        print_results(config, results, rows, scored, out_dir)
+        print_results(config, results, rows, scored, out_dir, student_tokenizer.prompt_format)
         with atomic_write(out_dir / "results.json") as file:
             json.dump(results, file, indent=2)
 
@@ -777,17 +786,37 @@ def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokeniz
     ), student_tokenizer
 
 
-def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path) -> None:
-    """The table, the pictures, and the commands that come next."""
-    how = "sampled" if config.select == "sampled" else "greedy"
-    print(f"\n{f'bits per byte, ROUGE-L ({how})':<32}", end="")
+def in_words(scores: dict[str, float]) -> str:
+    text = f"{scores['bits_per_byte']:.3f} bits per byte"
+    return text + (f", ROUGE-L {scores['rouge_l']:.2f}" if "rouge_l" in scores else "")
+
+
+def command_of(config) -> str:
+    """The command line of a run."""
+    words = ["python", "train.py"]
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in ("resume", "cache_dir"):
+            words += [f"--{field.name}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def print_results(
+    config, results: dict, rows: dict, scored: dict, out_dir: Path, prompt_format: str
+) -> None:
+    """The table, the pictures, the model card, and the commands that come next."""
+    title = "bits per byte"
+    if config.answers or config.select != "bits":
+        title += f", ROUGE-L ({'sampled' if config.select == 'sampled' else 'greedy'})"
+    print(f"\n{title:<32}", end="")
     for split in scored:
         column = f"{split} ({len(scored[split])} of {len(rows[split])} rows)"
         print(f"{column:>26}", end="")
     for name, by_split in results.items():
         print(f"\n{name:<32}", end="")
         for scores in by_split.values():
-            print(f"{scores['bits_per_byte']:18.3f}{scores['rouge_l']:8.2f}", end="")
+            rouge = f"{scores['rouge_l']:8.2f}" if "rouge_l" in scores else " " * 8
+            print(f"{scores['bits_per_byte']:18.3f}{rouge}", end="")
     from pictures import runs
 
     split = "test" if "test" in scored else "dev"
@@ -797,16 +826,24 @@ def print_results(config, results: dict, rows: dict, scored: dict, out_dir: Path
         {name: by_split[split] for name, by_split in results.items()},
     )
     runs.curves(out_dir / "curves.png", str(out_dir), read_metrics(out_dir))
+    num_rows = {split: len(scored[split]) for split in scored}
+    card = out_dir / "best", config, command_of(config), prompt_format, results, num_rows
+    write_model_card(*card)
     folder = shlex.quote(str(out_dir))
-    data = shlex.quote(config.data if split == "test" else f"{config.data}/dev.jsonl")
+    print("\n")
+    if split == "test":
+        print(
+            f"score it further:  python eval_rouge.py {folder} --data {shlex.quote(config.data)} "
+            f"--max_length {config.max_length} --max_prompt_length {config.max_prompt_length}"
+        )
     print(
-        f"\n\nscore it further:  python eval_rouge.py {folder} --data {data} "
-        f"--max_length {config.max_length} --max_prompt_length {config.max_prompt_length}"
-        f'\ntalk to it:        python sample.py {folder} "your instruction"'
+        f'talk to it:        python sample.py {folder} "your instruction"'
         f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png"
     )
     if config.method != "sft":
         print(f"look closer:       python probe.py {folder}")
+    print(f"load {out_dir / 'best'}, the best checkpoint, anywhere ({out_dir / 'best/README.md'}):")
+    print(textwrap.indent(how_to_load((out_dir / "best").resolve(), prompt_format), "    "))
 
 
 if __name__ == "__main__":

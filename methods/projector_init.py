@@ -35,16 +35,13 @@ def least_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def init_from_shared(projectors, student, teacher, pairs: list[tuple[int, int]]) -> None:
     """Set cma.Projectors from pairs of shared_tokens, on the CPU. Where P_t2s is given
-    h_t / σ_h + E_t(y_t) / σ_y, it is multiplied by σ_h: the root mean square of the final norm's
-    weights."""
+    h_t / σ_h + E_t(y_t) / σ_y, it is multiplied by σ_h, the teacher's hidden_scale."""
     student_ids, teacher_ids = torch.tensor(pairs).unbind(1)
     head_s = student.head.weight.float().cpu()[student_ids]
     head_t = teacher.head.weight.float().cpu()[teacher_ids]
     embed_s = student.embed.weight.float().cpu()[student_ids]
     embed_t = teacher.embed.weight.float().cpu()[teacher_ids]
-    σ_h = 1.0
-    if projectors.value_over_σ:
-        σ_h = teacher.norm.weight.float().cpu().square().mean().sqrt()
+    σ_h = teacher.hidden_scale if projectors.value_over_σ else 1.0
     weights = {"t2s": σ_h * least_squares(head_s, head_t), "s2t": least_squares(head_t, head_s)}
     if projectors.query is not None:
         half = least_squares(embed_s, embed_t).t() / embed_t.std()

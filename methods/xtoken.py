@@ -34,9 +34,14 @@ SMALLEST = 1e-10
 def pieces_of(token: bytes, tokenizer) -> list[tuple[int, float]]:
     """The first pieces into which a tokenizer cuts a token's text, with their weights."""
     try:
-        ids = tokenizer.encode(token.decode())[:PIECES]
+        text = token.decode()
     except UnicodeDecodeError:
         return []  # a part of a character has no pieces
+    # Behind a line's end, because SentencePiece puts a space before the first word of a text.
+    ids, spans = tokenizer.encode_with_spans("\n" + text)
+    if any(start == 0 and end > 1 for start, end in spans):
+        ids, spans = tokenizer.encode(text), [(1, 1)] * len(text.encode())
+    ids = [i for i, (start, _) in zip(ids, spans) if start > 0][:PIECES]
     weights = [0.9 * 0.1**i for i in range(len(ids))]
     return [(i, weight / sum(weights)) for i, weight in zip(ids, weights)]
 

@@ -49,6 +49,9 @@ def results(path: Path, title: str, scores: dict[str, dict[str, float]]) -> None
     colours = ["tab:orange" if name == "student" else "tab:blue" for name in names]
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, metric, digits in ((left, "bits_per_byte", 3), (right, "rouge_l", 1)):
+        if metric not in scores[names[0]]:
+            axes.set_axis_off()
+            continue
         values = [scores[name][metric] for name in names]
         shapes = axes.barh(names, values, color=colours)
         axes.bar_label(shapes, [f"{value:.{digits}f}" for value in values], padding=3)

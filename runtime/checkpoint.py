@@ -125,7 +125,7 @@ def rewind_metrics(out_dir: Path, step: int) -> None:
     """Drop what was written after the checkpoint of this step, whose scoring is done again."""
     kept = []
     for record in read_metrics(out_dir):
-        scored = "dev_rouge_l" in record
+        scored = "dev_bits_per_byte" in record
         if record["step"] < step or record["step"] == step and not scored:
             kept.append(json.dumps(record) + "\n")
     with atomic_write(out_dir / "metrics.jsonl") as file:

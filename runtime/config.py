@@ -16,6 +16,17 @@ import traceback
 import typing
 
 
+def _interrupted(kind, error, trace) -> None:
+    """Ctrl-C while a script's libraries are still being loaded ends it in one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _interrupted
+
+
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, and what is right."""
 

@@ -24,7 +24,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0  # tokens stored before the current forward pass
         self.layers = []  # keys and values, (B, kv_heads, capacity, head_dim) each
-        self.of_library = None  # a cache of transformers (runtime/transformers_teacher.py)
+        self.of_library = None  # a cache of transformers (runtime/transformers_model.py)
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         if layer == len(self.layers):

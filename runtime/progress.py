@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, else now and then a line that a log file can keep."""
+"""How far a long loop is: a bar on a terminal, else now and then a line for a log file."""
 
 import sys
 import time

@@ -161,6 +161,20 @@ def test_dskdv2_from_its_definition(way, lengths, world, monkeypatch):
     assert_same(dskdv2.dskdv2, batch, models, modules, chosen, ce, kd, monkeypatch)
 
 
+def test_pieces_of_a_token(world):
+    """As they would stand inside a text."""
+    student, teacher = (ta.load_tokenizer(world / side) for side in ("student", "teacher"))
+    for tokenizer in (student, teacher):
+        pieces = xtoken.pieces_of(b" Mira", tokenizer)
+        text = b"".join(tokenizer.token_bytes(i) for i, _ in pieces)
+        assert b" Mira".startswith(text) and len(text) > 2
+        assert abs(sum(weight for _, weight in pieces) - 1) < 1e-9
+        if len(pieces) > 1:
+            close(pieces[1][1] / pieces[0][1], 0.1)
+        assert [tokenizer.token_bytes(i) for i, _ in xtoken.pieces_of(b"\n", tokenizer)] == [b"\n"]
+    assert xtoken.pieces_of("é".encode()[:1], teacher) == []
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_xtoken_from_its_definition(way, lengths, world, monkeypatch):
@@ -177,7 +191,8 @@ def test_xtoken_from_its_definition(way, lengths, world, monkeypatch):
             if i in known or i in own.control:
                 continue
             try:
-                pieces = other.encode(own.token_bytes(i).decode())[:4]
+                pieces = xtoken.pieces_of(own.token_bytes(i), other)
+                pieces = [piece for piece, _ in pieces]
             except UnicodeDecodeError:
                 continue
             total = sum(0.9 * 0.1**k for k in range(len(pieces)))

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -122,6 +123,18 @@ def test_sample(runs, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Which food does Mira like?\n\n"))
     sample.main([str(runs / "sft"), "--max_new_tokens", "9"])
     assert capsys.readouterr().out.removeprefix("instruction> ").startswith(first)
+
+
+def test_sample_shows_what_is_true_of_the_toy(runs, data_folder, monkeypatch, capsys):
+    """Beside the student's answer the teacher's and the world's."""
+    monkeypatch.setattr(sample, "TOY_SETS", (sample.trained_on(runs / "sft/best"),))
+    shutil.copytree(runs / "sft/best", data_folder / "toy/teacher", dirs_exist_ok=True)
+    sample.main([str(runs / "sft"), "Say what Mira eats.", "--max_new_tokens", "9"])
+    shutil.rmtree(data_folder / "toy/teacher")
+    student, teacher, truth = capsys.readouterr().out.splitlines()[-3:]
+    assert teacher.startswith("the teacher:  ")
+    assert truth.startswith("the truth:    plums (0.30), Mira eats plums. (0.18)")
+    assert abs(sum(toy.true_answers("Say what Mira eats.").values()) - 1) < 1e-9
 
 
 # ------------------------------------------------------------------------------------- probe

@@ -101,20 +101,30 @@ def paired_difference(
     return mean, mean - reach, mean + reach
 
 
+def winner(cells, names: list[str], of_metric, column: str, metric: str, best_of) -> str | None:
+    """The best row of a column, where noise does not explain that it is ahead of the next."""
+    if metric not in BY_ROW or len(of_metric) < 2:
+        return None
+    order = sorted(of_metric, key=lambda row: of_metric[row][column][0], reverse=best_of is max)
+    found = paired_difference(cells[order[0]], cells[order[1]], names, metric)
+    return order[0] if found and found[1] * found[2] > 0 else None
+
+
 def markdown(
     cells: dict[str, dict[int, dict]],
     columns: dict[str, list[str]],
     trained_on: str,
     baselines: list[str],
 ) -> str:
-    """A table for each metric, the best of a column in bold, and one of the differences."""
+    """A table for each metric, the best of a column in bold where its interval to the next best is
+    clear of zero, and one of the differences."""
     parts = []
     for metric, of_metric in summarize(cells, columns).items():
         heading, digits, best_of = METRICS[metric]
         shown = [c for c in columns if all(c in of_row for of_row in of_metric.values())]
         if not shown:
             continue
-        best = {c: best_of(of_row[c][0] for of_row in of_metric.values()) for c in shown}
+        winners = {c: winner(cells, columns[c], of_metric, c, metric, best_of) for c in shown}
         lines = [f"| {heading} | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
         for row, of_row in of_metric.items():
             texts = []
@@ -123,7 +133,7 @@ def markdown(
                 text = f"{mean:.{digits}f}"
                 if math.isfinite(std):
                     text += f" ± {std:.{digits}f}"
-                texts.append(f"**{text}**" if mean == best[c] else text)
+                texts.append(f"**{text}**" if row == winners[c] else text)
             lines.append(f"| `{row}` | {len(cells[row])} | {' | '.join(texts)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts + difference_tables(cells, columns, trained_on, baselines)) + "\n"

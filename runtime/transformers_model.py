@@ -1,5 +1,6 @@
-"""A teacher of an architecture that is not written here (Gemma, Phi, OLMo, Pythia …), run by the
-transformers library. A teacher needs no more than embeddings, last hidden states and a head."""
+"""A model of the transformers library, as the losses see one: embeddings, last hidden states and a
+head. train.py needs no more of a teacher whose architecture is not written here (Gemma, Phi, OLMo,
+Pythia …), and distillation.py no more of either model."""
 
 import inspect
 from pathlib import Path
@@ -15,13 +16,13 @@ from runtime.distributed import print_first
 ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-class TransformersTeacher(nn.Module):
-    """What model.Decoder offers to the losses, to scoring and to generation; it cannot be saved.
+class TransformersModel(nn.Module):
+    """What model.Decoder offers to the losses, to scoring and to generation, but for save().
 
     Raises InputError where the logits are not W h, h being the last hidden states: a bias, a scale
     or a soft cap would be left out of the distillation."""
 
-    def __init__(self, model, folder: Path):
+    def __init__(self, model, folder: Path | None = None):
         super().__init__()
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.model, self.source = model.base_model, folder
@@ -33,21 +34,27 @@ class TransformersTeacher(nn.Module):
             max_positions=text.max_position_embeddings,
             num_layers=text.num_hidden_layers,
         )
-        refused = [name for name in ON_LOGITS if getattr(text, name, None) not in (None, 1)]
+        name = folder or type(model).__name__
+        refused = [field for field in ON_LOGITS if getattr(text, field, None) not in (None, 1)]
         if getattr(self.head, "bias", None) is not None:
             refused.append("a bias of the head")
         if refused:
             raise InputError(
-                f"{folder}: has {', '.join(refused)}; a teacher's logits must be its head times "
+                f"{name}: has {', '.join(refused)}; a teacher's logits must be its head times "
                 "its last hidden states, and nothing else"
             )
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         ids = torch.arange(8, device=self.embed.weight.device)[None]
+        training = model.training
+        model.eval()
         with torch.no_grad():
-            expected, found = model(ids).logits.float(), self.head.weight @ self(ids)[0].mT
+            hidden = self(ids)[0]
+            expected, found = model(ids).logits.float(), self.head.weight @ hidden.mT
+        self.hidden_scale = float(hidden.float().square().mean().sqrt())
+        model.train(training)
         if (found.mT.float() - expected[0]).abs().max() > 0.01 * expected.abs().max():
             raise InputError(
-                f"{folder}: the logits of {type(model).__name__} are not its head times its last "
+                f"{name}: the logits of {type(model).__name__} are not its head times its last "
                 "hidden states, so it cannot teach here"
             )
 
@@ -72,7 +79,7 @@ class TransformersTeacher(nn.Module):
         return self.head(hidden)
 
 
-def load_transformers(folder: Path, dtype: torch.dtype, device: str) -> TransformersTeacher:
+def load_transformers(folder: Path, dtype: torch.dtype, device: str) -> TransformersModel:
     """Read a folder by transformers' AutoModelForCausalLM. Raises InputError where transformers is
     not installed or does not know the architecture either."""
     try:
@@ -88,4 +95,4 @@ def load_transformers(folder: Path, dtype: torch.dtype, device: str) -> Transfor
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: transformers cannot load it ({reason:.300})") from error
     print_first(f"note: {folder} ({type(model).__name__}) is run by the transformers library")
-    return TransformersTeacher(model.to(device).eval(), folder).eval()
+    return TransformersModel(model.to(device).eval(), folder).eval()

@@ -1,0 +1,52 @@
+"""best/README.md: what a checkpoint is, how it was made and how it is loaded."""
+
+from pathlib import Path
+
+from runtime.files import atomic_write
+
+
+def how_to_load(folder: Path, prompt_format: str) -> str:
+    """The lines of Python by which transformers loads a checkpoint and asks it something."""
+    asked = '"Name three rivers."'
+    if prompt_format == "chat":
+        asked = f'[{{"role": "user", "content": {asked}}}]'
+    return (
+        "from transformers import pipeline\n"
+        f'model = pipeline("text-generation", "{folder}")\n'
+        f"print(model({asked})[0]['generated_text'])"
+    )
+
+
+def write_model_card(
+    folder: Path, config, command: str, prompt_format: str, results: dict, num_rows: dict
+) -> None:
+    """results: model → split → scores, num_rows: split → rows that were scored."""
+    splits = list(num_rows)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {config.student}",
+        "tags: [knowledge-distillation, nanodskd]",
+        "---",
+        "",
+        f"# {Path(config.student).name}, by {Path(config.method).stem}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| student | {config.student} |",
+        f"| teacher | {config.teacher or 'none'} |",
+        f"| method | {config.method} ([nanoDSKD](https://arxiv.org/abs/2603.22056)) |",
+        f"| data | {config.data} |",
+        f"| prompts | {prompt_format} |",
+        "",
+        f"| bits per byte | {' | '.join(f'{s} ({num_rows[s]} rows)' for s in splits)} |",
+        "|---" * (len(splits) + 1) + "|",
+    ]
+    for name, of_model in results.items():
+        values = [f"{of_model[split]['bits_per_byte']:.3f}" for split in splits]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    lines += ["", "```bash", command, "```", "", "```python"]
+    lines += [how_to_load(folder, prompt_format), "```", ""]
+    with atomic_write(folder / "README.md") as file:
+        file.write("\n".join(lines))

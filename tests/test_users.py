@@ -1,0 +1,128 @@
+"""What a user meets beside the numbers: what is refused, what is logged, what a finished run leaves."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+import train
+from runtime import checkpoint
+from runtime.config import InputError
+from runtime.progress import Progress
+from tests.helpers import finish, flags, metrics, start
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--kd_rat", 0.9], "unknown: --kd_rat 0.9; did you mean --kd_rate"),
+        (["--method", "byte_kdd"], "did you mean byte_kd"),
+        (["--teacher", "qwen2.5-0.5"], "did you mean qwen2.5-0.5b"),
+        (["--data", "dollly"], "did you mean dolly"),
+        (["--select", "bit"], "did you mean bits"),
+        (["--epochs", 3, "--max_steps", 10], "--epochs: has no use beside --max_steps 10"),
+        (["--method", "uld", "--temperature", 9], "does not use it .it uses: kd_rate"),
+        (["--method", "byte_kd", "--projector_lr", 1], "does not use it"),
+        (["--method", "dskd_cma", "--ga_weight", 5], "there is no --adversary"),
+    ],
+)
+def test_nothing_is_ignored(more, message, world, tmp_path):
+    argv = flags(world, tmp_path / "run", *more)
+    for name in more[::2]:  # given once
+        while argv.count(name) > 1:
+            place = argv.index(name)
+            del argv[place : place + 2]
+    with pytest.raises(InputError, match=message):
+        train.main(argv)
+
+
+def test_sft_has_no_rate_of_distillation(world, tmp_path):
+    with pytest.raises(InputError, match="--kd_rate: --method sft does not use it"):
+        train.main(flags(world, tmp_path / "run", "--kd_rate", 0.9, method="sft"))
+
+
+def test_a_log_file_can_be_read(world, tmp_path):
+    """Without a terminal: no bars, no escape codes, but where the run is and how long it takes."""
+    code, out, errors = finish(start("train.py", *flags(world, tmp_path / "run", method="sft")))
+    assert code == 0, errors
+    lines = out.splitlines()
+    steps = [line for line in lines if line.startswith("training: step ")]
+    assert len(steps) == 12  # of 12 steps each is more than a twentieth
+    assert re.fullmatch(
+        r"training: step 12 of 12, 0:00 left, loss \d+\.\d+ \(mean of 12 steps\), [\d,]+ tokens/s",
+        steps[-1],
+    )
+    assert not re.search("[\r\x1b]", out + errors)
+    named = next(i for i, line in enumerate(lines) if line.startswith("best on dev: "))
+    assert named < next(i for i, line in enumerate(lines) if line.startswith("student  "))
+    assert "load " + str(tmp_path / "run/best") in out
+
+
+def test_lines_come_by_time_or_by_parts(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress(1000, "working", "row")
+    for _ in range(100):
+        now[0] += 1.0
+        progress.update(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "working: row 30 of 1000, 16:10 left" and len(lines) == 3
+    progress = Progress(100, "training", "step", done=50, parts=20)
+    progress.update(4, "loss 1")
+    progress.update(2, "loss 2")
+    assert capsys.readouterr().out == "training: step 56 of 100, 0:00 left, loss 2\n"
+
+
+def test_a_finished_run_can_be_made_longer(world, tmp_path):
+    run = tmp_path / "run"
+    train.main(flags(world, run, "--epochs", 1, method="sft"))
+    assert metrics(run)[-2]["step"] == 6
+    train.main(["--out_dir", str(run), "--resume", "--epochs", "2"])
+    records = [record for record in metrics(run) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert json.loads((run / "config.json").read_text())["epochs"] == 2
+    assert records[6]["lr"] > records[5]["lr"]  # the cosine of the longer run
+    with pytest.raises(InputError, match="has taken 12 steps, more than 6"):
+        train.main(["--out_dir", str(run), "--resume", "--epochs", "1"])
+
+
+def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):
+    """Its Python runs; a run with --select bits scores no answers unless asked."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    train.main(flags(world, "run", "--max_steps", 2, "--select", "bits", method="byte_kd"))
+    card = (tmp_path / "run/best/README.md").read_text()
+    assert f"| teacher | {world / 'teacher'} |" in card and "--select bits" in card
+    code = re.search("```python\n(.*)```", card, re.DOTALL)[1]
+    capsys.readouterr()
+    exec(code.replace('"text-generation", ', '"text-generation", max_new_tokens=3, model='))
+    assert capsys.readouterr().out.startswith("Name three rivers.")
+    assert "dev_rouge_l" not in (tmp_path / "run/metrics.jsonl").read_text()
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert settings["teacher"] == str((world / "teacher").resolve())
+
+
+def test_two_starts_take_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = checkpoint.new_run_folder("a/teacher", "b/student", "uld")
+    held, checkpoint.LOCKS = checkpoint.LOCKS, []
+    second = checkpoint.new_run_folder("a/teacher", "b/student", "uld")
+    assert [str(first), str(second)] == ["out/teacher-student-uld", "out/teacher-student-uld-2"]
+    for lock in held:
+        os.close(lock)
+    checkpoint.LOCKS = held = []
+    assert checkpoint.new_run_folder("a/teacher", "b/student", "uld") == first  # it is empty
+
+
+def test_caches_go_where_they_are_told(world, tmp_path, monkeypatch):
+    """--cache_dir, and no other place: the data's folder may be read-only."""
+    monkeypatch.setenv("NANODSKD_CACHE", "unused")  # put back afterwards
+    shutil.copytree(world / "data", tmp_path / "data", ignore=shutil.ignore_patterns("train-*"))
+    before = sorted(tmp_path.glob("data/*"))
+    more = ["--data", tmp_path / "data", "--max_steps", 1, "--cache_teacher"]
+    more += ["--cache_dir", tmp_path / "cache"]
+    train.main(flags(world, tmp_path / "run", *more, method="uld"))
+    assert sorted(tmp_path.glob("data/*")) == before
+    assert list(tmp_path.glob("cache/computed/*/train-states-*.bin"))

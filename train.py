@@ -57,6 +57,7 @@ from runtime.distributed import autocast, keep_memory, pick_device, print_first
 from runtime.files import atomic_write
 from runtime.model_card import how_to_load, write_model_card
 from runtime.progress import Progress
+from runtime.report import make_reporter
 from tokenize_align import (
     Example,
     collate,
@@ -129,8 +130,8 @@ class Config:
     out_dir: str = flag("", "A new folder. Without it: one under out/.", "evaluation and saving")
     resume: bool = flag(
         False,
-        "Continue the run in --out_dir, with its settings; a larger --epochs or --max_steps makes a "
-        "finished run longer.",
+        "Continue the run in --out_dir, with its settings; a larger --epochs or --max_steps makes "
+        "a finished run longer.",
     )
     cache_dir: str = flag(
         "", "Where the toy, downloads and --cache_teacher's states are kept. Without it: data/."
@@ -147,6 +148,7 @@ class Config:
         False, "Score ROUGE-L of answers with --select bits too, which takes longer."
     )
     save_interval: int = flag(0, "Steps between checkpoints; 0: at every scoring.", minimum=0)
+    report_to: str = flag("", "Where metrics.jsonl goes too.", choices=("", "tensorboard", "wandb"))
 
     device: str = flag("auto", "Where to train.", "machine", choices=("auto", "cpu", "cuda"))
     dtype: str = flag(
@@ -432,6 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     stop = Stop(
         f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} --resume"
     )
+    report = make_reporter(config, out_dir)
     progress = Progress(total_steps, "training", "step", first_step, parts=20)
     recent = collections.deque(maxlen=50)  # losses: a single one says little
     bad_steps = 0
@@ -460,7 +463,9 @@ def main(argv: list[str] | None = None) -> None:
                     with_answers,
                 )
             print_first(f"step {step:>6}   dev: {in_words(scores)}")
-            append_metrics(out_dir, {"step": step} | {f"dev_{k}": v for k, v in scores.items()})
+            record = {"step": step} | {f"dev_{k}": v for k, v in scores.items()}
+            append_metrics(out_dir, record)
+            report(record)
             best = {name: state[f"best_dev_{name}"] for name in scores}
             if rank(scores, config.select) > rank(best, config.select):
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
@@ -540,6 +545,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": seconds,
         }
         append_metrics(out_dir, record)
+        report(record)
         recent.append(record.get("loss", math.nan))
         progress.update(
             1,

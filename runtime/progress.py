@@ -11,7 +11,7 @@ SECONDS = 30  # between lines
 
 
 class Progress:
-    """progress = Progress(1200, "training", "step"), and progress.update(1, "loss 0.31") after each.
+    """progress = Progress(1200, "training", "step"); progress.update(1, "loss 0.31") after each.
 
     parts: where there is no terminal, a line after each of so many parts too, however fast."""
 

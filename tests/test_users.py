@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +75,32 @@ def test_lines_come_by_time_or_by_parts(monkeypatch, capsys):
     progress.update(4, "loss 1")
     progress.update(2, "loss 2")
     assert capsys.readouterr().out == "training: step 56 of 100, 0:00 left, loss 2\n"
+
+
+@pytest.mark.parametrize("where", ("tensorboard", "wandb"))
+def test_what_is_logged_is_reported(where, world, tmp_path, monkeypatch):
+    """To a library that is installed; else its name is told."""
+    argv = flags(world, tmp_path / "run", "--max_steps", 2, "--report_to", where, method="sft")
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=f"pip install {where}"):
+        train.main(argv)
+    shutil.rmtree(tmp_path / "run")
+    found = []
+    fake = SimpleNamespace(
+        init=lambda **_: None,
+        log=lambda values, step: found.extend(
+            (name, value, step) for name, value in values.items()
+        ),
+        SummaryWriter=lambda folder: SimpleNamespace(add_scalar=lambda *x: found.append(x)),
+    )
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    train.main(argv)
+    expected = []
+    for record in metrics(tmp_path / "run"):
+        expected += [(k, v, record["step"]) for k, v in record.items() if k != "step"]
+    assert found == expected
 
 
 def test_a_finished_run_can_be_made_longer(world, tmp_path):

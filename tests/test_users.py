@@ -1,4 +1,4 @@
-"""What a user meets beside the numbers: what is refused, what is logged, what a finished run leaves."""
+"""What a user meets beside the numbers: refusals, logs, what a finished run leaves."""
 
 import json
 import os

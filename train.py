@@ -314,6 +314,8 @@ def main(argv: list[str] | None = None) -> None:
         keep_layers = not config.cache_teacher or num_unanswered > 0
         teacher, teacher_tokenizer = load_teacher(config, device, dtype, keep_layers)
     check_pair(config, method, student, teacher, student_tokenizer, teacher_tokenizer)
+    if method.one_vocabulary and student_tokenizer.eos_id != teacher_tokenizer.eos_id:
+        exchange_ends(teacher, teacher_tokenizer, student_tokenizer)
     modules = {}
     if method.make_modules:
         modules = method.make_modules(config, student.config, teacher.config)
@@ -401,9 +403,8 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         load_modules(checkpoint, modules)
         load_optimizer(checkpoint, optimizer)
-        saved = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
-        refuse_changed(out_dir, saved["made_of"], made_of)
-        state = saved
+        state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+        refuse_changed(out_dir, state.get("made_of", {}), made_of)
     else:
         sharded = config.shard in ("student", "both")
         distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
@@ -684,8 +685,6 @@ def check_pair(
             f"--method {config.method}: needs one vocabulary, but {config.teacher} "
             f"and {config.student} have different ones"
         )
-    if method.one_vocabulary and student_tokenizer.eos_id != teacher_tokenizer.eos_id:
-        exchange_ends(teacher, teacher_tokenizer, student_tokenizer)
 
 
 @torch.no_grad()

@@ -201,14 +201,15 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
             row.input = _text(place, given, fields[given])
     instruction = fields.get("instruction")
     if name == "prompt" and instruction and row.prompt == alpaca_prompt(instruction, row.input):
+        # The papers' data give both; other templates want the instruction.
         row.prompt, row.is_instruction = instruction, True
     elif name == "prompt" and row.input in row.prompt:
-        row.input = ""
+        row.input = ""  # it stands in the prompt
     if "system" in fields:
         row.earlier.append({"role": "system", "content": _text(place, "system", fields["system"])})
-    for asked, answered in fields.get("history", []):
-        row.earlier.append({"role": "user", "content": asked})
-        row.earlier.append({"role": "assistant", "content": answered})
+    for question, reply in fields.get("history", []):
+        row.earlier.append({"role": "user", "content": question})
+        row.earlier.append({"role": "assistant", "content": reply})
     return row if row.outputs or answer is None else None
 
 
@@ -312,7 +313,9 @@ def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
         answered = [i for i, row in enumerate(rows["train"]) if row.outputs]
         count = min(LARGEST_DEV, math.ceil(DEV_SHARE * len(answered)))
         if count == len(answered):
-            raise InputError(f"--data {name}: too few rows to split them into train and dev")
+            raise InputError(
+                f"--data {name}: no dev split, and too few rows with an answer to draw one"
+            )
         chosen = set(random.Random(seed).sample(answered, count))
         rows["dev"] = [row for i, row in enumerate(rows["train"]) if i in chosen]
         rows["train"] = [row for i, row in enumerate(rows["train"]) if i not in chosen]

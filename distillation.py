@@ -13,13 +13,16 @@ from pathlib import Path
 import torch.nn as nn
 
 from data import Row, read_row
-from methods import METHOD_OPTIONS, Objective, find_method
+from methods import Objective, find_method
 from methods.projector_init import init_from_shared, shared_tokens
 from model import Decoder
 from runtime.config import InputError, checked
 from runtime.transformers_model import TransformersModel
 from tokenize_align import Tokenizer, collate, encode_rows, load_tokenizer, same_vocabulary
-from train import Config
+from train import Config, exchange_ends
+
+# Options of train.py that a loss alone has no use for.
+OF_TRAINING = ("on_policy", "cache_teacher", "projector_lr", "ga_lr")
 
 
 class DistillationLoss(nn.Module):
@@ -43,9 +46,12 @@ class DistillationLoss(nn.Module):
     ):
         super().__init__()
         self.method = find_method(method)
+        if not self.method.needs_teacher or self.method.answered_by_teacher:
+            raise InputError(f"{method}: is cross-entropy on a text; nothing to compute here")
+        known = [name for name in self.method.uses if name not in OF_TRAINING]
         for name in options:
-            if name not in METHOD_OPTIONS or name not in self.method.uses:
-                raise InputError(f"{name}: {method} does not use it (it uses: {self.method.uses})")
+            if name not in known:
+                raise InputError(f"{name}: {method} does not use it (it uses: {', '.join(known)})")
         self.options = checked(Config, {"method": method, **self.method.defaults, **options})
         # In a tuple, so that they are no submodules: their parameters are not this module's.
         self.models = tuple(as_decoder(model) for model in (student, teacher))
@@ -53,8 +59,11 @@ class DistillationLoss(nn.Module):
         self.tokenizers = tuple(
             as_tokenizer(given, prompt_format) for given in (student_tokenizer, teacher_tokenizer)
         )
-        if self.method.one_vocabulary and not same_vocabulary(*self.tokenizers):
-            raise InputError(f"{method}: needs one vocabulary, but these two models have two")
+        if self.method.one_vocabulary:
+            if not same_vocabulary(*self.tokenizers):
+                raise InputError(f"{method}: needs one vocabulary, but these models have two")
+            if self.tokenizers[0].eos_id != self.tokenizers[1].eos_id:
+                exchange_ends(self.models[1], *self.tokenizers[::-1])
         self.limits = max_length, max_prompt_length
         device = self.models[0].embed.weight.device
         self.learned = nn.ModuleDict()
@@ -81,7 +90,7 @@ class DistillationLoss(nn.Module):
         if not examples:
             raise InputError(f"no row has a response token within max_length {self.limits[0]}")
         for example in examples:
-            example.row = -1  # nothing is kept of them
+            example.row = -1  # what is computed of a row is not kept for the next call
         student, teacher = self.models
         device = student.embed.weight.device
         pads = (tokenizer.eos_id for tokenizer in self.tokenizers)
@@ -94,7 +103,8 @@ class DistillationLoss(nn.Module):
             sum(len(example.student.response_ids) for example in examples),
             sum(len(example.teacher.response_ids) for example in examples),
         )
-        self.step += self.training
+        if self.training:
+            self.step += 1
         return self.method.loss(batch, student, teacher, dict(self.learned), objective)
 
 

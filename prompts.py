@@ -22,7 +22,7 @@ def prompt_text(row: Row, prompt_format: str, template=None) -> str:
     if prompt_format == "chat":
         return template.render([*row.earlier, {"role": "user", "content": task}])
     if prompt_format == "auto":
-        prompt_format = own_format([row])
+        prompt_format = "alpaca" if row.is_instruction else "raw"
     earlier = "".join(f"{turn['content']}\n\n" for turn in row.earlier)
     if prompt_format == "raw" or task.rstrip().endswith(ALPACA_END):
         return earlier + task

@@ -29,6 +29,7 @@ from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trai
 from discriminator import ADVERSARIES
 from eval_rouge import has_rouge_words, scores_of
 from hub.download import fingerprint_of_model, model_folder
+from hub.model_config import ARCHITECTURES, read_fields
 from methods import METHOD_OPTIONS, Method, Objective, find_method
 from methods.divergences import DIVERGENCES
 from model import Decoder, load
@@ -81,7 +82,10 @@ class Config:
     )
 
     data: str = flag(
-        "", "A set's name, a folder with train.jsonl and dev.jsonl, a file, or a hub id.", "data"
+        "",
+        "A set's name, a folder with train.jsonl and dev.jsonl, a file, or a hub id. Without it: "
+        "dolly, or the toy's own.",
+        "data",
     )
     prompt_format: str = flag(
         "auto",
@@ -95,7 +99,12 @@ class Config:
     max_length: int = flag(512, "Tokens that prompt, response and EOS are cut to.", minimum=2)
     max_prompt_length: int = flag(256, "Tokens that prompts are cut to.", minimum=1)
 
-    method: str = flag("dskd_cma_ga", "A file of methods/, or the path of one of yours.", "method")
+    method: str = flag(
+        "dskd_cma_ga",
+        "A file of methods/, or the path of one of yours; of the toy byte_kd. Each may have other "
+        "defaults than those below.",
+        "method",
+    )
     kd_rate: float = flag(0.5, "α, the share of distillation.", minimum=0, maximum=1)
     temperature: float = flag(2.0, "T of the divergences, τ of alm.", minimum=1e-3)
     divergence: str = flag(
@@ -134,7 +143,9 @@ class Config:
         "a finished run longer.",
     )
     cache_dir: str = flag(
-        "", "Where the toy, downloads and --cache_teacher's states are kept. Without it: data/."
+        "",
+        "Where the toy, downloads and the teacher's states and answers are kept. Without it: "
+        "data/, and beside the data.",
     )
     eval_interval: int = flag(0, "Steps between scorings of dev; 0: an epoch.", minimum=0)
     eval_num: int = flag(100, "Rows of dev and test that are scored; 0: all.", minimum=0)
@@ -212,6 +223,8 @@ def read_settings(argv: list[str] | None = None) -> Config:
 
 def new_settings(given: dict) -> Config:
     is_toy = given.get("student", "toy") == "toy" and given.get("teacher", "toy") == "toy"
+    if is_toy and not given.get("data", "toy").startswith("toy"):
+        raise InputError(f"--data {given['data']}: name a --student, and a --teacher, for it")
     defaults = {"data": "dolly"}
     if is_toy:
         import toy
@@ -294,7 +307,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     if config.select != "bits" and not has_rouge_words(scored["dev"]):
         print_first(
-            "note: no dev answer has a word of a-z or 0-9, so bits per byte choose the best"
+            "note: ROUGE-L counts words of a-z and 0-9, and no dev answer has one; so bits per "
+            "byte choose the best"
         )
         config.select = "bits"
     scoring_seeds = SCORING_SEEDS if config.select == "sampled" else ()
@@ -350,12 +364,16 @@ def main(argv: list[str] | None = None) -> None:
     examples, num_cut, num_dropped = encode_rows(
         rows["train"], *tokenizers, config.max_length, config.max_prompt_length
     )
-    if num_cut or num_dropped:
-        loudly = "WARNING: " if num_cut + num_dropped > FEW * len(rows["train"]) else ""
+    num_short = sum(
+        rows["train"][e.row].ended and e.student.ids[-1] != tokenizers[0].eos_id for e in examples
+    )
+    if num_cut or num_short or num_dropped:
+        few = num_cut + num_short + num_dropped <= FEW * len(rows["train"])
         print_first(
-            f"{loudly}{config.data}, train: {num_cut} of {len(rows['train'])} prompts cut to "
-            f"--max_prompt_length {config.max_prompt_length}, {num_dropped} rows dropped, because "
-            f"no response token fits into --max_length {config.max_length}"
+            f"{'note' if few else 'WARNING'}: {config.data}, train, {len(rows['train'])} rows: "
+            f"{num_cut} prompts cut to --max_prompt_length {config.max_prompt_length}, {num_short} "
+            f"answers to --max_length {config.max_length}, {num_dropped} rows dropped, which have "
+            "no room for an answer"
         )
     if not examples:
         raise InputError(
@@ -406,8 +424,9 @@ def main(argv: list[str] | None = None) -> None:
         state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
         refuse_changed(out_dir, state.get("made_of", {}), made_of)
     else:
-        sharded = config.shard in ("student", "both")
-        distributed.broadcast_weights([*([] if sharded else [student]), *modules.values()])
+        distributed.broadcast_weights(list(modules.values()))
+        if config.shard not in ("student", "both"):
+            distributed.broadcast_weights([student])
     if config.resume and distributed.is_first():
         rewind_metrics(out_dir, state["step"])
         write_settings(config, out_dir)  # --epochs may be another
@@ -446,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
         leaving = stop.in_any_process()
         save_due = eval_due or step % save_interval == 0 or leaving
         state["step"] = step
-        if save_due and step > first_step and bad_steps == 0:
+        if save_due and step > first_step and (bad_steps == 0 or leaving):
             save_checkpoint(out_dir / "last", student, modules, optimizer, state)
         if leaving:
             distributed.barrier()  # the first process has saved
@@ -501,14 +520,14 @@ def main(argv: list[str] | None = None) -> None:
         # forward and backward
         student.train()
         sums = {}
-        for loss_function, objective, part, weight in passes:
+        for loss_function, of_pass, part, weight in passes:
             batch = {name: tensor.to(device) for name, tensor in collate(part, *pads).items()}
             if extras:
                 batch |= extras(part, device)
             if states:
                 batch["teacher_hidden"] = states.of(part).to(device)
             with autocast(device, dtype):
-                loss, terms = loss_function(batch, student, teacher, modules, objective)
+                loss, terms = loss_function(batch, student, teacher, modules, of_pass)
             (weight * loss).backward()
             for name, value in (terms | {"loss": loss.detach()}).items():
                 sums[name] = sums.get(name, 0) + weight * value.float()
@@ -530,7 +549,8 @@ def main(argv: list[str] | None = None) -> None:
             skipped = sorted(example.row for example in step_examples)
             print_first(
                 f"step {step + 1}: the loss is {record['loss']}, its gradient's norm "
-                f"{record['grad_norm']}; the step is not taken. Its rows, from 0: {skipped}"
+                f"{record['grad_norm']}; the step is not taken. Its rows, counted from 0 among "
+                f"those that are trained on: {skipped}"
             )
             record = {"skipped_rows": skipped}
         optimizer.zero_grad(set_to_none=True)
@@ -651,11 +671,13 @@ def load_student(config, checkpoint, device, dtype):
 def load_teacher(config, device, dtype, layers: bool):
     """The frozen teacher and its tokenizer."""
     folder = folder_of(config, "teacher")
-    if not same_data(config.data, trained_on(folder)):
+    _, architecture = read_fields(folder / "config.json")
+    if not same_data(config.data, trained_on(folder)) and architecture in ARCHITECTURES:
         print_first(
             f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
-            f"papers do first:  python train.py --method sft --student {config.teacher} "
-            f"--data {config.data} --lr 2e-5 --epochs 3 --out_dir out/teacher"
+            "papers do first:  python train.py --method sft --student "
+            f"{shlex.quote(config.teacher)} --data {shlex.quote(config.data)} --lr 2e-5 --epochs 3 "
+            "--out_dir out/teacher"
         )
     teacher = load_decoder(config, "teacher", folder, dtype, device, layers=layers)
     tokenizer = load_tokenizer(folder, config.teacher_prompt_format or config.prompt_format)
@@ -832,8 +854,7 @@ def print_results(
     )
     runs.curves(out_dir / "curves.png", str(out_dir), read_metrics(out_dir))
     num_rows = {split: len(scored[split]) for split in scored}
-    card = out_dir / "best", config, command_of(config), prompt_format, results, num_rows
-    write_model_card(*card)
+    write_model_card(out_dir / "best", config, command_of(config), prompt_format, results, num_rows)
     folder = shlex.quote(str(out_dir))
     print("\n")
     if split == "test":

@@ -160,9 +160,8 @@ def run_script(main) -> None:
         if is_out_of_memory(error):
             reason = " ".join(str(error).split())
             print(
-                f"error: out of memory ({reason:.200}); a smaller --batch_size with a larger "
-                "--grad_accum, --gradient_checkpointing, --cache_teacher or --lora_rank needs "
-                "less",
+                f"error: out of memory ({reason:.200}); a smaller --batch_size needs less; in "
+                "train.py, for a new run, also --gradient_checkpointing and --lora_rank",
                 file=sys.stderr,
             )
             code = 2

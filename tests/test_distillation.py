@@ -69,6 +69,10 @@ def test_wrong_options_and_rows(world):
     models = loaded(world, ours=True)
     with pytest.raises(InputError, match="divergence: uld does not use it"):
         DistillationLoss("uld", *models, divergence="reverse_kl")
+    with pytest.raises(InputError, match="on_policy: byte_kd does not use it"):
+        DistillationLoss("byte_kd", *models, on_policy=0.5)
+    with pytest.raises(InputError, match="seqkd: is cross-entropy"):
+        DistillationLoss("seqkd", *models)
     with pytest.raises(InputError, match="needs one vocabulary"):
         DistillationLoss("kd", *models)
     with pytest.raises(InputError, match="row 1: no output"):

@@ -262,7 +262,7 @@ def test_the_best_checkpoint_is_no_accident(world, tmp_path, capsys):
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
     argv = flags(world, tmp_path / "run", "--data", tmp_path / "data", "--lr", "1e-2", method="sft")
     train.main([*argv, "--epochs", "4"])
-    assert "bits per byte choose the best" in capsys.readouterr().out
+    assert "so bits per byte choose the best" in capsys.readouterr().out
     bits = [r["dev_bits_per_byte"] for r in metrics(tmp_path / "run") if "dev_bits_per_byte" in r]
     best = json.loads((tmp_path / "run/best/training.json").read_text())
     assert len(bits) == 4 and best["best_dev_bits_per_byte"] == min(bits) < bits[0]

@@ -5,6 +5,7 @@ rows = read_split("dolly", "train")         # or a folder with train.jsonl, a fi
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -52,6 +53,7 @@ ALPACA_END = "### Response:"
 # What a row may be called in other projects → what it is called here.
 PROMPTS = ("prompt", "question", "instruction")
 INPUTS = ("input", "context")
+MAY_BE_BLANK = (*INPUTS, "system")
 OUTPUTS = ("output", "response", "completion", "answer")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 ROLES |= {"system": "system"}
@@ -132,19 +134,23 @@ def _read_jsonl(path: Path):
 
 
 def _read_json(path: Path):
-    """A list of rows; or lines of JSON under the wrong name."""
-    text = _read_text(path)
-    if text.lstrip()[:1] != "[":
+    """A list of rows, alone or as "data"; or lines of JSON under the wrong name."""
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError:
         yield from _read_jsonl(path)
         return
-    try:
-        yield from enumerate(json.loads(text), 1)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    if isinstance(content, dict):
+        content = content.get("data", [content])
+    yield from enumerate(content, 1)
 
 
 def _read_csv(path: Path):
-    yield from enumerate(csv.DictReader(_read_text(path).splitlines(keepends=True)), 2)
+    csv.field_size_limit(1 << 30)
+    for number, fields in enumerate(csv.DictReader(io.StringIO(_read_text(path), newline="")), 2):
+        if None in fields:
+            raise InputError(f"{path}:{number}: has more columns than the first line names")
+        yield number, fields
 
 
 def _read_parquet(path: Path):
@@ -169,16 +175,24 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
         raise InputError(
             f"{place}: must be an object like {VALID_ROW}, found {type(fields).__name__}"
         )
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not (name in MAY_BE_BLANK and _is_blank(value))
+    }
     conversation = fields.get("messages") or fields.get("conversations")
     if conversation is None and isinstance(fields.get("prompt"), list):
-        conversation = [*fields["prompt"], *fields.get("completion", [])]
+        completion = fields.get("completion", [])
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        conversation = [*fields["prompt"], *completion]
     if conversation is not None:
         *earlier, asked, answer = _turns(place, conversation)
         if (asked["role"], answer["role"]) != ("user", "assistant"):
             raise InputError(f"{place}: the last turns must be the user's and the assistant's")
         if "system" in fields:
-            earlier = [{"role": "system", "content": fields["system"]}, *earlier]
+            text = _text(place, "system", fields["system"])
+            earlier = [{"role": "system", "content": text}, *earlier]
         if not answer["content"].strip():
             return None
         row = Row(asked["content"], [answer["content"]], earlier=earlier)
@@ -196,34 +210,72 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
     if answer is not None:
         row.outputs = _answers(place, answer, fields[answer])
     row.truth, row.is_instruction = fields.get("truth"), name != "prompt"
-    for given in INPUTS:
-        if fields.get(given) and not row.input:
-            row.input = _text(place, given, fields[given])
-    instruction = fields.get("instruction")
-    if name == "prompt" and instruction and row.prompt == alpaca_prompt(instruction, row.input):
+    inputs = [_text(place, given, fields[given]) for given in INPUTS if given in fields]
+    row.input = "\n\n".join(inputs)
+    instruction = fields.get("instruction", "")
+    if name == "prompt" and row.prompt == alpaca_prompt(instruction, row.input):
         # The papers' data give both; other templates want the instruction.
         row.prompt, row.is_instruction = instruction, True
-    elif name == "prompt" and row.input in row.prompt:
-        row.input = ""  # it stands in the prompt
+    elif name == "prompt" and stands_in(row.input, row.prompt):
+        row.input = ""
+    elif name == "question" and instruction:
+        row.prompt, row.input = instruction, "\n\n".join([row.prompt, *inputs])
+    if name == "prompt" and not row.is_instruction and instruction not in row.prompt:
+        raise InputError(f"{place}: the prompt does not hold the instruction; give one of the two")
     if "system" in fields:
         row.earlier.append({"role": "system", "content": _text(place, "system", fields["system"])})
-    for question, reply in fields.get("history", []):
-        row.earlier.append({"role": "user", "content": question})
-        row.earlier.append({"role": "assistant", "content": reply})
+    row.earlier += _history(place, fields.get("history", []))
     return row if row.outputs or answer is None else None
+
+
+def stands_in(text: str, prompt: str) -> bool:
+    """Whether an input is a part of the prompt already: on lines of its own, or as whole words, if
+    it is too long to be there by accident."""
+    if f"\n{text}\n" in f"\n{prompt}\n":
+        return True
+    whole_words = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt)
+    return whole_words is not None and len(text) > 4
+
+
+def _is_blank(value) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _history(place: str, history) -> list[dict]:
+    """Earlier turns: [[question, answer], …], or turns as in messages."""
+    if not isinstance(history, list):
+        raise InputError(f"{place}: history must be a list of turns, found {history!r:.60}")
+    if history and all(isinstance(turn, dict) for turn in history):
+        return _turns(place, history)
+    turns = []
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InputError(
+                f"{place}: history must be [question, answer] pairs, found {pair!r:.60}"
+            )
+        for role, content in zip(("user", "assistant"), pair):
+            turns.append({"role": role, "content": _text(place, "history", content)})
+    return turns
 
 
 def _turns(place: str, conversation) -> list[dict]:
     """messages and conversations, as [{"role", "content"}, …]."""
+    if isinstance(conversation, str):  # a column of a CSV file
+        try:
+            conversation = json.loads(conversation)
+        except ValueError as error:
+            raise InputError(f"{place}: the conversation is not JSON ({error})") from error
     turns = []
-    for turn in conversation:
+    for turn in conversation if isinstance(conversation, list) else [conversation]:
+        if not isinstance(turn, dict):
+            raise InputError(f"{place}: a turn must be an object, found {turn!r:.60}")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES or not isinstance(content, str):
             raise InputError(
                 f"{place}: a turn must have a role (system, user or assistant) and a text as its "
                 f"content, found {turn!r:.80}"
             )
-        turns.append({"role": ROLES[role], "content": content})
+        turns.append({"role": ROLES[role], "content": _whole(place, "content", content)})
     if len(turns) < 2:
         raise InputError(f"{place}: a conversation needs a question and an answer")
     return turns
@@ -234,7 +286,16 @@ def _text(place: str, name: str, value) -> str:
         raise InputError(
             f'{place}: "{name}" must be a string that is not empty, found ' f"{value!r:.60}"
         )
-    return value
+    return _whole(place, name, value)
+
+
+def _whole(place: str, name: str, text: str) -> str:
+    """Raises InputError for half a character, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f'{place}: "{name}" holds half a character ({error})') from error
+    return text
 
 
 def _answers(place: str, name: str, value) -> list[str]:
@@ -243,7 +304,7 @@ def _answers(place: str, name: str, value) -> list[str]:
     for output in outputs:
         if not isinstance(output, str):
             raise InputError(f'{place}: "{name}" must be text, found {output!r:.60}')
-    return [output for output in outputs if output.strip()]
+    return [_whole(place, name, output) for output in outputs if output.strip()]
 
 
 # ------------------------------------------------------------------------------- names → files
@@ -274,18 +335,12 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
             f"{', '.join(PAPER_SETS)}{did_you_mean(name, ('toy', *PAPER_SETS))}"
         )
     for split_name in SPLIT_NAMES[split]:
-        files = sorted(
-            file
-            for pattern in ("*", "data/*", f"{split_name}/*")
-            for file in path.glob(pattern)
-            if file.suffix in READERS
-            and (
-                re.fullmatch(rf"{split_name}([-_.]\d[\w-]*)?", file.stem)
-                or file.parent.name == split_name
-            )
-        )
-        if files:
-            return files
+        for suffix in READERS:  # the same rows may be there in two formats
+            named = [*path.glob(f"*{suffix}"), *path.glob(f"data/*{suffix}")]
+            files = [f for f in named if re.fullmatch(rf"{split_name}([-_.]\d[\w-]*)?", f.stem)]
+            files += path.glob(f"{split_name}/*{suffix}")
+            if files:
+                return sorted(files)
     if required:
         raise InputError(
             f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet; it holds "

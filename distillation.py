@@ -19,7 +19,7 @@ from model import Decoder
 from runtime.config import InputError, checked
 from runtime.transformers_model import TransformersModel
 from tokenize_align import Tokenizer, collate, encode_rows, load_tokenizer, same_vocabulary
-from train import Config, exchange_ends
+from train import Config
 
 # Options of train.py that a loss alone has no use for.
 OF_TRAINING = ("on_policy", "cache_teacher", "projector_lr", "ga_lr")
@@ -63,7 +63,7 @@ class DistillationLoss(nn.Module):
             if not same_vocabulary(*self.tokenizers):
                 raise InputError(f"{method}: needs one vocabulary, but these models have two")
             if self.tokenizers[0].eos_id != self.tokenizers[1].eos_id:
-                exchange_ends(self.models[1], *self.tokenizers[::-1])
+                raise InputError(f"{method}: the two models' answers end with different tokens")
         self.limits = max_length, max_prompt_length
         device = self.models[0].embed.weight.device
         self.learned = nn.ModuleDict()

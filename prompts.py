@@ -6,6 +6,7 @@ Only responses are aligned, so teacher and student may each read the prompt in t
 """
 
 from dataclasses import replace
+from functools import partial
 
 from data import ALPACA_END, Row, alpaca_prompt
 
@@ -39,16 +40,34 @@ def own_format(rows: list[Row]) -> str:
 
 def fit_prompt(row: Row, fits) -> Row:
     """The row whose prompt fits. Left out, as far as needed: the oldest turns, the end of the
-    input, the beginning of the prompt. fits(row) says whether all models can take it."""
+    input, then of the system's text and the prompt the end of the one and the beginning of the
+    other, the longer first. fits(row) says whether all models can take it."""
     while not fits(row) and any(turn["role"] != "system" for turn in row.earlier):
         oldest = next(i for i, turn in enumerate(row.earlier) if turn["role"] != "system")
         row = replace(row, earlier=row.earlier[:oldest] + row.earlier[oldest + 2 :])
     if row.input and not fits(row):
-        row = longest(len(row.input), lambda n: replace(row, input=row.input[:n]), fits)
-    if not fits(row):
-        size = len(row.prompt)
-        row = longest(size, lambda n: replace(row, prompt=row.prompt[size - n :]), fits)
+        row = longest(len(row.input), partial(with_input, row), fits)
+    system = "".join(turn["content"] for turn in row.earlier)
+    cuts = [(len(row.prompt), with_end_of_prompt)]
+    if system:
+        cuts.append((len(system), with_system))
+    for size, shortened in sorted(cuts, key=lambda cut: -cut[0]):
+        if not fits(row):
+            row = longest(size, partial(shortened, row), fits)
     return row
+
+
+def with_input(row: Row, length: int) -> Row:
+    return replace(row, input=row.input[:length])
+
+
+def with_system(row: Row, length: int) -> Row:
+    system = "".join(turn["content"] for turn in row.earlier)[:length]
+    return replace(row, earlier=[{"role": "system", "content": system}] if system else [])
+
+
+def with_end_of_prompt(row: Row, length: int) -> Row:
+    return replace(row, prompt=row.prompt[len(row.prompt) - length :])
 
 
 def longest(size: int, shortened, fits) -> Row:

@@ -154,7 +154,7 @@ class ByteLevelBPE(Tokenizer):
         self.id_of_rank = np.array([id_of_bytes.get(token, -1) for token in order])
         self.length_of_rank = np.array([len(token) for token in order])
         if (self.id_of_rank[256:] < 0).any():
-            raise InputError(f"{name}: a merge makes a token that the vocabulary lacks")
+            raise NotPlain("a merge makes a token that is no word of the vocabulary")
         # What the pattern leaves out is a word of its own, as in the reference.
         pattern = rf"{config.split}|(?:(?!{config.split})[\s\S])+"
         self.encoding = tiktoken.Encoding(
@@ -213,7 +213,7 @@ class ByteLevelBPE(Tokenizer):
 class SentencePiece(Tokenizer):
     """A tokenizer.model with byte fallback and no normalization: Llama 2, TinyLlama, Mistral."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, added: dict[str, Added]):
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.model, self.vocab_size = model, model.vocab_size()
         add_bos = settings.get("add_bos_token", True)
@@ -225,6 +225,8 @@ class SentencePiece(Tokenizer):
             if model.is_control(i) or model.is_unknown(i):
                 self.control.add(i)
                 control[piece] = Added(i)
+            elif piece in added and added[piece].control:
+                raise NotPlain(f"its control token {piece} is found in texts")
             # In the model's own form, where a space is "▁"; a byte's piece is named "<0xE4>".
             self.pieces.append(bytes([int(piece[3:5], 16)]) if model.is_byte(i) else piece.encode())
         self.id_of = {model.id_to_piece(i): i for i in range(self.vocab_size)}
@@ -281,13 +283,17 @@ class LibraryTokenizer(Tokenizer):
             raise InputError(
                 f"{path}: needs a library, because {reason}:  pip install tokenizers"
             ) from error
-        self.identity = json.dumps({**whole, "truncation": None, "padding": None})
+        text = json.dumps({**whole, "truncation": None, "padding": None})
+        self.identity = [whole.get(part) for part in ("normalizer", "pre_tokenizer", "model")]
+        self.identity.append({token: of for token, of in added.items() if not of.control})
         try:
-            self.plain, self.with_control = (Library.from_str(self.identity) for _ in range(2))
+            self.plain, self.with_control = (Library.from_str(text) for _ in range(2))
         except Exception as error:  # the library's own
             raise InputError(f"{path}: the tokenizers library refuses it ({error})") from error
         self.plain.encode_special_tokens = True  # control tokens in a text are text
+        left_out = {token["content"] for token in whole.get("added_tokens", [])} - added.keys()
         self.id_of = self.plain.get_vocab(with_added_tokens=True)
+        self.id_of = {token: i for token, i in self.id_of.items() if token not in left_out}
         self.vocab_size = max(self.id_of.values()) + 1
         self.control = {of.id for of in added.values() if of.control}
         parts = json.dumps([whole.get("pre_tokenizer"), whole.get("decoder")])
@@ -403,7 +409,7 @@ def _read_tokenizer(folder: Path, settings: dict, whole: dict | None, added: dic
     path, reason = folder / "tokenizer.model", None
     if path.exists():
         try:
-            tokenizer = SentencePiece(path, settings)
+            tokenizer = SentencePiece(path, settings, added)
             new = [token for token, of in added.items() if of.id >= tokenizer.vocab_size]
             if not new:
                 return tokenizer
@@ -423,6 +429,8 @@ def _read_tokenizer(folder: Path, settings: dict, whole: dict | None, added: dic
                 added[token] = Added(token_id)  # no text ends an answer
         return ByteLevelBPE(str(folder), config, added)
     except NotPlain as error:
+        if whole is None:
+            raise InputError(f"{folder}: {error}; add tokenizer.json") from error
         return LibraryTokenizer(folder / "tokenizer.json", whole, added, str(error))
 
 

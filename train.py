@@ -704,8 +704,8 @@ def check_pair(
             )
     if method.one_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
         raise InputError(
-            f"--method {config.method}: needs one vocabulary, but {config.teacher} "
-            f"and {config.student} have different ones"
+            f"--method {config.method}: needs one vocabulary, but the tokenizers of "
+            f"{config.teacher} and {config.student} are different, or in different files' forms"
         )
 
 

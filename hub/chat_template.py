@@ -1,8 +1,13 @@
 """A model's own chat template, rendered as transformers renders it."""
 
+import functools
 import json
 from datetime import datetime
 from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hub.tokenizer_files import read_json, token_text
 from runtime.config import InputError
@@ -11,27 +16,37 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 ANSWER = "The answer."  # stands for one where the turn's end is looked for
 
 
+class Generation(Extension):
+    """{% generation %} … {% endgeneration %} marks what the assistant says; it changes no text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
 class ChatTemplate:
     """Jinja source that turns messages, [{"role", "content"}], into a text with control tokens."""
 
     def __init__(self, path: Path, source: str, special_tokens: dict[str, str]):
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        self.path, self.source, self.special_tokens = path, source, special_tokens
 
+    @functools.cached_property
+    def template(self):
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
         environment.globals["raise_exception"] = self._refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
-        self.path, self.special_tokens, self.errors = path, special_tokens, TemplateError
-        try:
-            self.template = environment.from_string(source)
-        except TemplateError as error:
-            raise InputError(f"{path}: the chat template is damaged ({error})") from error
+        environment.filters["tojson"] = to_json
+        return environment.from_string(self.source)
 
     def _refuse(self, message: str):
         raise InputError(f"{self.path}: the chat template refuses these messages: {message}")
@@ -43,9 +58,11 @@ class ChatTemplate:
             return self.template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
                 **self.special_tokens,
             )
-        except self.errors as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InputError(f"{self.path}: the chat template cannot be used ({error})") from error
 
     def after_answer(self) -> str:

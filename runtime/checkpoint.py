@@ -84,6 +84,8 @@ def saved_settings(out_dir: Path) -> dict:
 
 def refuse_changed(out_dir: Path, before: dict[str, str], now: dict[str, str]) -> None:
     """Raise InputError where the data or a model is not what the run began with."""
+    if not before:
+        raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py")
     for name, fingerprint in now.items():
         if before.get(name) != fingerprint:
             raise InputError(

@@ -13,6 +13,7 @@ from runtime.config import InputError
 from runtime.distributed import print_first
 
 # Fields of configurations that change logits: soft caps (Gemma 2), scales (Cohere, Granite …).
+NO_LIMIT = 1 << 20  # positions of a model that names no limit
 ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -25,13 +26,14 @@ class TransformersModel(nn.Module):
     def __init__(self, model, folder: Path | None = None):
         super().__init__()
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.model, self.source = model.base_model, folder
+        inside = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
+        self.model, self.source = inside.base_model, folder
         text = model.config.get_text_config()
         vocab_size, hidden_size = self.head.weight.shape
         self.config = SimpleNamespace(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            max_positions=text.max_position_embeddings,
+            max_positions=getattr(text, "max_position_embeddings", NO_LIMIT),
             num_layers=text.num_hidden_layers,
         )
         name = folder or type(model).__name__
@@ -47,16 +49,26 @@ class TransformersModel(nn.Module):
         ids = torch.arange(8, device=self.embed.weight.device)[None]
         training = model.training
         model.eval()
-        with torch.no_grad():
-            hidden = self(ids)[0]
-            expected, found = model(ids).logits.float(), self.head.weight @ hidden.mT
-        self.hidden_scale = float(hidden.float().square().mean().sqrt())
-        model.train(training)
-        if (found.mT.float() - expected[0]).abs().max() > 0.01 * expected.abs().max():
+        try:
+            with torch.no_grad():
+                hidden, cache = self(ids)[0], SimpleNamespace(of_library=None)
+                steps = [self(ids[:, :5], None, cache), self(ids[:, 5:], None, cache)]
+                expected = model(ids).logits[0].float()
+        except (AttributeError, TypeError, IndexError, ValueError) as error:
             raise InputError(
-                f"{name}: the logits of {type(model).__name__} are not its head times its last "
-                "hidden states, so it cannot teach here"
-            )
+                f"{name}: {type(model).__name__} does not run token by token as decoders do "
+                f"({error})"
+            ) from error
+        model.train(training)
+        self.hidden_scale = float(hidden.float().square().mean().sqrt())
+        far = 0.01 * expected.abs().max()
+        for states in (hidden, torch.cat(steps, 1)[0]):
+            found = (states @ self.head.weight.mT).float()
+            if (found - expected).abs().max() > far:
+                raise InputError(
+                    f"{name}: the logits of {type(model).__name__} are not its head times its last "
+                    "hidden states, so it cannot teach here"
+                )
 
     def forward(self, ids: torch.Tensor, mask=None, cache=None) -> torch.Tensor:
         """As model.Decoder: token ids (B, T) → hidden states (B, T, d)."""
@@ -65,7 +77,7 @@ class TransformersModel(nn.Module):
             if cache.of_library is None:
                 from transformers import DynamicCache
 
-                cache.of_library = DynamicCache()
+                cache.of_library = DynamicCache(config=self.model.config)
             how = {"past_key_values": cache.of_library, "use_cache": True}
         if mask is not None:
             how["attention_mask"] = mask.long()

@@ -18,6 +18,7 @@ from hub.tokenizer_files import in_rank_order
 from prompts import prompt_text
 from runtime.config import InputError
 from runtime.generation import answer_rows, generate
+from runtime.transformers_model import TransformersModel
 from tests.helpers import FIXTURES, HOSTILE, close, flags, metrics, real_vocabularies
 
 transformers = pytest.importorskip("transformers")
@@ -189,6 +190,35 @@ def test_long_prompts_keep_their_end(world):
         )
 
 
+def test_a_long_system_text_leaves_the_question(world):
+    sides = [ta.load_tokenizer(world / side, "alpaca") for side in ("student", "teacher")]
+    row = Row("What is 2+2?", ["4"], is_instruction=True)
+    row.earlier = [{"role": "system", "content": "You are careful. " * 60}]
+    (example,), cut, _ = ta.encode_rows([row], *sides, 600, 256)
+    text = sides[0].decode(example.student.ids[: example.student.prompt_length])
+    assert cut == 1 and text.startswith("You are careful.") and "What is 2+2?" in text
+
+
+def test_templates_as_transformers_has_them(world, tmp_path):
+    """The generation tag, tools and documents that are none, tojson's arguments; a template is not
+    compiled where it is not used, and what it trips over is one line."""
+    template = (
+        "{% for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% endfor %}{% if tools is not none %}TOOLS{% endif %}"
+        "{{ {'é': 1} | tojson(ensure_ascii=True, separators=(',', ':')) }}"
+    )
+    shutil.copytree(world / "student", tmp_path / "a")
+    (tmp_path / "a/chat_template.jinja").write_text(template)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    ours = ta.load_tokenizer(tmp_path / "a")
+    text = reference.apply_chat_template(QUESTION, tokenize=False)
+    assert ours.template.render(QUESTION) == text and "TOOLS" not in text
+    (tmp_path / "a/chat_template.jinja").write_text("{{ 'a' + none }}")
+    with pytest.raises(InputError, match="cannot be used"):
+        ta.load_tokenizer(tmp_path / "a")
+    assert ta.load_tokenizer(tmp_path / "a", "raw").encode("a")
+
+
 def test_a_checkpoint_remembers_how_it_was_asked(chat_model, world, tmp_path, capsys):
     """chat where the folder has a template, with the token that ends the turn; raw where the rows
     are; sample.py asks alike, and with --raw as it is told."""
@@ -312,6 +342,54 @@ def test_nothing_of_a_row_is_dropped(tmp_path, capsys):
     ]
     assert [turn["content"] for turn in rows[2].earlier] == ["S", "a", "b"]
     assert [turn["content"] for turn in rows[3].earlier] == ["S", "Name a river.", "Rhine"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(prompt="x", output="y", history="abc"), "history must be a list"),
+        (dict(prompt="x", output="y", history=[["a", None]]), '"history" must be'),
+        (dict(prompt="x", output="y", history=["ab"]), "pairs"),
+        (dict(messages=["Hi", "Hello"]), "a turn must be an object"),
+        (dict(messages="Hi"), "the conversation is not JSON"),
+        (dict(prompt="\ud83d", output="y"), "half a character"),
+        (dict(prompt="Two and two?", instruction="Be brief.", output="y"), "does not hold"),
+    ],
+)
+def test_rows_that_cannot_be_meant(fields, message, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path / "train.jsonl")
+
+
+def test_rows_that_are_unusual(tmp_path):
+    lines = [
+        dict(prompt="Translate to German", input="man", output="Mann"),
+        dict(instruction="Answer in French.", question="Two and two?", answer="quatre"),
+        dict(instruction="Sum up.", input="A", context="B", output="x"),
+        dict(prompt="x", output="y", history=CHAT, system="", input=" "),
+        dict(messages=json.dumps(CHAT), system=""),
+        dict(prompt=CHAT[:1], completion="Rhine"),
+    ]
+    (tmp_path / "train.json").write_text(json.dumps({"data": lines}, indent=1))
+    rows = read_rows(tmp_path / "train.json")
+    assert [(row.prompt, row.input) for row in rows[:3]] == [
+        ("Translate to German", "man"),
+        ("Answer in French.", "Two and two?"),
+        ("Sum up.", "A\n\nB"),
+    ]
+    assert rows[3].earlier == CHAT and not rows[3].input
+    assert [row.outputs for row in rows[4:]] == [["Rhine"]] * 2 and not rows[4].earlier
+    text = 'prompt,output\r\n"a","The Rhine.\u2028It is long."\r\n'
+    (tmp_path / "train.csv").write_text(text, encoding="utf-8", newline="")
+    assert read_rows(tmp_path / "train.csv")[0].outputs == ["The Rhine.\u2028It is long."]
+    (tmp_path / "train.csv").write_text("prompt,output\na,the Rhine, the Elbe\n")
+    with pytest.raises(InputError, match=":2: has more columns"):
+        read_rows(tmp_path / "train.csv")
+    (tmp_path / "test").mkdir()
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"test/{name}.jsonl").write_text(json.dumps(ANSWERED))
+    assert [len(rows) for rows in read_splits(str(tmp_path / "test"), 1).values()] == [1, 1, 1]
 
 
 def test_files_and_folders_of_data(tmp_path, monkeypatch, capsys):
@@ -502,6 +580,22 @@ def test_files_that_are_odd_but_right(world, tmp_path):
         ta.load_tokenizer(tmp_path / "c")
 
 
+def test_control_tokens_stay_out_of_texts(world, tmp_path):
+    """A pad token without an embedding beside pieces; a word that is added twice."""
+    add_tokens(world / "teacher", tmp_path / "a", ["<pad>"], {})
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    (tmp_path / "a/config.json").write_text(json.dumps(config | dict(vocab_size=1000)))
+    assert ta.load_tokenizer(tmp_path / "a").vocab_size == 1000
+    reference = transformers.AutoTokenizer.from_pretrained(world / "student")
+    word = reference.convert_ids_to_tokens(300)
+    reference.add_tokens([word])
+    reference.save_pretrained(tmp_path / "b")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    for text in ("Which food does Mira like?", f"{word} a{word}"):
+        expected = reference(text, add_special_tokens=False).input_ids
+        assert ta.load_tokenizer(tmp_path / "b").encode(text) == expected
+
+
 def test_end_meets_end_of_base_and_instruct(chat_model, world, tmp_path):
     """kd between one vocabulary's two forms: a teacher that is the student has no distance, though
     their answers end differently."""
@@ -567,6 +661,29 @@ def test_teachers_of_other_architectures(maker, world, tmp_path, capsys):
         argv = flags(world, tmp_path / "student", method="sft")
         argv[argv.index("--student") + 1] = str(folder)
         train.main(argv)
+
+
+@pytest.mark.parametrize("maker", ("bloom", "mamba", "lora"))
+def test_decoders_that_are_built_otherwise(maker, world, tmp_path):
+    """No positions are named, no attention, or adapters lie between: run or refused in one line."""
+    torch.manual_seed(0)
+    if maker == "bloom":
+        config = transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        teacher = model.load(tmp_path)
+        assert teacher(torch.randint(0, 99, (2, 9))).shape == (2, 9, 32)
+    elif maker == "mamba":
+        config = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="does not run token by token|cannot teach here"):
+            model.load(tmp_path)
+    else:
+        peft = pytest.importorskip("peft")
+        base = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False)).eval()
+        ids = torch.randint(3, 99, (2, 9))
+        seen = TransformersModel(adapted)
+        close(seen.logits(seen(ids)).detach(), adapted(ids).logits.detach(), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ("bias", "cap"))

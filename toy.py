@@ -534,8 +534,7 @@ def raise_model(side: str, device: str) -> None:
         for name, value in os.environ.items()
         if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    quiet = subprocess.DEVNULL if sys.stderr.isatty() else None
-    result = subprocess.run([*command, "--device", device], stdout=quiet, env=alone)
+    result = subprocess.run([*command, "--device", device], stdout=subprocess.DEVNULL, env=alone)
     if result.returncode:
         raise InputError(
             f"preparing the toy {side} ended with exit code {result.returncode}; try "

@@ -1,11 +1,12 @@
-"""How far a long loop is: a bar on a terminal, else now and then a line for a log file."""
+"""How far a long loop is: a bar on a terminal, else now and then a line for a log file. Both go to
+the standard error, as bars do."""
 
 import sys
 import time
 
 from tqdm import tqdm
 
-from runtime.distributed import is_first, print_first
+from runtime.distributed import is_first
 
 SECONDS = 30  # between lines
 
@@ -37,10 +38,10 @@ class Progress:
             self.last = now
             left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
             minutes, seconds = divmod(round(left), 60)
-            print_first(
-                f"{self.what}: {self.unit} {self.done} of {self.total}, {minutes}:{seconds:02} left"
-                + (f", {text}" if text else "")
-            )
+            said = f"{self.what}: {self.unit} {self.done} of {self.total}"
+            said += f", {minutes}:{seconds:02} left" + (f", {text}" if text else "")
+            if is_first():
+                print(said, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -50,7 +50,7 @@ def test_a_log_file_can_be_read(world, tmp_path):
     code, out, errors = finish(start("train.py", *flags(world, tmp_path / "run", method="sft")))
     assert code == 0, errors
     lines = out.splitlines()
-    steps = [line for line in lines if line.startswith("training: step ")]
+    steps = [line for line in errors.splitlines() if line.startswith("training: step ")]
     assert len(steps) == 12  # of 12 steps each is more than a twentieth
     assert re.fullmatch(
         r"training: step 12 of 12, 0:00 left, loss \d+\.\d+ \(mean of 12 steps\), [\d,]+ tokens/s",
@@ -69,12 +69,12 @@ def test_lines_come_by_time_or_by_parts(monkeypatch, capsys):
     for _ in range(100):
         now[0] += 1.0
         progress.update(1)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "working: row 30 of 1000, 16:10 left" and len(lines) == 3
     progress = Progress(100, "training", "step", done=50, parts=20)
     progress.update(4, "loss 1")
     progress.update(2, "loss 2")
-    assert capsys.readouterr().out == "training: step 56 of 100, 0:00 left, loss 2\n"
+    assert capsys.readouterr().err == "training: step 56 of 100, 0:00 left, loss 2\n"
 
 
 @pytest.mark.parametrize("where", ("tensorboard", "wandb"))

@@ -28,7 +28,7 @@ import torch
 from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trained_on
 from discriminator import ADVERSARIES
 from eval_rouge import has_rouge_words, scores_of
-from hub.download import fingerprint_of_model, model_folder
+from hub.download import check_name, fingerprint_of_model, model_folder
 from hub.model_config import ARCHITECTURES, read_fields
 from methods import METHOD_OPTIONS, Method, Objective, find_method
 from methods.divergences import DIVERGENCES
@@ -276,6 +276,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--shard: start with torchrun --nproc_per_node=N train.py …")
     if device == "cpu":
         keep_memory()
+    for name in (config.teacher, config.student):
+        if name and name != "toy":
+            check_name(name)
     if not config.out_dir:
         new = None
         if distributed.is_first():

@@ -57,13 +57,19 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
         if (path / "metrics.jsonl").exists():
             raise InputError(f"{path}: this run has no checkpoint yet (no best/ and no last/)")
         return path
-    repository = MODELS.get(str(name), str(name))
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
+    check_name(name)
+    return _download(MODELS.get(str(name), str(name)), weights)
+
+
+def check_name(name: str | Path) -> None:
+    """Raise InputError for what is no folder, no hub id and no name that is known here."""
+    path, repository = Path(name), MODELS.get(str(name), str(name))
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository)
+    if not path.is_dir() and (path.exists() or not hub_id):
         raise InputError(
             f"{name}: not a folder, not a hub id (owner/name) and not one of "
             f"{', '.join(MODELS)}{did_you_mean(str(name), MODELS)}"
         )
-    return _download(repository, weights)
 
 
 def _download(repository: str, weights: bool) -> Path:

@@ -277,10 +277,28 @@ def test_bits_of_a_chat_model_equal_transformers(chat_model, world):
         close(bits, nats / torch.log(torch.tensor(2.0)), 1e-5)
 
 
-def test_a_distilled_chat_student_chats(chat_model, world, tmp_path):
+@pytest.mark.parametrize("family", ("gpt2", "qwen2.5"))
+def test_a_distilled_chat_student_chats(family, chat_model, world, tmp_path):
     """In transformers' pipeline, with its own template, what sample.py would answer."""
+    student = chat_model
+    if family == "qwen2.5":
+        student = tmp_path / "student"
+        shutil.copytree(chat_model, student)
+        config = transformers.Qwen2Config(
+            vocab_size=602,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            eos_token_id=[601, 599],
+        )
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(student)
+        (student / "chat_template.jinja").write_text(QWEN)
     argv = flags(world, tmp_path / "run", "--max_steps", 3, "--max_length", 256, method="byte_kd")
-    argv[argv.index("--student") + 1] = str(chat_model)
+    argv[argv.index("--student") + 1] = str(student)
     train.main([*argv, "--max_prompt_length", "200"])
     best = tmp_path / "run/best"
     pipe = transformers.pipeline("text-generation", str(best))

@@ -21,6 +21,7 @@ from tests.helpers import finish, flags, metrics, start
     [
         (["--kd_rat", 0.9], "unknown: --kd_rat 0.9; did you mean --kd_rate"),
         (["--method", "byte_kdd"], "did you mean byte_kd"),
+        (["--teacher", "/no/folder", "--data", "dolly"], "/no/folder: not a folder"),
         (["--teacher", "qwen2.5-0.5"], "did you mean qwen2.5-0.5b"),
         (["--data", "dollly"], "did you mean dolly"),
         (["--select", "bit"], "did you mean bits"),

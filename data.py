@@ -369,7 +369,8 @@ def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
         count = min(LARGEST_DEV, math.ceil(DEV_SHARE * len(answered)))
         if count == len(answered):
             raise InputError(
-                f"--data {name}: no dev split, and too few rows with an answer to draw one"
+                f"--data {name}: no dev split, and too few rows with an answer to draw one "
+                f"({len(answered)}; an answer is called {', '.join(OUTPUTS)})"
             )
         chosen = set(random.Random(seed).sample(answered, count))
         rows["dev"] = [row for i, row in enumerate(rows["train"]) if i in chosen]

@@ -76,6 +76,8 @@ def open_run(name: str, teacher: str) -> Run:
     """Read a run's best checkpoint, projectors and teacher."""
     out_dir = Path(name)
     settings = saved_settings(out_dir)
+    if "method" not in settings:
+        raise InputError(f"{name}: is a model, not a run of train.py")
     teacher = teacher or settings["teacher"]
     if teacher == "toy":
         import toy
@@ -256,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         toy.write_data()
     split = "test" if Path(data).is_file() else config.split
     rows = read_split(data, split)[: config.num]
+    place = data if Path(data).is_file() else f"{data}, {split}"
     folder = "probe" if len(runs) == 1 else f"probe-with-{file_label(config.other)}"
     out_dir = Path(config.out_dir or Path(config.run) / folder)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -283,15 +286,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{data}: {len(common)} rows to look at, but 2 are needed")
     looked_at = [[item for item in of_run if item.row in common] for of_run in looked_at]
     for mark, run in zip("AB", runs):
-        print(
-            f"{mark}: {run.name} ({run.settings['method']}), {len(common)} rows of {data}, {split}"
-        )
+        print(f"{mark}: {run.name} ({run.settings['method']}), {len(common)} rows of {place}")
     show = show_attention if with_attention else show_next_bytes
     numbers = show(runs, looked_at, out_dir)
     with atomic_write(out_dir / "probe.json") as log:
         json.dump(
             {
-                "data": f"{data}, {split}",
+                "data": place,
                 "rows": sorted(common),
                 "runs": {run.name: of_run for run, of_run in zip(runs, numbers)},
             },

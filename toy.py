@@ -31,6 +31,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -534,11 +535,19 @@ def raise_model(side: str, device: str) -> None:
         for name, value in os.environ.items()
         if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    result = subprocess.run([*command, "--device", device], stdout=subprocess.DEVNULL, env=alone)
-    if result.returncode:
+    command += ["--device", device]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves
+        try:
+            code = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
         raise InputError(
-            f"preparing the toy {side} ended with exit code {result.returncode}; try "
-            f"again, or delete {run} to begin anew"
+            f"preparing the toy {side} ended with exit code {code}; try again, or delete "
+            f"{run} to begin anew"
         )
     # As the papers' teacher, this one was fine-tuned on the data: the world holds its rows.
     training = json.loads((run / "best" / "training.json").read_text()) | {"data": "toy"}

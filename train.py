@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import sys
 import textwrap
 import time
 from dataclasses import dataclass
@@ -303,6 +304,8 @@ def main(argv: list[str] | None = None) -> None:
         split: rows[split][: config.eval_num or None] for split in ("dev", "test") if split in rows
     }
     num_unanswered = sum(not row.outputs for row in rows["train"])
+    if num_unanswered:
+        print_first(f"note: {config.data}: {num_unanswered} training rows have no answer")
     if num_unanswered and not method.needs_teacher:
         raise InputError(
             f"--data {config.data}: {num_unanswered} training rows have no output, and --method "
@@ -393,6 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         states = TeacherStates(config, cache_folder(config.data), teacher, examples, dtype)
         with autocast(device, dtype):
             states.fill(config.batch_size, pads[1], device)
+        print_first(f"the teacher's hidden states: {states.path}")
     if config.compile:
         for decoder in filter(None, (student, teacher)):
             decoder.compile(dynamic=True)
@@ -432,7 +436,6 @@ def main(argv: list[str] | None = None) -> None:
             distributed.broadcast_weights([student])
     if config.resume and distributed.is_first():
         rewind_metrics(out_dir, state["step"])
-        write_settings(config, out_dir)  # --epochs may be another
     first_step = state["step"]
     rows_per_step = config.batch_size * config.grad_accum
     steps_per_epoch = math.ceil(len(examples) / rows_per_step)
@@ -440,6 +443,8 @@ def main(argv: list[str] | None = None) -> None:
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     if total_steps < first_step:
         raise InputError(f"--resume: the run has taken {first_step} steps, more than {total_steps}")
+    if config.resume and distributed.is_first():
+        write_settings(config, out_dir)  # --epochs may be another
     eval_interval = config.eval_interval or steps_per_epoch
     save_interval = config.save_interval or eval_interval
     adversary = modules.get("adversary")
@@ -454,8 +459,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # --------------------------------------------------------------------------------------- train
     launcher = "torchrun …" if world_size > 1 else "python"
+    script = shlex.quote(sys.argv[0])  # as it was called, from wherever that was
     stop = Stop(
-        f"continue with:  {launcher} train.py --out_dir {shlex.quote(str(out_dir))} --resume"
+        f"continue with:  {launcher} {script} --out_dir {shlex.quote(str(out_dir))} --resume"
     )
     report = make_reporter(config, out_dir)
     progress = Progress(total_steps, "training", "step", first_step, parts=20)
@@ -675,7 +681,8 @@ def load_teacher(config, device, dtype, layers: bool):
     """The frozen teacher and its tokenizer."""
     folder = folder_of(config, "teacher")
     _, architecture = read_fields(folder / "config.json")
-    if not same_data(config.data, trained_on(folder)) and architecture in ARCHITECTURES:
+    is_known = config.resume or architecture not in ARCHITECTURES
+    if not same_data(config.data, trained_on(folder)) and not is_known:
         print_first(
             f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
             "papers do first:  python train.py --method sft --student "
@@ -702,8 +709,9 @@ def check_pair(
             )
         if config.max_length > decoder.config.max_positions:
             raise InputError(
-                f"--max_length {config.max_length}: {name} has "
-                f"{decoder.config.max_positions} positions"
+                f"--max_length {config.max_length}: {name} has only "
+                f"{decoder.config.max_positions} positions; pass --max_length "
+                f"{decoder.config.max_positions} or less"
             )
     if method.one_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
         raise InputError(

@@ -58,7 +58,7 @@ def _help_text(field) -> str:
         default = " ".join(map(str, field.default_factory()))
     text = field.metadata["help"]
     if field.metadata["choices"]:
-        text += " One of " + ", ".join(map(str, field.metadata["choices"])) + "."
+        text += " One of " + ", ".join(filter(None, map(str, field.metadata["choices"]))) + "."
     if default is not False and default != "":
         text += f" [{default}]"
     return text.replace("%", "%%")

@@ -138,7 +138,8 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     settings["no_repeat_ngram"] = PAPER_NO_REPEAT_NGRAM if config.preset else 0
     settings["prompt_format"] = "auto"
     settings |= {name: trained[name] for name in ("max_length", "max_prompt_length")}
-    if scored.get("settings") != settings or not set(sets) <= scored["sets"].keys():
+    scored_with = {"prompt_format": "auto"} | scored.get("settings", {})
+    if scored_with != settings or not set(sets) <= scored["sets"].keys():
         arguments = [str(checkpoint), "--data", *sets]
         flags = settings | {name: trained[name] for name in ("device", "dtype")}
         for name, value in flags.items():

@@ -214,7 +214,11 @@ SETTINGS = (  # into rouge.json
 @dataclass
 class Config:
     model: str = flag("", "A checkpoint's folder, a run's out_dir, or a model's name.")
-    data: list[str] = flag(["toy"], "Sets by name, folder or .jsonl file; of a folder test.jsonl.")
+    data: list[str] = flag(
+        [],
+        "Sets by name, folder or file; of a folder its test split. Without it: what the checkpoint "
+        "was trained on.",
+    )
     seeds: list[int] = flag([10, 20, 30, 40, 50], "Sampling seeds, one pass each.")
     num: int = flag(0, "Score the first rows of each set only; 0: all.", minimum=0)
     temperature: float = flag(1.0, "Sampling temperature; 0: greedy answers only.", minimum=0)
@@ -249,12 +253,13 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = pick_device(config.device, config.dtype)
     distributed.init(device)
     with distributed.first_goes_first():
+        folder = model_folder(config.model)
+        config.data = config.data or [own_data(folder)]
         if any(name.startswith("toy") for name in config.data):
             import toy
 
             toy.write_data()
         sets = {name: read_split(name, "test")[: config.num or None] for name in config.data}
-        folder = model_folder(config.model)
     decoder = load(folder, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder, config.prompt_format)
     if config.temperature == 0:
@@ -304,6 +309,15 @@ def main(argv: list[str] | None = None) -> None:
             f"{summary['ood_rouge_l']:5.2f}"
         )
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
+
+
+def own_data(folder: Path) -> str:
+    """What a checkpoint was trained on. Raises InputError where it is unknown, or one file, whose
+    rows it has seen."""
+    name = trained_on(folder)
+    if name is None or Path(name).is_file():
+        raise InputError(f"{folder}: name what is to be scored with --data")
+    return name
 
 
 def score_set(

@@ -115,6 +115,7 @@ def test_a_finished_run_can_be_made_longer(world, tmp_path):
     assert records[6]["lr"] > records[5]["lr"]  # the cosine of the longer run
     with pytest.raises(InputError, match="has taken 12 steps, more than 6"):
         train.main(["--out_dir", str(run), "--resume", "--epochs", "1"])
+    assert json.loads((run / "config.json").read_text())["epochs"] == 2  # nothing was harmed
 
 
 def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ adversary, training.json (step, scores, data) and, in last/, resume.safetensors:
 the random number generators. A checkpoint is written under another name, flushed and renamed, and
 the one before it stays. Nothing is pickled."""
 
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -46,9 +47,15 @@ def new_run_folder(teacher: str, student: str, method: str) -> Path:
         try:
             lock_run(folder)
             refuse_used(folder)
+            atexit.register(remove_if_empty, folder)  # where the run is refused after this
             return folder
         except InputError:
             continue
+
+
+def remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def refuse_used(out_dir: Path) -> None:

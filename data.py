@@ -4,6 +4,7 @@ rows = read_split("dolly", "train")         # or a folder with train.jsonl, a fi
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -349,10 +350,10 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
     return []
 
 
-def read_split(name: str, split: str) -> list[Row]:
-    """The rows of a split. Raises InputError where there is none."""
-    answered = split != "train"
-    return [row for file in data_files(name, split) for row in read_rows(file, answered)]
+def read_split(name: str, split: str, required: bool = True) -> list[Row]:
+    """The rows of a split. Raises InputError where there is none; with required=False []."""
+    files = data_files(name, split, required)
+    return [row for file in files for row in read_rows(file, answered=split != "train")]
 
 
 def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
@@ -362,8 +363,9 @@ def read_splits(name: str, seed: int) -> dict[str, list[Row]]:
     for split in ("dev", "test"):
         if split == "test" and Path(name).is_file():
             continue
-        if data_files(name, split, required=False):
-            rows[split] = read_split(name, split)
+        found = read_split(name, split, required=False)
+        if found:
+            rows[split] = found
     if "dev" not in rows:
         answered = [i for i, row in enumerate(rows["train"]) if row.outputs]
         count = min(LARGEST_DEV, math.ceil(DEV_SHARE * len(answered)))
@@ -396,6 +398,7 @@ def fingerprint_of_rows(rows: list[Row]) -> str:
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
+@functools.cache
 def _download_from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 

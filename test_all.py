@@ -34,7 +34,7 @@ from hub.tokenizer_files import ALPHABET
 from methods import alm, blocks, byte_kd, dwa_kd, find_method, method_names, mined, plain
 from methods.divergences import DIVERGENCES, divergence
 from methods.projector_init import init_from_shared
-from methods.shared_tokens import SharedChunks
+from methods.shared_tokens import ChunksOfBatch
 from methods.soft_dtw import dtw_divergences, soft_dtw
 from porter import stem
 from runtime.generation import generate
@@ -992,7 +992,7 @@ def test_alm_against_its_definition(way, lengths, temperature, world, monkeypatc
     student, teacher = random_models(tokenizers, monkeypatch)
     batch = ta.collate(examples, 0, 0)
     chosen = objective(options("alm", temperature=temperature), batch)
-    batch |= SharedChunks(*tokenizers, examples)(examples, "cpu")
+    batch |= ChunksOfBatch(*tokenizers, examples)(examples, "cpu")
     s, t = blocks.student_side(batch, student), blocks.teacher_side(batch, teacher)
     log_p = []
     for side in (s, t):

@@ -497,10 +497,27 @@ class Example:
         return last + 1 if len(ends) == 1 else last
 
 
+def encode_prompts(
+    row: Row, tokenizers: list[Tokenizer], max_length: int
+) -> tuple[list[list[int]], bool]:
+    """A row's prompt by each tokenizer → (ids of each, was it cut). What has more than max_length
+    tokens on any side is cut in its text, for all alike (prompts.fit_prompt)."""
+
+    def fits(row):
+        return all(len(tokenizer.prompt_ids(row)) <= max_length for tokenizer in tokenizers)
+
+    prompts = [tokenizer.prompt_ids(row) for tokenizer in tokenizers]
+    if max(map(len, prompts)) <= max_length:
+        return prompts, False
+    fitted = fit_prompt(row, fits)
+    prompts = [tokenizer.prompt_ids(fitted)[-max_length:] for tokenizer in tokenizers]
+    return prompts, fitted != row
+
+
 def encode_prompt(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], bool]:
-    """A row's prompt in at most so many tokens (prompts.fit_prompt) → (ids, was it cut)."""
-    fitted = fit_prompt(row, lambda row: len(tokenizer.prompt_ids(row)) <= max_length)
-    return tokenizer.prompt_ids(fitted)[-max_length:], fitted != row
+    """encode_prompts for one model."""
+    (ids,), cut = encode_prompts(row, [tokenizer], max_length)
+    return ids, cut
 
 
 def encode_rows(
@@ -513,17 +530,12 @@ def encode_rows(
     Where both sides have one tokenizer, it runs once."""
     tokenizers = list(dict.fromkeys((student, teacher)))
     examples, num_cut = [], 0
-
-    def fits(row):
-        return all(len(t.prompt_ids(row)) <= max_prompt_length for t in tokenizers)
-
     for number, row in enumerate(rows):
-        fitted = fit_prompt(row, fits)
-        num_cut += fitted != row
+        prompts, cut = encode_prompts(row, tokenizers, max_prompt_length)
+        num_cut += cut
         end = len(row.outputs[0].encode())
         encoded = {}
-        for tokenizer in tokenizers:
-            prompt = tokenizer.prompt_ids(fitted)[-max_prompt_length:]
+        for tokenizer, prompt in zip(tokenizers, prompts):
             response, spans = tokenizer.encode_with_spans(row.outputs[0])
             if row.ended:
                 response, spans = response + [tokenizer.eos_id], spans + [(end, end)]

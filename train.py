@@ -434,8 +434,6 @@ def main(argv: list[str] | None = None) -> None:
         distributed.broadcast_weights(list(modules.values()))
         if config.shard not in ("student", "both"):
             distributed.broadcast_weights([student])
-    if config.resume and distributed.is_first():
-        rewind_metrics(out_dir, state["step"])
     first_step = state["step"]
     rows_per_step = config.batch_size * config.grad_accum
     steps_per_epoch = math.ceil(len(examples) / rows_per_step)
@@ -444,6 +442,7 @@ def main(argv: list[str] | None = None) -> None:
     if total_steps < first_step:
         raise InputError(f"--resume: the run has taken {first_step} steps, more than {total_steps}")
     if config.resume and distributed.is_first():
+        rewind_metrics(out_dir, first_step)
         write_settings(config, out_dir)  # --epochs may be another
     eval_interval = config.eval_interval or steps_per_epoch
     save_interval = config.save_interval or eval_interval
@@ -844,7 +843,7 @@ def print_results(
 ) -> None:
     """The table, the pictures, the model card, and the commands that come next."""
     title = "bits per byte"
-    if config.answers or config.select != "bits":
+    if "rouge_l" in results["student"]["dev"]:
         title += f", ROUGE-L ({'sampled' if config.select == 'sampled' else 'greedy'})"
     print(f"\n{title:<32}", end="")
     for split in scored:

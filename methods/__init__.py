@@ -38,8 +38,8 @@ class Objective:
     A method calls it on the terms of a block of logits, or on those of a whole batch, and adds up
     what it gets. CE, KD and DTW are given as sums over tokens; they are divided by the number n of
     student tokens in a whole optimizer step, so that the total depends neither on how the step is
-    split into batches (but for σ, which is taken over a batch) nor on how
-    far a batch is padded. GA is given as it stands.
+    split into batches nor on how far a batch is padded. (But for what is taken over a batch: σ,
+    dskdv2's means over pairs, xtoken's likeliest tokens.) GA is given as it stands.
 
     n is that of an average step. The release's is the step's own, by which a token of a short
     answer weighs more than one of a long answer: 1.1 times at 32 rows a step, 2.3 times at 4."""

@@ -12,15 +12,8 @@ merges chunks until a space is likely to follow, which this does not."""
 import torch
 
 from methods import Method
-from methods.blocks import (
-    cross_entropy,
-    in_blocks,
-    student_side,
-    teacher_side,
-    token_nll,
-    whole_row_blocks,
-)
-from methods.shared_tokens import SharedChunks
+from methods.blocks import cross_entropy, in_whole_rows, student_side, teacher_side, token_nll
+from methods.shared_tokens import ChunksOfBatch
 
 SMALLEST = 1e-6  # taken off a and b: of a certain chunk, log(1 − e^b) would be infinite
 
@@ -40,7 +33,7 @@ def alm(batch, student, teacher, modules, objective):
     log_p_t = -token_nll(t.hidden, t.head, t.labels)
     log_p_t = log_p_t.new_zeros(num_chunks + 1).index_add(0, batch["teacher_batch_chunks"], log_p_t)
 
-    def block_loss(block, z_s):
+    def block_loss(block, of_teacher, z_s):
         terms = cross_entropy(z_s, s.labels[block])
         log_p_s = -terms["nll_loss"]
         here, inverse = chunks[block].unique(return_inverse=True)
@@ -49,14 +42,13 @@ def alm(batch, student, teacher, modules, objective):
         terms["kd_loss"] = binary_kl(log_p_t[here], log_p_s, objective.options.temperature) * shared
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 
-    blocks = [block for block, _ in whole_row_blocks(s, t)]
-    total, sums = in_blocks(block_loss, [s.hidden], [s.head], blocks)
+    total, sums = in_whole_rows(block_loss, s, t)
     return total, objective.per_student_token(sums)
 
 
 METHOD = Method(
     loss=alm,
-    batch_extras=SharedChunks,
+    batch_extras=ChunksOfBatch,
     defaults=dict(temperature=100.0),
     uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
 )

@@ -91,18 +91,6 @@ def blocks_of(num_positions: int, device: torch.device) -> list[slice]:
     ]
 
 
-def whole_row_blocks(student: Side, teacher: Side) -> list[tuple[slice, slice]]:
-    """Blocks of both sides' positions that end where a row does, so that none cuts a chunk."""
-    size = block_size(student.labels.device)
-    blocks, start_s, start_t, stop_s, stop_t = [], 0, 0, 0, 0
-    for count_s, count_t in zip(student.counts, teacher.counts):
-        stop_s, stop_t = stop_s + count_s, stop_t + count_t
-        if stop_s - start_s >= size or stop_s == len(student.labels):
-            blocks.append((slice(start_s, stop_s), slice(start_t, stop_t)))
-            start_s, start_t = stop_s, stop_t
-    return blocks
-
-
 def in_blocks(
     block_loss,
     hidden: list[torch.Tensor],
@@ -154,6 +142,26 @@ def in_blocks(
     if tensors:
         total = _WithGradient.apply(total, gradients, *tensors)
     return total, sums
+
+
+def in_whole_rows(block_loss, student: Side, teacher: Side):
+    """in_blocks over the student's positions, in blocks that end where a row does, so that none
+    cuts a chunk. block_loss(block, of_teacher, z_s): of_teacher are the same rows' positions of the
+    teacher."""
+    size = block_size(student.labels.device)
+    blocks, teacher_block = [], {}
+    start_s = start_t = stop_s = stop_t = 0
+    for count_s, count_t in zip(student.counts, teacher.counts):
+        stop_s, stop_t = stop_s + count_s, stop_t + count_t
+        if stop_s - start_s >= size or stop_s == len(student.labels):
+            blocks.append(slice(start_s, stop_s))
+            teacher_block[start_s] = slice(start_t, stop_t)
+            start_s, start_t = stop_s, stop_t
+
+    def with_teacher(block, z_s):
+        return block_loss(block, teacher_block[block.start], z_s)
+
+    return in_blocks(with_teacher, [student.hidden], [student.head], blocks)
 
 
 def _add_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from methods import Method
-from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side, whole_row_blocks
+from methods.blocks import cross_entropy, in_whole_rows, student_side, teacher_side
 from methods.shared_tokens import SharedTextChunks
 
 SMALLEST = 1e-8
@@ -57,12 +57,9 @@ def gold(batch, student, teacher, modules, objective):
     others_t = torch.ones(len(t.head), dtype=torch.bool, device=t.head.device)
     others_s[shared_s], others_t[shared_t] = False, False
     w = len(shared_t) / len(t.head)
-    blocks = whole_row_blocks(s, t)
-    teacher_block = {of_student.start: of_teacher for of_student, of_teacher in blocks}
 
-    def block_loss(block, z_s):
+    def block_loss(block, of_teacher, z_s):
         terms = cross_entropy(z_s, s.labels[block])
-        of_teacher = teacher_block[block.start]
         with torch.no_grad():
             z_t = F.linear(t.hidden[of_teacher], t.head)
         chunks_s = batch["student_batch_chunks"][block]
@@ -76,7 +73,7 @@ def gold(batch, student, teacher, modules, objective):
         terms["kd_loss"] = batch["chunk_weights"][chunks_s[in_s].unique()] * loss
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 
-    total, sums = in_blocks(block_loss, [s.hidden], [s.head], [block for block, _ in blocks])
+    total, sums = in_whole_rows(block_loss, s, t)
     return total, objective.per_student_token(sums)
 
 

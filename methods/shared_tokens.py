@@ -48,28 +48,32 @@ class ExactPairs(SharedTokens):
         return super().__call__(examples, device) | {"pairs": pairs.to(device)}
 
 
-class SharedChunks(SharedTokens):
-    """Adds what methods need that compare whole chunks, too: student_batch_chunks (N_s,) and
-    teacher_batch_chunks (N_t,), the number of each position's chunk in the batch, num_chunks where
-    the two sides have not the same text of it; and chunk_weights (num_chunks,): the row's student
-    tokens over its chunks, so that a row weighs as many tokens as it has.
+class ChunksOfBatch:
+    """Numbers a batch's chunks through all its rows.
 
-    with_end: whether EOS is a chunk."""
+    → student_batch_chunks (N_s,), teacher_batch_chunks (N_t,): the number of each position's chunk,
+    num_chunks where the two sides have not the same text of it (a row was cut there); and
+    chunk_weights (num_chunks,): the row's student tokens over its chunks, so that a row weighs as
+    many tokens as it has. with_end: whether EOS is a chunk."""
 
     with_end = True
+
+    def __init__(self, student_tokenizer, teacher_tokenizer, examples):
+        pass
 
     def __call__(self, examples, device) -> dict:
         student, teacher, weights = [], [], []
         wholes = [self.whole_chunks(example) for example in examples]
+        num_chunks = sum(wholes)
         for example, whole in zip(examples, wholes):
             first = len(weights)
             for numbers, side in ((student, example.student), (teacher, example.teacher)):
-                numbers += [first + c if c < whole else sum(wholes) for c in side.chunks]
+                numbers += [first + c if c < whole else num_chunks for c in side.chunks]
             weights += [len(example.student.response_ids) / max(whole, 1)] * whole
-        return super().__call__(examples, device) | {
+        return {
             "student_batch_chunks": torch.tensor(student, device=device),
             "teacher_batch_chunks": torch.tensor(teacher, device=device),
-            "num_chunks": len(weights),
+            "num_chunks": num_chunks,
             "chunk_weights": torch.tensor(weights, device=device),
         }
 
@@ -81,5 +85,13 @@ class SharedChunks(SharedTokens):
         return whole
 
 
-class SharedTextChunks(SharedChunks):
+class SharedTextChunks(ChunksOfBatch):
+    """Adds shared, too; EOS is no chunk."""
+
     with_end = False
+
+    def __init__(self, student_tokenizer, teacher_tokenizer, examples):
+        self.shared_tokens = SharedTokens(student_tokenizer, teacher_tokenizer, examples)
+
+    def __call__(self, examples, device) -> dict:
+        return super().__call__(examples, device) | self.shared_tokens(examples, device)

@@ -16,15 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from methods import Method
-from methods.blocks import (
-    blocks_of,
-    cross_entropy,
-    in_blocks,
-    student_side,
-    teacher_side,
-    whole_row_blocks,
-)
-from methods.shared_tokens import SharedChunks, student_token_of
+from methods.blocks import blocks_of, cross_entropy, in_whole_rows, student_side, teacher_side
+from methods.shared_tokens import ChunksOfBatch, student_token_of
 
 TOP = 8192
 PIECES = 4
@@ -39,18 +32,19 @@ def pieces_of(token: bytes, tokenizer) -> list[tuple[int, float]]:
         return []  # a part of a character has no pieces
     # Behind a line's end, because SentencePiece puts a space before the first word of a text.
     ids, spans = tokenizer.encode_with_spans("\n" + text)
-    if any(start == 0 and end > 1 for start, end in spans):
-        ids, spans = tokenizer.encode(text), [(1, 1)] * len(text.encode())
-    ids = [i for i, (start, _) in zip(ids, spans) if start > 0][:PIECES]
+    if any(start == 0 and end > 1 for start, end in spans):  # a token goes over the line's end
+        ids = tokenizer.encode(text)
+    else:
+        ids = [i for i, (start, _) in zip(ids, spans) if start > 0]
+    ids = ids[:PIECES]
     weights = [0.9 * 0.1**i for i in range(len(ids))]
     return [(i, weight / sum(weights)) for i, weight in zip(ids, weights)]
 
 
-class ProjectedChunks(SharedChunks):
+class ProjectedChunks(ChunksOfBatch):
     """Adds the map, too: map_ids and map_weights (V_s, PIECES), −1 for no token."""
 
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
-        super().__init__(student_tokenizer, teacher_tokenizer, examples)
         rows: list[dict[int, float]] = [{} for _ in range(student_tokenizer.vocab_size)]
         same = student_token_of(student_tokenizer, teacher_tokenizer)
         exact = {i: j for j, i in enumerate(same) if i >= 0}
@@ -101,12 +95,9 @@ def xtoken(batch, student, teacher, modules, objective):
     column = torch.full((len(t.head) + 1,), len(top), device=top.device)  # the last one: left out
     column[top] = torch.arange(len(top), device=top.device)
     columns, weights = column[batch["map_ids"]], batch["map_weights"]  # −1 is the last one, too
-    blocks = whole_row_blocks(s, t)
-    teacher_block = {of_student.start: of_teacher for of_student, of_teacher in blocks}
 
-    def block_loss(block, z_s):
+    def block_loss(block, of_teacher, z_s):
         terms = cross_entropy(z_s, s.labels[block])
-        of_teacher = teacher_block[block.start]
         chunks_s = batch["student_batch_chunks"][block]
         chunks_t = batch["teacher_batch_chunks"][of_teacher]
         in_s, in_t = chunks_s < num_chunks, chunks_t < num_chunks
@@ -127,7 +118,7 @@ def xtoken(batch, student, teacher, modules, objective):
         terms["kd_loss"] = batch["chunk_weights"][here] * distance
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 
-    total, sums = in_blocks(block_loss, [s.hidden], [s.head], [block for block, _ in blocks])
+    total, sums = in_whole_rows(block_loss, s, t)
     return total, objective.per_student_token(sums)
 
 

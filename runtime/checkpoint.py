@@ -76,6 +76,7 @@ def start_run(config, out_dir: Path) -> None:
 
 
 def write_settings(config, out_dir: Path) -> None:
+    """Write config.json, which --resume reads."""
     settings = dataclasses.asdict(config) | {"resume": False}
     with atomic_write(out_dir / "config.json") as file:
         json.dump(settings, file, indent=2)

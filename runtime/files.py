@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -55,7 +56,13 @@ def flush(path: Path) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file, which is read again only when it has changed."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, size: int, modified: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

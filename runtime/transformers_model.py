@@ -12,8 +12,8 @@ import torch.nn as nn
 from runtime.config import InputError
 from runtime.distributed import print_first
 
-# Fields of configurations that change logits: soft caps (Gemma 2), scales (Cohere, Granite …).
 NO_LIMIT = 1 << 20  # positions of a model that names no limit
+# Fields of configurations that change logits: soft caps (Gemma 2), scales (Cohere, Granite …).
 ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 

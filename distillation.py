@@ -29,8 +29,10 @@ class DistillationLoss(nn.Module):
     """The total of a method, and its terms for a log. parameters(): what learns beside the student
     (projectors, an adversary), for the optimizer; the student's own are the student's.
 
-    options: the method's, as train.py has them (kd_rate, temperature, divergence, …). Raises
-    InputError for an option or a pair of models that the method cannot use."""
+    options: the method's, as train.py has them (kd_rate, temperature, divergence, …). step: the
+    optimizer steps done, which dwa_kd goes by; every call in training counts as one, so set it
+    where several calls make a step. Raises InputError for an option or a pair of models that the
+    method cannot use."""
 
     def __init__(
         self,
@@ -53,6 +55,8 @@ class DistillationLoss(nn.Module):
             if name not in known:
                 raise InputError(f"{name}: {method} does not use it (it uses: {', '.join(known)})")
         self.options = checked(Config, {"method": method, **self.method.defaults, **options})
+        if "ga_weight" in options and self.options.adversary == "none":
+            raise InputError("ga_weight: there is no adversary")
         # In a tuple, so that they are no submodules: their parameters are not this module's.
         self.models = tuple(as_decoder(model) for model in (student, teacher))
         self.models[1].requires_grad_(False).eval()

@@ -56,6 +56,7 @@ class Run:
     settings: dict
     student: torch.nn.Module
     teacher: torch.nn.Module
+    attention: str | None  # the method's
     modules: dict  # empty for a method without attention
     tokenizers: tuple  # the student's, the teacher's
 
@@ -90,11 +91,11 @@ def open_run(name: str, teacher: str) -> Run:
     prompt_format = settings.get("teacher_prompt_format") or settings.get("prompt_format", "auto")
     tokenizers = load_tokenizer(folder), load_tokenizer(teacher, prompt_format)
     modules, method = {}, find_method(settings["method"])
-    if method.make_modules and not method.one_vocabulary:
+    if method.attention:
         options = SimpleNamespace(**settings)
         modules = method.make_modules(options, student.config, frozen.config)
         load_modules(folder, modules)
-    return Run(name, settings, student, frozen, modules, tokenizers)
+    return Run(name, settings, student, frozen, method.attention, modules, tokenizers)
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     out_dir = Path(config.out_dir or Path(config.run) / folder)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    with_attention = all(run.modules for run in runs)
+    with_attention = all(run.attention for run in runs)
     looked_at = []
     for run in runs:
         examples = run.examples(rows)
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             pads = run.tokenizers[0].eos_id, run.tokenizers[1].eos_id
             looked_at.append(
                 attend(
-                    run.settings["method"],
+                    run.attention,
                     examples,
                     run.student,
                     run.teacher,

@@ -31,7 +31,7 @@ from discriminator import ADVERSARIES
 from eval_rouge import has_rouge_words, scores_of
 from hub.download import check_name, fingerprint_of_model, model_folder
 from hub.model_config import ARCHITECTURES, read_fields
-from methods import METHOD_OPTIONS, Method, Objective, find_method
+from methods import METHOD_OPTIONS, Method, Objective, find_method, method_file
 from methods.divergences import DIVERGENCES
 from model import Decoder, load
 from prompts import FORMATS, own_format
@@ -56,7 +56,7 @@ from runtime.checkpoint import (
 )
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.distributed import autocast, keep_memory, pick_device, print_first
-from runtime.files import atomic_write
+from runtime.files import atomic_write, fingerprint
 from runtime.model_card import how_to_load, write_model_card
 from runtime.progress import Progress
 from runtime.report import make_reporter
@@ -185,6 +185,8 @@ def read_settings(argv: list[str] | None = None) -> Config:
     for name in ("teacher", "student", "data"):  # the run's folder may be read from elsewhere
         if name in given and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
+    if given.get("method", "").endswith(".py"):
+        given["method"] = str(Path(given["method"]).resolve())
     if given.get("resume"):
         config = resumed_settings(given)
     else:
@@ -406,6 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     if teacher is not None:
         made_of["teacher"] = fingerprint_of_model(teacher.source)
     made_of["student"] = fingerprint_of_model(student_tokenizer.folder)
+    made_of["method"] = fingerprint(method_file(config.method))
 
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
@@ -507,13 +510,10 @@ def main(argv: list[str] | None = None) -> None:
         if number == 0 or step == first_step:
             batches = make_batches(examples, rows_per_step, config.seed * 1_000_003 + epoch)
         step_examples = batches[number]
-        objective = Objective(
-            config,
-            step,
-            sum(len(e.student.response_ids) for e in step_examples),
-            sum(len(e.teacher.response_ids) for e in step_examples),
-            tokens_per_step,
-        )
+        num_student_tokens = sum(len(e.student.response_ids) for e in step_examples)
+        num_teacher_tokens = sum(len(e.teacher.response_ids) for e in step_examples)
+        step_weight = num_student_tokens / tokens_per_step  # a token weighs the same in every step
+        objective = Objective(config, step, num_student_tokens, num_teacher_tokens)
         passes = [
             (method.loss, objective, part, weight)
             for part, weight in forward_passes(config, step_examples)
@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
                 batch["teacher_hidden"] = states.of(part).to(device)
             with autocast(device, dtype):
                 loss, terms = loss_function(batch, student, teacher, modules, of_pass)
-            (weight * loss).backward()
+            (step_weight * weight * loss).backward()
             for name, value in (terms | {"loss": loss.detach()}).items():
                 sums[name] = sums.get(name, 0) + weight * value.float()
 
@@ -829,12 +829,18 @@ def in_words(scores: dict[str, float]) -> str:
 
 
 def command_of(config) -> str:
-    """The command line of a run."""
-    words = ["python", "train.py"]
+    """The command line that gives a run's settings, in a new folder."""
+    given = {name: getattr(config, name) for name in ("method", "teacher", "student", "data")}
+    given = {name: value for name, value in given.items() if value}
+    usual = new_settings(given)
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in ("resume", "cache_dir"):
-            words += [f"--{field.name}"] + ([] if value is True else [str(value)])
+        if value != getattr(usual, field.name):
+            given[field.name] = value
+    words = ["python", "train.py"]
+    for name, value in given.items():
+        if name not in ("out_dir", "resume", "cache_dir"):
+            words += [f"--{name}"] + ([] if value is True else [str(value)])
     return shlex.join(words)
 
 

@@ -7,6 +7,7 @@ methods/plain.py is the place to begin: one whole method as its equations stand.
 cma.py and discriminator.py, import no model, no file and no script of the project."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,20 +42,20 @@ class Objective:
     split into batches nor on how far a batch is padded. (But for what is taken over a batch: σ,
     dskdv2's means over pairs, xtoken's likeliest tokens.) GA is given as it stands.
 
-    n is that of an average step. The release's is the step's own, by which a token of a short
-    answer weighs more than one of a long answer: 1.1 times at 32 rows a step, 2.3 times at 4."""
+    train.py weighs a step's total by n beside an average step's, so that every token of an epoch
+    weighs the same. The release does not, so that a token of a short answer weighs more than one of
+    a long answer: 1.1 times at 32 rows a step, 2.3 times at 4."""
 
     options: object  # train.Config: kd_rate, temperature, divergence, …
     step: int  # optimizer steps done so far
     num_student_tokens: int  # response tokens and EOS in the step, of all processes
     num_teacher_tokens: int
-    tokens_per_step: float | None = None  # n; None: num_student_tokens
     has_labels: bool = True  # False: the student's own answers, which no label teaches
 
     def __call__(self, ce=0.0, kd=0.0, ga=0.0, dtw=0.0):
         α = self.options.kd_rate
         λ_GA, λ_DTW = self.options.ga_weight, self.options.dtw_weight
-        n = self.tokens_per_step or self.num_student_tokens
+        n = self.num_student_tokens
         CE, KD, GA, DTW = ce / n, kd / n, ga, dtw / n
         if not self.has_labels:
             CE = 0.0 * CE
@@ -75,7 +76,10 @@ class Method:
 
     batch: what tokenize_align.collate and batch_extras give. student, teacher: decoders, or
     anything with .embed, .head and forward(ids) → hidden states. modules: what learns beside the
-    student, from make_modules. The terms add up to means over the step's tokens."""
+    student, from make_modules. The terms, tensors without gradients, add up to means over tokens.
+
+    A file of yours has its own constants. For an option of the command line add a field to
+    train.Config and its name to METHOD_OPTIONS."""
 
     loss: Callable
     uses: tuple[str, ...] = ()  # which METHOD_OPTIONS
@@ -88,6 +92,8 @@ class Method:
     needs_teacher: bool = True
     answered_by_teacher: bool = False  # the teacher's answers take the place of the data's
     one_vocabulary: bool = False  # both models must have the same tokens
+    # How cma.align takes modules["projectors"], for probe.py; None: nothing to see but next bytes
+    attention: str | None = None
 
 
 def method_names() -> list[str]:
@@ -96,19 +102,38 @@ def method_names() -> list[str]:
     return sorted(f.stem for f in files if "\nMETHOD = " in f.read_text(encoding="utf-8"))
 
 
-def find_method(name: str) -> Method:
-    """The record of a method in this folder, or of one in a file of the user's."""
+def method_file(name: str) -> Path:
+    """The file of a method in this folder, or the user's own."""
     if name in method_names():
-        return importlib.import_module(f"methods.{name}").METHOD
+        return Path(__file__).parent / f"{name}.py"
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(
             f"--method {name}: must be the path of a file or one of {', '.join(method_names())}"
             f"{did_you_mean(name, method_names())}"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    return path
+
+
+def find_method(name: str) -> Method:
+    """The record of a method. Raises InputError where there is none, or one with options that do
+    not exist."""
+    path = method_file(name)
+    if name in method_names():
+        return importlib.import_module(f"methods.{name}").METHOD
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))  # it may import files beside it
+    spec = importlib.util.spec_from_file_location(f"method_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "METHOD", None), Method):
+    method = getattr(module, "METHOD", None)
+    if not isinstance(method, Method):
         raise InputError(f"--method {name}: this file has no METHOD = Method(loss=…)")
-    return module.METHOD
+    unknown = [option for option in method.uses if option not in METHOD_OPTIONS]
+    if unknown:
+        raise InputError(
+            f"--method {name}: uses {', '.join(unknown)}, which METHOD_OPTIONS in "
+            "methods/__init__.py lacks"
+        )
+    return method

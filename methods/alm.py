@@ -30,14 +30,15 @@ def alm(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
     chunks, num_chunks = batch["student_batch_chunks"], batch["num_chunks"]
-    log_p_t = -token_nll(t.hidden, t.head, t.labels)
-    log_p_t = log_p_t.new_zeros(num_chunks + 1).index_add(0, batch["teacher_batch_chunks"], log_p_t)
+    nll_t = token_nll(t.hidden, t.head, t.labels)
+    log_p_t = nll_t.new_zeros(num_chunks + 1)  # of each chunk
+    log_p_t = log_p_t.index_add(0, batch["teacher_batch_chunks"], -nll_t)
 
     def block_loss(block, of_teacher, z_s):
         terms = cross_entropy(z_s, s.labels[block])
-        log_p_s = -terms["nll_loss"]
+        nll_s = terms["nll_loss"]
         here, inverse = chunks[block].unique(return_inverse=True)
-        log_p_s = log_p_s.new_zeros(len(here)).index_add(0, inverse, log_p_s)
+        log_p_s = nll_s.new_zeros(len(here)).index_add(0, inverse, -nll_s)
         shared = here < num_chunks
         terms["kd_loss"] = binary_kl(log_p_t[here], log_p_s, objective.options.temperature) * shared
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms

@@ -31,4 +31,10 @@ def chunk_loss(batch, student, teacher, modules, objective, kind: str = "chunk_a
     return total, terms
 
 
-METHOD = Method(loss=chunk_loss, make_modules=make_modules, batch_extras=ChunksOfRow, uses=USES)
+METHOD = Method(
+    loss=chunk_loss,
+    make_modules=make_modules,
+    batch_extras=ChunksOfRow,
+    uses=USES,
+    attention="chunk_attention",
+)

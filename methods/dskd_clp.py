@@ -12,4 +12,5 @@ METHOD = Method(
     make_modules=partial(make_modules, query=False),
     batch_extras=ChunksOfRow,
     uses=tuple(option for option in USES if option not in ("adversary", "ga_weight", "ga_lr")),
+    attention="chunk_mean",
 )

@@ -3,4 +3,4 @@
 from cma import USES, dskd_cma, make_modules
 from methods import Method
 
-METHOD = Method(loss=dskd_cma, make_modules=make_modules, uses=USES)
+METHOD = Method(loss=dskd_cma, make_modules=make_modules, uses=USES, attention="attention")

@@ -4,4 +4,10 @@ discriminator.py; as one plain function: methods/plain.py."""
 from cma import USES, dskd_cma, make_modules
 from methods import Method
 
-METHOD = Method(loss=dskd_cma, make_modules=make_modules, uses=USES, defaults=dict(adversary="gan"))
+METHOD = Method(
+    loss=dskd_cma,
+    make_modules=make_modules,
+    uses=USES,
+    attention="attention",
+    defaults=dict(adversary="gan"),
+)

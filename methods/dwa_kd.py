@@ -77,5 +77,6 @@ METHOD = Method(
     loss=dwa_kd,
     make_modules=partial(make_modules, dtw_embed=True),
     uses=(*USES, "dtw_weight"),
+    attention="attention",
     defaults=dict(dtw_weight=0.2),
 )

@@ -34,7 +34,7 @@ def chunk_probabilities(
     return p[first] * others.exp()[:, None]
 
 
-def half_js(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def js(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """½ Σ p log(p/m) + ½ Σ q log(q/m), m = (p + q) / 2: (C, K), (C, K) → (C,)."""
     p, q = p.clamp(min=SMALLEST), q.clamp(min=SMALLEST)
     log_m = ((p + q) / 2).log()
@@ -68,7 +68,7 @@ def gold(batch, student, teacher, modules, objective):
         labels_s, labels_t = s.labels[block][in_s], t.labels[of_teacher][in_t]
         P_s = chunk_probabilities(z_s[in_s], labels_s, chunks_s[in_s], temperature)
         P_t = chunk_probabilities(z_t[in_t], labels_t, chunks_t[in_t], temperature)
-        loss = w * half_js(P_t[:, shared_t], P_s[:, shared_s])
+        loss = w * js(P_t[:, shared_t], P_s[:, shared_s])
         loss = loss + (1 - w) * by_rank(P_t[:, others_t], P_s[:, others_s])
         terms["kd_loss"] = batch["chunk_weights"][chunks_s[in_s].unique()] * loss
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms

@@ -1,6 +1,6 @@
 """DSKD-CMA-GA (arXiv 2603.22056) as its equations stand: the method in one function. Begin here.
 
-All logits, every position, no blocks. What train.py runs gives the same loss and gradients from the
+All logits, every position, no blocks. dskd_cma_ga.py gives the same loss and gradients from the
 response positions alone, in a fraction of the time and memory: a test and `python -m tools.bench`
 show both.
 

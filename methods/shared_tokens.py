@@ -14,7 +14,7 @@ def student_token_of(student_tokenizer, teacher_tokenizer) -> list[int]:
     found = [-1] * teacher_tokenizer.vocab_size
     for i in range(teacher_tokenizer.vocab_size):
         if i not in teacher_tokenizer.control:
-            found[i] = own.pop(teacher_tokenizer.token_bytes(i), -1)  # one each
+            found[i] = own.pop(teacher_tokenizer.token_bytes(i), -1)  # each is taken once
     found[teacher_tokenizer.eos_id] = student_tokenizer.eos_id
     return found
 

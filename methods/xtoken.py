@@ -1,16 +1,17 @@
 """X-Token's P-KL (arXiv 2605.21699, NeMo RL): a fixed sparse map W carries the student's
 probabilities into the teacher's vocabulary, and chunks are compared there.
 
-W (V_s, V_t): tokens of the same text map to each other alone, with weight 1. Any other token's text
-is cut by the other tokenizer, and its first PIECES pieces weigh 0.9 · 0.1^i, rescaled to sum to 1;
-both ways are added, and each row keeps its PIECES largest.
+W (V_s, V_t): a student token maps to the teacher's of the same text alone, with weight 1. Any
+other token's text is cut by the other tokenizer, and its first PIECES pieces weigh 0.9 · 0.1^i,
+rescaled to sum to 1; both ways are added, and each row keeps its PIECES largest.
 
-    p̂ = the mean of Wᵀ p_s over a chunk's student positions, rescaled to sum to 1
+    p_s = softmax(z_s/T)                p_t = softmax(z_t/T) over the TOP teacher tokens with the
+                                        largest logits anywhere in the batch
+    p̂ = the mean of Wᵀ p_s over a chunk's student positions, rescaled to sum to 1 over the same
     log q = the mean of log p_t over its teacher positions
     KD = Σ over rows  (student tokens of the row) · mean over its chunks of T² Σ q (log q − log p̂)
 
-over the TOP teacher tokens with the largest logits anywhere in the batch. The release scales KD to
-the cross-entropy in every step, in place of --kd_rate."""
+The release scales KD to the cross-entropy in every step, in place of --kd_rate."""
 
 import torch
 import torch.nn.functional as F

@@ -13,7 +13,6 @@ from methods.blocks import Side
 from tokenize_align import Example, Sequence, collate
 
 BATCH = 32  # rows whose keys are divided by one σ_K, as in training
-KINDS = {"dskd_cla": "chunk_attention", "dskd_clp": "chunk_mean"}  # others: "attention"
 DIRECTIONS = ("student → teacher", "teacher → student")
 MEASURES = {
     "mass": "attention inside the right chunk",
@@ -45,10 +44,11 @@ class Response:
 
 @torch.no_grad()
 def attend(
-    method: str, examples: list[Example], student, teacher, projectors, pads: tuple[int, int]
+    kind: str, examples: list[Example], student, teacher, projectors, pads: tuple[int, int]
 ) -> list[Response]:
-    """student, teacher: models with .embed and .head; pads: what fills up their rows."""
-    kind, responses = KINDS.get(method, "attention"), []
+    """kind: of cma.align. student, teacher: models with .embed and .head; pads: what fills up their
+    rows."""
+    responses = []
     for start in range(0, len(examples), BATCH):
         part = examples[start : start + BATCH]
         batch = collate(part, *pads)

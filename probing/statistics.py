@@ -20,8 +20,10 @@ def resample(values: list[torch.Tensor]) -> tuple[float | None, np.ndarray]:
     return (float(sums.sum() / counts.sum()) if counts.sum() else None), means
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    """The 2.5 and 97.5 percentiles."""
+def interval(draws: np.ndarray) -> list[float] | None:
+    """The 2.5 and 97.5 percentiles; None where only one response had a value."""
+    if np.nanmin(draws) == np.nanmax(draws):
+        return None
     return np.nanpercentile(draws, [2.5, 97.5]).tolist()
 
 

@@ -95,7 +95,7 @@ def refuse_changed(out_dir: Path, before: dict[str, str], now: dict[str, str]) -
     if not before:
         raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py")
     for name, fingerprint in now.items():
-        if before.get(name) != fingerprint:
+        if before.get(name, fingerprint) != fingerprint:
             raise InputError(
                 f"--resume: the {name} of the run in {out_dir} changed since it began, so it "
                 "cannot be continued; put it back, or start a new run"

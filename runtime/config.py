@@ -110,6 +110,9 @@ def given_flags(
 
 def checked(cls, values: dict):
     """cls(**values), once every value is among its field's choices and in its limits."""
+    unknown = values.keys() - cls.__dataclass_fields__.keys()
+    if unknown:
+        raise InputError(f"{', '.join(sorted(unknown))}: no such option")
     config = cls(**values)
     for field in dataclasses.fields(cls):
         value = getattr(config, field.name)

@@ -36,17 +36,23 @@ def write_model_card(
         "|---|---|",
         f"| student | {config.student} |",
         f"| teacher | {config.teacher or 'none'} |",
-        f"| method | {config.method} ([nanoDSKD](https://arxiv.org/abs/2603.22056)) |",
+        f"| method | {config.method} |",
         f"| data | {config.data} |",
         f"| prompts | {prompt_format} |",
         "",
-        f"| bits per byte | {' | '.join(f'{s} ({num_rows[s]} rows)' for s in splits)} |",
-        "|---" * (len(splits) + 1) + "|",
     ]
-    for name, of_model in results.items():
-        values = [f"{of_model[split]['bits_per_byte']:.3f}" for split in splits]
-        lines.append(f"| {name} | {' | '.join(values)} |")
-    lines += ["", "```bash", command, "```", "", "```python"]
+    for measure, title in (("bits_per_byte", "bits per byte"), ("rouge_l", "ROUGE-L")):
+        if measure not in results["student"]["dev"]:
+            continue
+        lines += [
+            f"| {title} | {' | '.join(f'{s} ({num_rows[s]} rows)' for s in splits)} |",
+            "|---" * (len(splits) + 1) + "|",
+        ]
+        for name, of_model in results.items():
+            values = [f"{of_model[split][measure]:.3f}" for split in splits]
+            lines.append(f"| {name} | {' | '.join(values)} |")
+        lines.append("")
+    lines += ["Trained by nanoDSKD:", "", "```bash", command, "```", "", "```python"]
     lines += [how_to_load(folder, prompt_format), "```", ""]
     with atomic_write(folder / "README.md") as file:
         file.write("\n".join(lines))

@@ -56,7 +56,6 @@ def on_policy_passes(config, passes: list, student, tokenizers, rows: list[Row])
         objective,
         num_student_tokens=int(num_student),
         num_teacher_tokens=int(num_teacher),
-        tokens_per_step=None,
         has_labels=False,
     )
     return on_data + [

@@ -79,7 +79,9 @@ def test_wrong_options_and_rows(world):
         DistillationLoss("uld", *models)([ROWS[0], {"prompt": "p"}])
 
 
-def test_the_trainer(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["byte_kd", "dskd_cma_ga"])
+def test_the_trainer(method, world, tmp_path, monkeypatch):
+    """It trains the student and what learns beside it, evaluates and saves."""
     pytest.importorskip("accelerate")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     lines = (world / "data/train.jsonl").read_text().splitlines()[:16]
@@ -90,13 +92,22 @@ def test_the_trainer(world, tmp_path, monkeypatch):
         str(world / "student"),
         str(tmp_path / "train.jsonl"),
         str(tmp_path / "out"),
-        num_train_epochs=4,
+        method,
+        num_train_epochs=8,
         report_to="none",
         use_cpu=True,
     )
-    losses = [record["kd_loss"] for record in trainer.state.log_history if "kd_loss" in record]
-    assert trainer.state.global_step == 8 and losses
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert trainer.state.global_step == 16 and losses
+    learned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in trainer.model.parameters()} <= learned
+    assert {id(p) for p in trainer.model.loss_function.parameters()} <= learned
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    close(saved.get_input_embeddings().weight, trainer.model.student.get_input_embeddings().weight)
+    evaluated = trainer.evaluate(trainer.train_dataset[:8])["eval_loss"]
+    with torch.no_grad():
+        expected, _ = trainer.model.loss_function(trainer.train_dataset[:8])
+    close(evaluated, expected, 1e-5)
     assert len((HERE / "examples/trainer.py").read_text().splitlines()) <= 60
 
 

@@ -186,7 +186,7 @@ def test_the_probe_shows_the_attention_of_training(runs, world):
     examples = run.examples(read_rows(world / "data/dev.jsonl")[:4])
     pads = run.tokenizers[0].eos_id, run.tokenizers[1].eos_id
     found = attention.attend(
-        "dskd_cma_ga", examples, run.student, run.teacher, run.modules["projectors"], pads
+        run.attention, examples, run.student, run.teacher, run.modules["projectors"], pads
     )
     batch = collate(examples, *pads)
     s, t = Side(batch, "student", run.student), Side(batch, "teacher", run.teacher)

@@ -3,17 +3,20 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+import probe
 import train
 from runtime import checkpoint
 from runtime.config import InputError
 from runtime.progress import Progress
 from tests.helpers import finish, flags, metrics, start
+from tools import compare
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(flags(world, "run", "--max_steps", 2, "--select", "bits", method="byte_kd"))
     card = (tmp_path / "run/best/README.md").read_text()
-    assert f"| teacher | {world / 'teacher'} |" in card and "--select bits" in card
+    assert f"| teacher | {world / 'teacher'} |" in card
     code = re.search("```python\n(.*)```", card, re.DOTALL)[1]
     capsys.readouterr()
     exec(code.replace('"text-generation", ', '"text-generation", max_new_tokens=3, model='))
@@ -132,6 +135,65 @@ def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):
     assert "dev_rouge_l" not in (tmp_path / "run/metrics.jsonl").read_text()
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert settings["teacher"] == str((world / "teacher").resolve())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--method sft --epochs 2",
+        "--method seqkd --max_steps 9",
+        "--method dskd_cma_ga --ga_weight 1",
+    ],
+)
+def test_the_command_of_a_run_gives_its_settings(argv):
+    config = train.read_settings(argv.split())
+    assert train.read_settings(shlex.split(train.command_of(config))[2:]) == config
+
+
+MINE = """from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+from beside import WEIGHT
+from methods import Method
+from methods.blocks import student_side
+from methods.sft import label_loss
+
+@dataclass
+class Mine:
+    weight: float = WEIGHT
+
+def mine(batch, student, teacher, modules, objective):
+    total, terms = label_loss(student_side(batch, student), objective)
+    return Mine().weight * total, objective.per_student_token(terms)
+
+METHOD = Method(loss=mine, make_modules=lambda *configs: {"regressor": nn.Linear(2, 2)})
+"""
+
+
+def test_a_method_of_ones_own(world, tmp_path, monkeypatch):
+    """It has modules and helpers of its own, is found from elsewhere, and is not changed unseen."""
+    (tmp_path / "beside.py").write_text("WEIGHT = 2.0")
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    cells = ["--method", "mine.py", "--teacher", world / "teacher", "--student", world / "student"]
+    row = ["--methods", *map(str, cells[1:2]), "--seeds", "1", "--sets", str(world / "data")]
+    row += ["--data", str(world / "data"), "--max_steps", "2", "--select", "bits", "--num", "2"]
+    row += ["--scoring_seeds", "1", "--out_dir", "table", "--max_length", "64"]
+    row += [str(word) for word in cells[2:]]
+    compare.main(row)
+    run = str(tmp_path / "table/cells/mine.py-seed1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--resume", "--out_dir", run, "--max_steps", "3"])
+    probe.main([run, "--num", "2"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE + "# changed")
+    with pytest.raises(InputError, match="the method of the run"):
+        train.main(["--resume", "--out_dir", run, "--max_steps", "4"])
+    row[row.index("--max_steps") + 1] = "3"
+    with pytest.raises(InputError, match="mine.py has changed since"):
+        compare.main(row)
 
 
 def test_two_starts_take_two_folders(tmp_path, monkeypatch):

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import train
 from data import PAPER_SETS, TOY_SETS
-from methods import METHOD_OPTIONS, find_method
+from methods import METHOD_OPTIONS, find_method, method_file
 from methods.divergences import DIVERGENCES
 from runtime.checkpoint import saved_settings
 from runtime.config import InputError, checked, flag, given_flags, run_script
-from runtime.files import atomic_write, file_label
+from runtime.files import atomic_write, file_label, fingerprint
 from tools import statistics
 
 HERE = Path(__file__).resolve().parents[1]
@@ -94,6 +94,10 @@ def as_flags(words: list[str]) -> dict[str, list[str]]:
 def make_cells(config: Config, shared: dict, out_dir: Path) -> list[Cell]:
     """Every cell, its flags checked by train.py. shared: train.py's flags for all rows."""
     cells = []
+    used = {name for row in config.methods for name in find_method(shlex.split(row)[0]).uses}
+    for name in METHOD_OPTIONS:
+        if name in shared and name not in used:
+            raise InputError(f"--{name}: no row uses it")
     for row in config.methods:
         method, *words = shlex.split(row)
         flags = {"method": [method], **shared, **as_flags(words), "data": [config.data]}
@@ -110,7 +114,10 @@ def make_cells(config: Config, shared: dict, out_dir: Path) -> list[Cell]:
                 for name, values in (flags | {"seed": [str(seed)]}).items()
                 for word in (f"--{name}", *values)
             ]
-            train.read_settings([*words, "--out_dir", str(folder)])
+            try:
+                train.read_settings([*words, "--out_dir", str(folder)])
+            except InputError as error:
+                raise InputError(f"{row}: {error}") from error
             cells.append(Cell(row, seed, words, folder))
     folders = [cell.folder for cell in cells]
     if len(set(folders)) < len(folders):
@@ -129,7 +136,14 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
         start("train.py", [*cell.flags, "--out_dir", str(cell.folder), *resume], log)
     elif begun:
         # Raises InputError where the run in this folder has other settings.
-        train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
+        settings = train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
+        state = json.loads((cell.folder / "best/training.json").read_text(encoding="utf-8"))
+        before = state.get("made_of", {}).get("method")
+        if before and before != fingerprint(method_file(settings.method)):
+            raise InputError(
+                f"{cell.folder}: {settings.method} has changed since; move this folder, or name "
+                "another --out_dir"
+            )
     checkpoint = cell.folder / config.checkpoint
     rouge = checkpoint / "rouge.json"
     scored = json.loads(rouge.read_text(encoding="utf-8")) if rouge.exists() else {}
@@ -201,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     text += (
         f"\nMeans ± standard deviations over training seeds ({seeds}), sampled with the seeds "
         f"{', '.join(map(str, config.scoring_seeds))}. Brackets: 95 % intervals over "
-        f"{'training seeds and rows' if len(config.seeds) > 1 else 'rows only'}.\n"
+        f"{'training seeds and rows' if len(config.seeds) > 1 else 'rows only'}. Bold: the best of "
+        "a column, where it is ahead of the next clear of zero. OOD: the sets not trained on.\n"
     )
     with atomic_write(out_dir / "table.md") as file:
         file.write(text)

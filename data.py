@@ -121,7 +121,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
 
 
 def _read_jsonl(path: Path):
@@ -344,8 +345,8 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
                 return sorted(files)
     if required:
         raise InputError(
-            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet; it holds "
-            "train.jsonl, dev.jsonl and, to be scored, test.jsonl)"
+            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet). It "
+            "should hold train.jsonl, dev.jsonl and, to be scored, test.jsonl"
         )
     return []
 

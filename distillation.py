@@ -10,6 +10,7 @@ project's, names or folders. examples/ has a notebook and a Trainer."""
 import tempfile
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 
 from data import Row, read_row
@@ -17,6 +18,7 @@ from methods import Objective, find_method
 from methods.projector_init import init_from_shared, shared_tokens
 from model import Decoder
 from runtime.config import InputError, checked
+from runtime.distributed import autocast
 from runtime.transformers_model import TransformersModel
 from tokenize_align import Tokenizer, collate, encode_rows, load_tokenizer, same_vocabulary
 from train import Config
@@ -31,8 +33,8 @@ class DistillationLoss(nn.Module):
 
     options: the method's, as train.py has them (kd_rate, temperature, divergence, …). step: the
     optimizer steps done, which dwa_kd goes by; every call in training counts as one, so set it
-    where several calls make a step. Raises InputError for an option or a pair of models that the
-    method cannot use."""
+    where several calls make a step. Where a model is in bfloat16, autocast to it is on. Raises
+    InputError for an option or a pair of models that the method cannot use."""
 
     def __init__(
         self,
@@ -70,6 +72,8 @@ class DistillationLoss(nn.Module):
                 raise InputError(f"{method}: the two models' answers end with different tokens")
         self.limits = max_length, max_prompt_length
         device = self.models[0].embed.weight.device
+        types = [model.embed.weight.dtype for model in self.models]
+        self.dtype = torch.bfloat16 if torch.bfloat16 in types else torch.float32
         self.learned = nn.ModuleDict()
         if self.method.make_modules:
             configs = (model.config for model in self.models)
@@ -109,7 +113,8 @@ class DistillationLoss(nn.Module):
         )
         if self.training:
             self.step += 1
-        return self.method.loss(batch, student, teacher, dict(self.learned), objective)
+        with autocast(device.type, self.dtype):
+            return self.method.loss(batch, student, teacher, dict(self.learned), objective)
 
 
 def as_decoder(model):

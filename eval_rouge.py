@@ -292,7 +292,11 @@ def main(argv: list[str] | None = None) -> None:
         )
     with atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
-    print(f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        greedy   KL(truth ‖ model)")
+    with_kl = any(scores["kl_to_truth"] is not None for scores in results.values())
+    print(
+        f"{'set':<24}{'rows':>6}   bits per byte   ROUGE-L        greedy"
+        f"{'   KL(truth ‖ model)' if with_kl else ''}"
+    )
     for name, scores in results.items():
         known, kl = "", scores["kl_to_truth"]
         if kl is not None:
@@ -315,8 +319,10 @@ def own_data(folder: Path) -> str:
     """What a checkpoint was trained on. Raises InputError where it is unknown, or one file, whose
     rows it has seen."""
     name = trained_on(folder)
-    if name is None or Path(name).is_file():
+    if name is None:
         raise InputError(f"{folder}: name what is to be scored with --data")
+    if Path(name).is_file():
+        raise InputError(f"{folder}: was trained on {name}; name rows apart from it with --data")
     return name
 
 

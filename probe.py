@@ -262,7 +262,6 @@ def main(argv: list[str] | None = None) -> None:
     place = data if Path(data).is_file() else f"{data}, {split}"
     folder = "probe" if len(runs) == 1 else f"probe-with-{file_label(config.other)}"
     out_dir = Path(config.out_dir or Path(config.run) / folder)
-    out_dir.mkdir(parents=True, exist_ok=True)
 
     with_attention = all(run.attention for run in runs)
     looked_at = []
@@ -286,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(common) < 2:
         raise InputError(f"{data}: {len(common)} rows to look at, but 2 are needed")
     looked_at = [[item for item in of_run if item.row in common] for of_run in looked_at]
+    out_dir.mkdir(parents=True, exist_ok=True)
     for mark, run in zip("AB", runs):
         print(f"{mark}: {run.name} ({run.settings['method']}), {len(common)} rows of {place}")
     show = show_attention if with_attention else show_next_bytes

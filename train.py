@@ -40,6 +40,7 @@ from runtime.checkpoint import (
     FREE,
     Stop,
     append_metrics,
+    best_scores,
     last_checkpoint,
     load_modules,
     load_optimizer,
@@ -59,7 +60,7 @@ from runtime.distributed import autocast, keep_memory, pick_device, print_first
 from runtime.files import atomic_write, fingerprint
 from runtime.model_card import how_to_load, write_model_card
 from runtime.progress import Progress
-from runtime.report import make_reporter
+from runtime.report import check_report_to, make_reporter
 from tokenize_align import (
     Example,
     collate,
@@ -279,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--shard: start with torchrun --nproc_per_node=N train.py …")
     if device == "cpu":
         keep_memory()
+    check_report_to(config.report_to)
     for name in (config.teacher, config.student):
         if name and name != "toy":
             check_name(name)
@@ -380,8 +382,8 @@ def main(argv: list[str] | None = None) -> None:
         print_first(
             f"{'note' if few else 'WARNING'}: {config.data}, train, {len(rows['train'])} rows: "
             f"{num_cut} prompts cut to --max_prompt_length {config.max_prompt_length}, {num_short} "
-            f"answers to --max_length {config.max_length}, {num_dropped} rows dropped, which have "
-            "no room for an answer"
+            f"answers to --max_length {config.max_length}, {num_dropped} rows dropped, whose "
+            "prompt leaves no room for an answer"
         )
     if not examples:
         raise InputError(
@@ -433,6 +435,7 @@ def main(argv: list[str] | None = None) -> None:
         load_optimizer(checkpoint, optimizer)
         state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
         refuse_changed(out_dir, state.get("made_of", {}), made_of)
+        state |= best_scores(out_dir, state["step"])
     else:
         distributed.broadcast_weights(list(modules.values()))
         if config.shard not in ("student", "both"):
@@ -444,26 +447,31 @@ def main(argv: list[str] | None = None) -> None:
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     if total_steps < first_step:
         raise InputError(f"--resume: the run has taken {first_step} steps, more than {total_steps}")
-    if config.resume and distributed.is_first():
-        rewind_metrics(out_dir, first_step)
-        write_settings(config, out_dir)  # --epochs may be another
     eval_interval = config.eval_interval or steps_per_epoch
+    if config.resume and distributed.is_first():
+        scored_again = first_step % eval_interval == 0 or first_step == total_steps
+        rewind_metrics(out_dir, first_step, scored_again)
+        write_settings(config, out_dir)  # --epochs may be another
     save_interval = config.save_interval or eval_interval
     adversary = modules.get("adversary")
     adversary_parameters = trainable(adversary)
     learners = trainable(student, *(m for m in modules.values() if m is not adversary))
-    num_parameters = sum(p.numel() for p in student.parameters())
+    num_parameters = sum(p.numel() for p in trainable(student))
+    formats = student_tokenizer.prompt_format
+    if teacher is not None:
+        formats += f", the teacher's {teacher_tokenizer.prompt_format}"
     print_first(
         f"{config.method}: {config.teacher or 'no teacher'} → {config.student}, "
-        f"{num_parameters / 1e6:.1f}M parameters, {len(examples)} rows, steps {first_step} "
-        f"to {total_steps} on {device}, into {out_dir}"
+        f"{num_parameters / 1e6:.1f}M parameters learn, {len(examples)} rows (prompts: {formats}), "
+        f"steps {first_step} to {total_steps} on {device}, into {out_dir}"
     )
 
     # --------------------------------------------------------------------------------------- train
     launcher = "torchrun …" if world_size > 1 else "python"
     script = shlex.quote(sys.argv[0])  # as it was called, from wherever that was
     stop = Stop(
-        f"continue with:  {launcher} {script} --out_dir {shlex.quote(str(out_dir))} --resume"
+        f"continue with:  {launcher} {script} --out_dir {shlex.quote(str(out_dir.resolve()))} "
+        "--resume"
     )
     report = make_reporter(config, out_dir)
     progress = Progress(total_steps, "training", "step", first_step, parts=20)
@@ -813,11 +821,15 @@ def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokeniz
     if teacher is not None and not config.cache_teacher:
         yield "teacher", teacher, teacher_tokenizer
         teacher = None
+    if config.student_init == "pretrained":
+        folder = folder_of(config, "student")
+        before = load_decoder(config, "student", folder, torch.float32, device)
+        yield "student, before", before, student_tokenizer
+        before = None
     if config.student == "toy" and config.method != "sft":
         import toy
 
-        for name, side in (("student, before", "student"), ("student, after sft", "sft")):
-            yield name, load(toy.model_folder(side), device=device), student_tokenizer
+        yield "student, after sft", load(toy.model_folder("sft"), device=device), student_tokenizer
     yield "student", load_decoder(
         config, "student", out_dir / "best", torch.float32, device
     ), student_tokenizer

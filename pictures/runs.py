@@ -79,7 +79,7 @@ def curves(path: Path, title: str, records: list[dict]) -> None:
     figure = Figure(figsize=(13.8, 3.0 * num_rows), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(num_rows, 3, squeeze=False).flat
-    for axes, (heading, lines) in zip(grid, panels.items()):
+    for (heading, lines), axes in zip(panels.items(), grid):
         for name, points in lines.items():
             steps, values = zip(*points)
             window = len(steps) // 50

@@ -4,10 +4,10 @@
     out_dir/metrics.jsonl    a line for every step    out_dir/last/            to resume from
     out_dir/results.json     the table at the end     out_dir/last.previous/   the one before
 
-best/ and last/ are models in the hub's layout; beside the student lie the projectors and the
-adversary, training.json (step, scores, data) and, in last/, resume.safetensors: AdamW's moments and
-the random number generators. A checkpoint is written under another name, flushed and renamed, and
-the one before it stays. Nothing is pickled."""
+best/ and last/ are models in the hub's layout; in them are also modules/ (the projectors, the
+adversary), training.json (step, scores, data) and, in last/, resume.safetensors: AdamW's moments
+and the random number generators. A checkpoint is written under another name, flushed and renamed,
+and the one before it stays. Nothing is pickled."""
 
 import atexit
 import contextlib
@@ -29,7 +29,17 @@ from runtime.distributed import all_reduce, gather, is_first, print_first, rank,
 from runtime.files import atomic_write, flush
 
 # What may differ between a run and its continuation.
-FREE = ("resume", "out_dir", "cache_dir", "device", "dtype", "shard", "epochs", "max_steps")
+FREE = (
+    "resume",
+    "out_dir",
+    "cache_dir",
+    "device",
+    "dtype",
+    "shard",
+    "report_to",
+    "epochs",
+    "max_steps",
+)
 LOCKS: list[int] = []  # of the folder that this process writes into
 
 
@@ -90,6 +100,18 @@ def saved_settings(out_dir: Path) -> dict:
         raise InputError(f"{out_dir}: no run in this folder (config.json: {error})") from error
 
 
+def best_scores(out_dir: Path, step: int) -> dict[str, float]:
+    """The scores of best/, which is written after the last/ of its step and so may be newer. {}
+    where it is newer than this step, which will come by it again."""
+    path = out_dir / "best/training.json"
+    if not path.exists():
+        return {}
+    best = json.loads(path.read_text(encoding="utf-8"))
+    if best["step"] > step:
+        return {}
+    return {name: value for name, value in best.items() if name.startswith("best_dev_")}
+
+
 def refuse_changed(out_dir: Path, before: dict[str, str], now: dict[str, str]) -> None:
     """Raise InputError where the data or a model is not what the run began with."""
     if not before:
@@ -131,12 +153,13 @@ def read_metrics(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def rewind_metrics(out_dir: Path, step: int) -> None:
-    """Drop what was written after the checkpoint of this step, whose scoring is done again."""
+def rewind_metrics(out_dir: Path, step: int, scored_again: bool) -> None:
+    """Drop what was written after the checkpoint of this step; its scores too where it is scored
+    again."""
     kept = []
     for record in read_metrics(out_dir):
-        scored = "dev_bits_per_byte" in record
-        if record["step"] < step or record["step"] == step and not scored:
+        dropped = scored_again and "dev_bits_per_byte" in record
+        if record["step"] < step or record["step"] == step and not dropped:
             kept.append(json.dumps(record) + "\n")
     with atomic_write(out_dir / "metrics.jsonl") as file:
         file.writelines(kept)
@@ -205,8 +228,9 @@ def save_checkpoint(folder: Path, student, modules: dict, optimizer, state: dict
     else:
         student.save(temporary, weights)
     write_end_tokens(temporary, state["eos_ids"])
-    for name, module in modules.items():
-        save_file(module.state_dict(), temporary / f"{name}.safetensors")
+    for name, module in modules.items():  # in a folder, because vLLM loads all weights beside
+        (temporary / "modules").mkdir(exist_ok=True)
+        save_file(module.state_dict(), temporary / f"modules/{name}.safetensors")
     if moments is not None:
         save_file(moments, temporary / "resume.safetensors")
     text = json.dumps(state, indent=2)
@@ -286,7 +310,7 @@ def load_optimizer(folder: Path, optimizer) -> None:
 def load_modules(folder: Path, modules: dict) -> None:
     """Put back what a checkpoint has beside the student."""
     for name, module in modules.items():
-        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        module.load_state_dict(load_file(folder / f"modules/{name}.safetensors"))
 
 
 def last_checkpoint(out_dir: Path) -> Path | None:

@@ -26,7 +26,7 @@ def write_model_card(
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        f"base_model: {config.student}",
+        *([] if Path(config.student).exists() else [f"base_model: {config.student}"]),
         "tags: [knowledge-distillation, nanodskd]",
         "---",
         "",

@@ -50,6 +50,21 @@ def test_models_of_transformers_have_the_same_loss(method, world):
         close(mine, other, 1e-5)
 
 
+@pytest.mark.parametrize("method", ("byte_kd", "dskd_cma_ga", "dwa_kd", "dskdv2", "gold", "xtoken"))
+def test_models_in_bfloat16(method, world):
+    """transformers loads a model in its checkpoint's type; autocast brings all together."""
+    losses = []
+    for types in (torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2:
+        student, teacher, *tokenizers = loaded(world, ours=False)
+        torch.manual_seed(1)
+        models = student.to(types[0]), teacher.to(types[1])
+        loss, _ = DistillationLoss(method, *models, *tokenizers)(ROWS)
+        loss.backward()
+        losses.append(loss.detach().float())
+    close(losses[1], losses[0], 0.05)
+    close(losses[2], losses[0], 0.05)
+
+
 def test_it_is_the_loss_of_train(world, tmp_path):
     """The first step of a run on two rows."""
     lines = (world / "data/train.jsonl").read_text().splitlines()[:2]

@@ -89,7 +89,7 @@ def test_what_is_logged_is_reported(where, world, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=f"pip install {where}"):
         train.main(argv)
-    shutil.rmtree(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     found = []
     fake = SimpleNamespace(
         init=lambda **_: None,
@@ -119,6 +119,19 @@ def test_a_finished_run_can_be_made_longer(world, tmp_path):
     with pytest.raises(InputError, match="has taken 12 steps, more than 6"):
         train.main(["--out_dir", str(run), "--resume", "--epochs", "1"])
     assert json.loads((run / "config.json").read_text())["epochs"] == 2  # nothing was harmed
+
+
+def test_a_longer_run_keeps_a_better_checkpoint(world, tmp_path, monkeypatch):
+    """Though the step that ended it before is no scoring step of the longer run."""
+    bits = iter(range(1, 99))
+    monkeypatch.setattr(train, "scores_of", lambda *_: {"bits_per_byte": float(next(bits))})
+    run, more = tmp_path / "run", ["--select", "bits", "--eval_interval", 9]
+    train.main(flags(world, run, "--max_steps", 1, *more, method="sft"))
+    before = (run / "best/model.safetensors").read_bytes()
+    train.main(["--out_dir", str(run), "--resume", "--max_steps", "2"])
+    assert (run / "best/model.safetensors").read_bytes() == before
+    scored = [record["step"] for record in metrics(run) if "dev_bits_per_byte" in record]
+    assert scored == [1, 2]
 
 
 def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):

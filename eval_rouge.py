@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         if kl is not None:
             known = f"{kl:13.2f} bits"
         if same_data(name, trained):
-            known += "   (trained on)"
+            known += "   (in domain)"
         print(
             f"{name:<24}{scores['rows']:>6}{scores['bits_per_byte']:16.3f}   "
             f"{scores['rouge_l']:5.2f} ± {scores['std']:4.2f}{scores['rouge_l_greedy']:9.2f}{known}"

@@ -57,7 +57,7 @@ def test_eval_rouge(runs, world, capsys):
         ]
     )
     out = capsys.readouterr().out
-    assert "(trained on)" in out and "OOD mean" in out and "± " in out
+    assert "(in domain)" in out and "OOD mean" in out and "± " in out
     found = json.loads((runs / "byte_kd/best/rouge.json").read_text())
     scores = found["sets"][toy_set]
     assert found["ood_rouge_l"] == found["sets"]["toy-kinds"]["rouge_l"]

@@ -1,16 +1,18 @@
 """How fast, and in how much memory: ratios of things measured in turn, on one machine, in one run.
 
     python -m tools.bench                       # all of it, on random weights of real shapes
-    python -m tools.bench --only step           # step, trl, generation, rouge
+    python -m tools.bench --only step           # step, generation, rouge
+    python -m tools.bench --only pair --teacher qwen2.5-0.5b --student smollm2 --data dolly
 
 - step: an optimizer step of the default method, against methods/plain.py (rows padded to 512
   tokens, all logits), SmolLM2-135M → GPT-2 124M. Both compute the same loss, which is checked.
-- trl: a step of uld, against TRL's ULDLoss on transformers' models, where trl is installed.
+- pair: steps of byte_kd and dskd_cma_ga, against one of TRL's GOLD on transformers' models, on
+  --teacher, --student and the first four rows of --data, cut to 256 tokens.
 - generation: 64 new tokens after prompts of 100, greedy, against transformers.
 - rouge: ROUGE-L of 1,000 pairs, against rouge-score.
 
 Steps run in processes of their own, whose peak memory is measured; times are medians. What ours is
-compared with comes with requirements-test.txt, but for trl."""
+compared with comes with requirements-test.txt."""
 
 import json
 import random
@@ -25,18 +27,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import toy
+from data import read_split
 from discriminator import Discriminator
+from distillation import DistillationLoss
+from hub.download import model_folder
 from methods import Objective, find_method
 from methods.plain import dskd_cma_ga
 from model import load
 from runtime.config import InputError, flag, parse, run_script
 from runtime.distributed import autocast, keep_memory, pick_device
+from tokenize_align import encode_rows, load_tokenizer
 from train import Config as TrainConfig
 
-SECTIONS = ("step", "trl", "generation", "rouge")
+SECTIONS = ("step", "pair", "generation", "rouge")
 POSITIONS = 512
+LENGTH = 256  # of the pair's rows
 SMOLLM2 = toy.TEACHER | dict(
     vocab_size=49152,
     hidden_size=576,
@@ -54,7 +62,10 @@ TINY_STUDENT = toy.STUDENT | dict(n_positions=POSITIONS)
 
 @dataclass
 class Config:
-    only: list[str] = flag(list(SECTIONS), "What to measure.", choices=SECTIONS)
+    only: list[str] = flag(["step", "generation", "rouge"], "What to measure.", choices=SECTIONS)
+    teacher: str = flag("", "Of pair: a model's name or folder.")
+    student: str = flag("", "The same.")
+    data: str = flag("", "Of pair: a set's name or folder.")
     tiny: bool = flag(False, "Measure the toy's shapes, to try this script.")
     repeats: int = flag(3, "Timed repeats, after one that is not counted.", minimum=1)
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
@@ -78,18 +89,17 @@ def random_batch(vocab_size: int, length: int, device: str) -> dict[str, torch.T
 
 
 def our_step(name: str, folder: Path, device: str, dtype: torch.dtype):
-    """(the loss as a function, what learns) of "fast", "uld", or "plain" code."""
+    """(the loss as a function, what learns) of "fast" or "plain" code."""
     student = load(folder / "student", device=device)
     teacher = load(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
     vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
     batch = random_batch(vocab_size, POSITIONS if name == "plain" else 180, device)
     num_tokens = int((batch["student_labels"] != -100).sum())
-    method = find_method("uld" if name == "uld" else "dskd_cma_ga")
-    options, modules = TrainConfig(**method.defaults), {}
+    method = find_method("dskd_cma_ga")
+    options = TrainConfig(**method.defaults)
     torch.manual_seed(0)
-    if method.make_modules:
-        modules = method.make_modules(options, student.config, teacher.config)
-        modules["adversary"] = Discriminator(2 * teacher.config.hidden_size, dropout=0.0)
+    modules = method.make_modules(options, student.config, teacher.config)
+    modules["adversary"] = Discriminator(2 * teacher.config.hidden_size, dropout=0.0)
     learners = torch.nn.ModuleList([student, *modules.values()]).to(device)
     if name == "plain":
         return lambda: dskd_cma_ga(batch, student, teacher, **modules), learners
@@ -97,26 +107,51 @@ def our_step(name: str, folder: Path, device: str, dtype: torch.dtype):
     return lambda: method.loss(batch, student, teacher, modules, objective)[0], learners
 
 
-def trl_step(folder: Path, device: str, dtype: torch.dtype):
-    """The same of TRL's ULDLoss."""
-    from transformers import AutoModelForCausalLM
+def pair_step(method: str, config: Config, device: str, dtype: torch.dtype):
+    """The same of a method of ours on --student, --teacher and four rows of --data."""
+    student = load(config.student, device=device)
+    teacher = load(config.teacher, dtype=dtype, device=device)
+    folders = config.student, config.teacher
+    loss_function = DistillationLoss(method, student, teacher, *folders, LENGTH, LENGTH)
+    rows = read_split(config.data, "train")[:4]
+    return lambda: loss_function(rows)[0], torch.nn.ModuleList([student, loss_function])
+
+
+def gold_step(config: Config, device: str, dtype: torch.dtype):
+    """The same of TRL's GOLD on transformers' models."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.gold import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
 
-    student = AutoModelForCausalLM.from_pretrained(folder / "student").to(device)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=dtype).to(device)
-    batch = random_batch(min(student.vocab_size, teacher.vocab_size), 180, device)
-    ids = F.pad(batch["student_ids"], (0, 1))
-    labels = F.pad(batch["student_labels"], (1, 0), value=-100)
-    config = GOLDConfig(str(folder), use_extended_uld=False, bf16=False, report_to=[])
-    uld_loss = ULDLoss(config)
+    names = [str(model_folder(name)) for name in (config.student, config.teacher)]
+    rows = read_split(config.data, "train")[:4]
+    examples, _, _ = encode_rows(rows, *map(load_tokenizer, names), LENGTH, LENGTH)
+    models, ids, labels, offsets = [], [], [], []
+    for side, name, of_side in zip(("student", "teacher"), names, (torch.float32, dtype)):
+        models.append(AutoModelForCausalLM.from_pretrained(name, dtype=of_side).to(device))
+        of_rows = [getattr(example, side) for example in examples]
+        prompts = [sequence.prompt_length for sequence in of_rows]
+        ids.append(padded([s.ids for s in of_rows], 0, device))
+        labels.append(
+            padded([[-100] * n + s.ids[n:] for n, s in zip(prompts, of_rows)], -100, device)
+        )
+        offsets.append(
+            padded([[(0, 0)] * n + s.spans for n, s in zip(prompts, of_rows)], 0, device)
+        )
+    student, teacher = models
+    settings = GOLDConfig("", use_extended_uld=True, uld_use_hybrid_loss=True, bf16=False)
+    uld_loss = ULDLoss(settings, *map(AutoTokenizer.from_pretrained, names))
 
     def loss():
         with torch.no_grad():
-            teacher_logits = teacher(ids).logits
-        return uld_loss(student(ids).logits, teacher_logits, labels, labels, ids, ids)
+            teacher_logits = teacher(ids[1]).logits
+        return uld_loss(student(ids[0]).logits, teacher_logits, *labels, *ids, *offsets).squeeze()
 
     return loss, student
+
+
+def padded(rows: list[list], value: int, device: str) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
 
 
 def work(config: Config) -> None:
@@ -125,10 +160,12 @@ def work(config: Config) -> None:
     if device == "cpu":
         keep_memory()
     folder = Path(config.folder)
-    if config.worker == "trl":
-        loss_function, learners = trl_step(folder, device, dtype)
-    else:
+    if config.worker == "gold":
+        loss_function, learners = gold_step(config, device, dtype)
+    elif config.worker in ("fast", "plain"):
         loss_function, learners = our_step(config.worker, folder, device, dtype)
+    else:
+        loss_function, learners = pair_step(config.worker, config, device, dtype)
     optimizer = torch.optim.AdamW(learners.parameters(), lr=1e-5, fused=True)
     seconds, losses = [], []
     for _ in range(config.repeats + 1):
@@ -152,7 +189,8 @@ def bench_steps(config: Config, folder: Path, names: tuple[str, str]) -> None:
     for name in names * 2:
         command = [sys.executable, "-m", "tools.bench", "--worker", name, "--folder", str(folder)]
         command += ["--repeats", str(config.repeats), "--device", config.device]
-        command += ["--dtype", config.dtype]
+        command += ["--dtype", config.dtype, "--teacher", config.teacher]
+        command += ["--student", config.student, "--data", config.data]
         here = Path(__file__).resolve().parents[1]
         result = subprocess.run(command, capture_output=True, text=True, cwd=here)
         if result.returncode:
@@ -237,8 +275,11 @@ def main(argv: list[str] | None = None) -> None:
             load(folder / side, init="random").save(folder / side)
         if "step" in config.only:
             bench_steps(config, folder, ("fast", "plain"))
-        if "trl" in config.only:
-            bench_steps(config, folder, ("uld", "trl"))
+        if "pair" in config.only:
+            if not (config.teacher and config.student and config.data):
+                raise InputError("--only pair: name a --teacher, a --student and --data")
+            for method in ("byte_kd", "dskd_cma_ga"):
+                bench_steps(config, folder, (method, "gold"))
         if "generation" in config.only:
             bench_generation(config, folder)
         if "rouge" in config.only:

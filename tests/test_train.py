@@ -66,10 +66,11 @@ def test_who_learns(world, tmp_path):
     for name, more in runs.items():
         train.main(flags(world, tmp_path / name, *more))
     weights = {}
+    files = {"model": "model", "projectors": "modules/projectors", "adversary": "modules/adversary"}
     for name in runs:
-        for part in ("model", "projectors", "adversary"):
-            weights[name, part] = load_file(tmp_path / name / "last" / f"{part}.safetensors")
-    for part in ("model", "projectors", "adversary"):
+        for part, file in files.items():
+            weights[name, part] = load_file(tmp_path / name / "last" / f"{file}.safetensors")
+    for part in files:
         a, b = weights["a", part], weights["b", part]
         matrices = [k for k in a if a[k].dim() > 1 and "wpe" not in k]
         assert matrices and not any(torch.equal(a[k], b[k]) for k in matrices), part

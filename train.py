@@ -58,7 +58,7 @@ from runtime.checkpoint import (
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.distributed import autocast, keep_memory, pick_device, print_first
 from runtime.files import atomic_write, fingerprint
-from runtime.model_card import how_to_load, write_model_card
+from runtime.model_card import how_to_load, question_for, write_model_card
 from runtime.progress import Progress
 from runtime.report import check_report_to, make_reporter
 from tokenize_align import (
@@ -891,13 +891,14 @@ def print_results(
             f"--max_length {config.max_length} --max_prompt_length {config.max_prompt_length}"
         )
     print(
-        f'talk to it:        python sample.py {folder} "your instruction"'
+        f'talk to it:        python sample.py {folder} "{question_for(config.data)}"'
         f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png"
     )
     if config.method != "sft":
         print(f"look closer:       python probe.py {folder}")
     print(f"load {out_dir / 'best'}, the best checkpoint, anywhere ({out_dir / 'best/README.md'}):")
-    print(textwrap.indent(how_to_load((out_dir / "best").resolve(), prompt_format), "    "))
+    lines = how_to_load((out_dir / "best").resolve(), prompt_format, question_for(config.data))
+    print(textwrap.indent(lines, "    "))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,14 @@ from pathlib import Path
 from runtime.files import atomic_write
 
 
-def how_to_load(folder: Path, prompt_format: str) -> str:
+def question_for(data: str) -> str:
+    """Something to ask a model that was trained on a set."""
+    return "Which food does Mira like?" if data.startswith("toy") else "Name three rivers."
+
+
+def how_to_load(folder: Path, prompt_format: str, question: str) -> str:
     """The lines of Python by which transformers loads a checkpoint and asks it something."""
-    asked = '"Name three rivers."'
+    asked = f'"{question}"'
     if prompt_format == "chat":
         asked = f'[{{"role": "user", "content": {asked}}}]'
     return (
@@ -53,6 +58,6 @@ def write_model_card(
             lines.append(f"| {name} | {' | '.join(values)} |")
         lines.append("")
     lines += ["Trained by nanoDSKD:", "", "```bash", command, "```", "", "```python"]
-    lines += [how_to_load(folder, prompt_format), "```", ""]
+    lines += [how_to_load(folder, prompt_format, question_for(config.data)), "```", ""]
     with atomic_write(folder / "README.md") as file:
         file.write("\n".join(lines))

@@ -454,7 +454,8 @@ def test_resume_refuses_what_does_not_fit(quick_run, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ("model.safetensors", "projectors.safetensors", "resume.safetensors", "config.json")
+    "file",
+    ("model.safetensors", "modules/projectors.safetensors", "resume.safetensors", "config.json"),
 )
 def test_a_damaged_checkpoint_is_noticed(file, quick_run, world, tmp_path, capsys):
     """The one before takes its place, and the run ends in the same bytes."""

@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(device)
     with distributed.first_goes_first():
         folder = model_folder(config.model)
-        config.data = config.data or [own_data(folder)]
+        trained = trained_on(folder)
+        config.data = config.data or [own_data(folder, trained)]
         if any(name.startswith("toy") for name in config.data):
             import toy
 
@@ -270,7 +271,6 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"--max_length {config.max_length}: {config.model} has {positions} positions"
         )
-    trained = trained_on(decoder.source)
     out_dir = Path("out/eval") / config.model.replace("/", "--")
     if config.out_dir or Path(config.model).is_dir():
         out_dir = Path(config.out_dir or decoder.source)
@@ -315,15 +315,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {out_dir / 'rouge.json'} and the answers beside it")
 
 
-def own_data(folder: Path) -> str:
+def own_data(folder: Path, trained: str | None) -> str:
     """What a checkpoint was trained on. Raises InputError where it is unknown, or one file, whose
     rows it has seen."""
-    name = trained_on(folder)
-    if name is None:
+    if trained is None:
         raise InputError(f"{folder}: name what is to be scored with --data")
-    if Path(name).is_file():
-        raise InputError(f"{folder}: was trained on {name}; name rows apart from it with --data")
-    return name
+    if Path(trained).is_file():
+        raise InputError(f"{folder}: was trained on {trained}; name rows apart from it with --data")
+    return trained
 
 
 def score_set(

@@ -448,9 +448,12 @@ def main(argv: list[str] | None = None) -> None:
     if total_steps < first_step:
         raise InputError(f"--resume: the run has taken {first_step} steps, more than {total_steps}")
     eval_interval = config.eval_interval or steps_per_epoch
+
+    def is_scored(step):
+        return step > 0 and (step % eval_interval == 0 or step == total_steps)
+
     if config.resume and distributed.is_first():
-        scored_again = first_step % eval_interval == 0 or first_step == total_steps
-        rewind_metrics(out_dir, first_step, scored_again)
+        rewind_metrics(out_dir, first_step, is_scored(first_step))
         write_settings(config, out_dir)  # --epochs may be another
     save_interval = config.save_interval or eval_interval
     adversary = modules.get("adversary")
@@ -480,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in range(first_step, total_steps + 1):
         # save and score where that is due; what is saved is scored again after an interruption
         finished = step == total_steps
-        eval_due = step > 0 and (step % eval_interval == 0 or finished)
+        eval_due = is_scored(step)
         leaving = stop.in_any_process()
         save_due = eval_due or step % save_interval == 0 or leaving
         state["step"] = step
@@ -823,9 +826,9 @@ def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokeniz
         teacher = None
     if config.student_init == "pretrained":
         folder = folder_of(config, "student")
-        before = load_decoder(config, "student", folder, torch.float32, device)
-        yield "student, before", before, student_tokenizer
-        before = None
+        yield "student, before", load_decoder(
+            config, "student", folder, torch.float32, device
+        ), student_tokenizer
     if config.student == "toy" and config.method != "sft":
         import toy
 
@@ -897,7 +900,7 @@ def print_results(
     if config.method != "sft":
         print(f"look closer:       python probe.py {folder}")
     print(f"load {out_dir / 'best'}, the best checkpoint, anywhere ({out_dir / 'best/README.md'}):")
-    lines = how_to_load((out_dir / "best").resolve(), prompt_format, question_for(config.data))
+    lines = how_to_load((out_dir / "best").resolve(), prompt_format, config.data)
     print(textwrap.indent(lines, "    "))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runtime.config import InputError, did_you_mean
 
+HERE = Path(__file__).parent
 # Options that only some methods use. A method's record names those that it does.
 METHOD_OPTIONS = (
     "kd_rate",
@@ -98,14 +99,14 @@ class Method:
 
 def method_names() -> list[str]:
     """The files here that hold a METHOD."""
-    files = Path(__file__).parent.glob("*.py")
+    files = HERE.glob("*.py")
     return sorted(f.stem for f in files if "\nMETHOD = " in f.read_text(encoding="utf-8"))
 
 
 def method_file(name: str) -> Path:
     """The file of a method in this folder, or the user's own."""
     if name in method_names():
-        return Path(__file__).parent / f"{name}.py"
+        return HERE / f"{name}.py"
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(
@@ -119,14 +120,15 @@ def find_method(name: str) -> Method:
     """The record of a method. Raises InputError where there is none, or one with options that do
     not exist."""
     path = method_file(name)
-    if name in method_names():
-        return importlib.import_module(f"methods.{name}").METHOD
-    if str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))  # it may import files beside it
-    spec = importlib.util.spec_from_file_location(f"method_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    if path.parent == HERE:
+        module = importlib.import_module(f"methods.{path.stem}")
+    else:
+        if str(path.resolve().parent) not in sys.path:
+            sys.path.append(str(path.resolve().parent))  # it may import files beside it
+        spec = importlib.util.spec_from_file_location(f"method_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
     method = getattr(module, "METHOD", None)
     if not isinstance(method, Method):
         raise InputError(f"--method {name}: this file has no METHOD = Method(loss=…)")

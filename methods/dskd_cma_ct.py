@@ -1,12 +1,7 @@
 """dskd_cma with conditional transport (arXiv 2012.14100) as the adversary: see discriminator.py."""
 
-from cma import USES, dskd_cma, make_modules
-from methods import Method
+from dataclasses import replace
 
-METHOD = Method(
-    loss=dskd_cma,
-    make_modules=make_modules,
-    uses=USES,
-    attention="attention",
-    defaults=dict(adversary="ct"),
-)
+from methods.dskd_cma import METHOD as DSKD_CMA
+
+METHOD = replace(DSKD_CMA, defaults=dict(adversary="ct"))

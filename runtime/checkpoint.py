@@ -113,7 +113,7 @@ def best_scores(out_dir: Path, step: int) -> dict[str, float]:
 
 
 def refuse_changed(out_dir: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Raise InputError where the data or a model is not what the run began with."""
+    """Raise InputError where the data, a model or the method is not what the run began with."""
     if not before:
         raise InputError(f"--resume: the run in {out_dir} was made by another version of train.py")
     for name, fingerprint in now.items():

@@ -10,9 +10,9 @@ def question_for(data: str) -> str:
     return "Which food does Mira like?" if data.startswith("toy") else "Name three rivers."
 
 
-def how_to_load(folder: Path, prompt_format: str, question: str) -> str:
+def how_to_load(folder: Path, prompt_format: str, data: str) -> str:
     """The lines of Python by which transformers loads a checkpoint and asks it something."""
-    asked = f'"{question}"'
+    asked = f'"{question_for(data)}"'
     if prompt_format == "chat":
         asked = f'[{{"role": "user", "content": {asked}}}]'
     return (
@@ -58,6 +58,6 @@ def write_model_card(
             lines.append(f"| {name} | {' | '.join(values)} |")
         lines.append("")
     lines += ["Trained by nanoDSKD:", "", "```bash", command, "```", "", "```python"]
-    lines += [how_to_load(folder, prompt_format, question_for(config.data)), "```", ""]
+    lines += [how_to_load(folder, prompt_format, config.data), "```", ""]
     with atomic_write(folder / "README.md") as file:
         file.write("\n".join(lines))

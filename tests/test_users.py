@@ -140,7 +140,7 @@ def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(flags(world, "run", "--max_steps", 2, "--select", "bits", method="byte_kd"))
     card = (tmp_path / "run/best/README.md").read_text()
-    assert f"| teacher | {world / 'teacher'} |" in card
+    assert f"| teacher | {world / 'teacher'} |" in card and "--select bits" in card
     code = re.search("```python\n(.*)```", card, re.DOTALL)[1]
     capsys.readouterr()
     exec(code.replace('"text-generation", ', '"text-generation", max_new_tokens=3, model='))

@@ -130,14 +130,11 @@ def gold_step(config: Config, device: str, dtype: torch.dtype):
     for side, name, of_side in zip(("student", "teacher"), names, (torch.float32, dtype)):
         models.append(AutoModelForCausalLM.from_pretrained(name, dtype=of_side).to(device))
         of_rows = [getattr(example, side) for example in examples]
-        prompts = [sequence.prompt_length for sequence in of_rows]
         ids.append(padded([s.ids for s in of_rows], 0, device))
         labels.append(
-            padded([[-100] * n + s.ids[n:] for n, s in zip(prompts, of_rows)], -100, device)
+            padded([[-100] * s.prompt_length + s.response_ids for s in of_rows], -100, device)
         )
-        offsets.append(
-            padded([[(0, 0)] * n + s.spans for n, s in zip(prompts, of_rows)], 0, device)
-        )
+        offsets.append(padded([[(0, 0)] * s.prompt_length + s.spans for s in of_rows], 0, device))
     student, teacher = models
     settings = GOLDConfig("", use_extended_uld=True, uld_use_hybrid_loss=True, bf16=False)
     uld_loss = ULDLoss(settings, *map(AutoTokenizer.from_pretrained, names))
@@ -270,9 +267,10 @@ def main(argv: list[str] | None = None) -> None:
         shapes = dict(teacher=SMOLLM2, student=GPT2)
         if config.tiny:
             shapes = dict(teacher=TINY_TEACHER, student=TINY_STUDENT)
-        for side, shape in shapes.items():
-            toy.write_json(folder / side / "config.json", shape)
-            load(folder / side, init="random").save(folder / side)
+        if "step" in config.only or "generation" in config.only:
+            for side, shape in shapes.items():
+                toy.write_json(folder / side / "config.json", shape)
+                load(folder / side, init="random").save(folder / side)
         if "step" in config.only:
             bench_steps(config, folder, ("fast", "plain"))
         if "pair" in config.only:

@@ -94,18 +94,18 @@ def as_flags(words: list[str]) -> dict[str, list[str]]:
 def make_cells(config: Config, shared: dict, out_dir: Path) -> list[Cell]:
     """Every cell, its flags checked by train.py. shared: train.py's flags for all rows."""
     cells = []
-    used = {name for row in config.methods for name in find_method(shlex.split(row)[0]).uses}
-    for name in METHOD_OPTIONS:
-        if name in shared and name not in used:
-            raise InputError(f"--{name}: no row uses it")
+    methods = {row: find_method(shlex.split(row)[0]) for row in config.methods}
+    for option in METHOD_OPTIONS:
+        if option in shared and not any(option in method.uses for method in methods.values()):
+            raise InputError(f"--{option}: no row uses it")
     for row in config.methods:
-        method, *words = shlex.split(row)
-        flags = {"method": [method], **shared, **as_flags(words), "data": [config.data]}
-        uses = find_method(method).uses
-        for name in METHOD_OPTIONS:  # a flag for all rows is for those that use it
-            if name in shared and name not in uses:
-                flags.pop(name, None)
-        if not find_method(method).needs_teacher:
+        method = methods[row]
+        name, *words = shlex.split(row)
+        flags = {"method": [name], **shared, **as_flags(words), "data": [config.data]}
+        for option in METHOD_OPTIONS:  # a flag for all rows is for those that use it
+            if option in shared and option not in method.uses:
+                flags.pop(option, None)
+        if not method.needs_teacher:
             flags.pop("teacher", None)
         for seed in config.seeds:
             folder = out_dir / "cells" / f"{file_label(row)}-seed{seed}"

@@ -160,7 +160,7 @@ def answer_batches(
     numbers: list[int],
     max_length: int,
     max_prompt_length: int,
-    batch_size: int,
+    batch_size: int = 32,
     seed: int = 0,
     desc: str = "answering",
     **how,
@@ -184,7 +184,7 @@ def answer_batches(
             generator=generator,
             **how,
         )
-        yield [(i, text.strip(), ended) for i, (text, ended) in zip(part, answers)]
+        yield [(i, text, ended) for i, (text, ended) in zip(part, answers)]
         progress.update(len(part))
     progress.close()
 

@@ -39,7 +39,7 @@ def teacher_rows(
         file.write("\n")  # the line before may have been cut by a kill
         desc = "the teacher answers the training prompts"
         for batch in answer_batches(
-            teacher, tokenizer, rows, mine, *limits, config.batch_size, temperature=0.0, desc=desc
+            teacher, tokenizer, rows, mine, *limits, temperature=0.0, desc=desc
         ):
             file.writelines(json.dumps(line) + "\n" for line in batch)
             file.flush()
@@ -48,7 +48,7 @@ def teacher_rows(
     answered = []
     for i, row in enumerate(rows):
         text, ended = answers[i]
-        if text:
+        if text.strip():
             answered.append(replace(row, outputs=[text], ended=ended))
     if not answered:
         raise InputError(

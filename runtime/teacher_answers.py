@@ -1,5 +1,6 @@
-"""SeqKD (Kim & Rush, arXiv 1606.07947): the teacher answers the training prompts, greedily (the
-paper's beam search with one beam): all of them, or those that have no answer. One that reached the
+"""The teacher answers training prompts. All of them, greedily: SeqKD (Kim & Rush, arXiv 1606.07947,
+whose beam search has one beam here). Or those that have no answer, sampled at temperature 1: the
+KL(teacher ‖ student) of whole answers is a mean over the teacher's own. An answer that reached the
 length limit is kept, without EOS.
 
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
@@ -27,7 +28,8 @@ def teacher_rows(
     rows = [row for row in all_rows if every or not row.outputs]
     limits = config.max_length, config.max_prompt_length
     made_of = fingerprint_of_model(teacher.source), fingerprint_of_rows(rows), *limits
-    made_of += (tokenizer.prompt_format,)
+    temperature = 0.0 if every else 1.0
+    made_of += tokenizer.prompt_format, temperature
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     folder = folder / f"train-by-{file_label(Path(config.teacher).name)}-{key}"
     folder.mkdir(exist_ok=True)
@@ -39,7 +41,7 @@ def teacher_rows(
         file.write("\n")  # the line before may have been cut by a kill
         desc = "the teacher answers the training prompts"
         for batch in answer_batches(
-            teacher, tokenizer, rows, mine, *limits, temperature=0.0, desc=desc
+            teacher, tokenizer, rows, mine, *limits, temperature=temperature, desc=desc
         ):
             file.writelines(json.dumps(line) + "\n" for line in batch)
             file.flush()

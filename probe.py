@@ -21,6 +21,7 @@ import torch
 from data import Row, read_split
 from hub.download import model_folder
 from methods import find_method
+from methods.byte_kd import END
 from model import load
 from pictures import attention as attention_pictures
 from probing.attention import DIRECTIONS, MEASURES, Response, attend, measure_all
@@ -232,9 +233,9 @@ def show_next_bytes(
     print_table("next bytes", BYTE_MEASURES, numbers, draws)
     chosen = shown([len(prediction.text) for prediction in predictions[0]], SHOWN_BYTES - 1)
     answer = predictions[0][chosen]
-    panels, divergences = {"teacher": answer.teacher[:SHOWN_BYTES]}, {}
+    panels, divergences = {"teacher": answer.teacher[:SHOWN_BYTES, :END]}, {}
     for run, of_run in zip(runs, predictions):
-        panels[run.name] = of_run[chosen].student[:SHOWN_BYTES]
+        panels[run.name] = of_run[chosen].student[:SHOWN_BYTES, :END]
         divergences[run.name] = of_run[chosen].kl[:SHOWN_BYTES]
     attention_pictures.next_bytes(
         out_dir / "next_bytes.png",

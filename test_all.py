@@ -858,19 +858,38 @@ def test_a_chunk_without_counterpart_takes_nothing():
                 close(losses[0][name], losses[1][name], 1e-6)
 
 
-def next_byte_masses_by_hand(tokenizer, logits, prefix: bytes):
-    """{byte or "end": mass}, and the mass of the prefix, token by token."""
-    p, masses, whole = (logits / 1.3).softmax(-1), {}, 0.0
+def masses_by_hand(tokenizer, logits, prefix: bytes):
+    """{byte, "EOS" or, for the token that is the prefix, "END": mass}, and the mass of all, token
+    by token."""
+    p, masses = (logits / 1.3).softmax(-1), {}
     for i in range(tokenizer.vocab_size):
         text = tokenizer.token_bytes(i)
-        if i in tokenizer.control or not text.startswith(prefix):
+        if i in tokenizer.control or not text.startswith(prefix) or not text:
             continue
-        whole = whole + p[i]
-        if len(text) > len(prefix):
-            masses[text[len(prefix)]] = masses.get(text[len(prefix)], 0) + p[i]
+        outcome = text[len(prefix)] if len(text) > len(prefix) else "END"
+        masses[outcome] = masses.get(outcome, 0) + p[i]
     if not prefix:
-        masses["end"], whole = p[tokenizer.eos_id], whole + p[tokenizer.eos_id]
-    return masses, whole
+        masses["EOS"] = p[tokenizer.eos_id]
+    masses = {outcome: mass.double() + 1e-12 for outcome, mass in masses.items()}
+    return masses, sum(masses.values())
+
+
+def expected_by_hand(tokenizer, sequence, text: bytes, o: int, hidden, head):
+    """{byte, "EOS" or "END": q} at byte o, or None where the tokens end before it."""
+    at = standing(tokenizer, sequence, text, o)
+    if at is None:
+        return None
+    masses, whole = masses_by_hand(tokenizer, hidden[at[0]] @ head.t(), at[1])
+    q = {c: m / whole for c, m in masses.items()} if whole > 1e-8 else {}
+    if at[0] and not at[1]:
+        token = tokenizer.token_bytes(sequence.response_ids[at[0] - 1])
+        before, whole = masses_by_hand(tokenizer, hidden[at[0] - 1] @ head.t(), token)
+        if whole > 1e-8:
+            ends = before.pop("END")
+            q = {
+                c: (before.get(c, 0) + ends * q.get(c, 0)) / whole for c in q.keys() | before.keys()
+            }
+    return q
 
 
 def standing(tokenizer, sequence, text: bytes, o: int):
@@ -905,22 +924,18 @@ def test_byte_kd_against_every_token(way, lengths, scale, world, monkeypatch):
     for example, h_s, h_t in zip(examples, s.hidden.split(s.counts), t.hidden.split(t.counts)):
         text = example.text.encode()
         for o in range(len(text) + 1):
-            at_s = standing(tokenizers[0], example.student, text, o)
-            at_t = standing(tokenizers[1], example.teacher, text, o)
-            if at_s is None or at_t is None:
+            q_s = expected_by_hand(tokenizers[0], example.student, text, o, h_s, s.head)
+            q_t = expected_by_hand(tokenizers[1], example.teacher, text, o, h_t, t.head)
+            if q_s is None or q_t is None:
                 break
-            m_s, whole_s = next_byte_masses_by_hand(
-                tokenizers[0], h_s[at_s[0]] @ s.head.t(), at_s[1]
-            )
-            m_t, whole_t = next_byte_masses_by_hand(
-                tokenizers[1], h_t[at_t[0]] @ t.head.t(), at_t[1]
-            )
-            common = m_s.keys() & m_t.keys()
-            if common and min(whole_s, whole_t) > 1e-8:
-                m_s, m_t = ({c: m[c] + 1e-12 for c in common} for m in (m_s, m_t))
-                r_s, r_t = sum(m_s[c] for c in common), sum(m_t[c] for c in common)
-                kl = sum(m_t[c] / r_t * (m_t[c] / r_t * r_s / m_s[c]).log() for c in common)
-                kd = kd + (r_s / whole_s * r_t / whole_t).detach() * kl
+            common = q_s.keys() & q_t.keys() - {"END"}
+            shared_s, shared_t = (sum(q[c] for c in common) for q in (q_s, q_t))
+            kd = kd + sum(q_t[c] * (q_t[c] / q_s[c]).log() for c in common)
+            rest_s, rest_t = (sum(q[c] for c in q.keys() - common) for q in (q_s, q_t))
+            if torch.is_tensor(rest_s) and torch.is_tensor(rest_t):
+                kd = kd + rest_t * (rest_t / rest_s).log()
+            elif common and not torch.is_tensor(rest_s):
+                kd = kd - shared_t * (shared_t / shared_s).log()
     n = chosen.num_student_tokens
     exactness = 1e-6 if scale == 1 else 1e-4
     close(terms["kd_loss"], kd.detach() / n, exactness)
@@ -936,18 +951,12 @@ def test_byte_kd_against_every_token(way, lengths, scale, world, monkeypatch):
 def test_next_bytes_of_no_mass():
     """A prefix whose tokens have, in float64, no probability at all counts for nothing, and spoils
     nothing."""
-    masses, whole = torch.zeros(3, 257), torch.tensor([0.0, 1.0, 1.0])
-    masses[1:, 5], masses[1:, 7] = 0.25, 0.5
-    other = torch.zeros(3, 257)
+    q, other = torch.zeros(3, 258, dtype=torch.double), torch.zeros(3, 258, dtype=torch.double)
+    q[1:, 5], q[1:, 7] = 0.25, 0.75
     other[:, 5], other[:, 7] = 0.5, 0.5
-    for mine in (masses, other):
+    for mine, teacher in ((q, other), (other, q)):
         mine = mine.clone().requires_grad_()
-        pair = (
-            (mine, whole, other, torch.ones(3))
-            if mine[0].sum() == 0
-            else (mine, torch.ones(3), masses, whole)
-        )
-        values = byte_kd.next_byte_kl(*pair)
+        values = byte_kd.next_byte_kl(mine, teacher)
         (gradient,) = torch.autograd.grad(values.sum(), mine)
         assert values[0] == 0 and values[1] == values[2] > 0
         assert torch.isfinite(gradient).all() and gradient[1].abs().sum() > 0

@@ -1,18 +1,25 @@
 """The KL of next bytes: two vocabularies meet at every byte of the text.
 
 At byte o of a response a model stands at its last token boundary at or before o, with hidden state
-h, p = softmax(W h / T), and the prefix b: the bytes from that boundary to o. With m(u) = Σ p(v)
-over the tokens v that start with u, and c a byte, or EOS where b is empty:
+h, p = softmax(W h / T), and the prefix b: the bytes from that boundary to o. Let m(u) = Σ p(v) over
+the tokens v that start with u, and c a byte. What the model expects at o is
 
-    p(c | b) = m(b·c) / r(b)        r(b) = Σ_c m(b·c) over all c that both models have a token for
-    KD = Σ_o w · KL(p_t(· | b_t) ‖ p_s(· | b_s))
-    w = r_s(b_s) / m_s(b_s) · r_t(b_t) / m_t(b_t), detached
+    inside a token          q(c) = m(b·c) / m(b)
+    behind a token y        q(c) = (m'(y·c) + p'(y) p(c)) / m'(y)     p(c) = m(c), or p(EOS)
 
-w is the share of both models' probability that continues past b in a way the other can follow; it
-is 1 where b is empty and each vocabulary has all bytes. The tokens are sorted by their bytes, so
-that every prefix is a range of them and m a difference of two cumulative sums in float64. Such a
-difference is known to about 1e-16; SMALLEST is added to every m, so that no byte costs more than 28
-nats. There is no projector, no attention and no hyper-parameter but α and T.
+and p(c) at the response's first byte; m' and p' are those of the boundary before y. The second line
+says that the text may also go on inside a longer token than y, and gives the end of y its price.
+
+    KD = Σ_o KL(q_t ‖ q_s)
+
+over the bytes that both models have a token for, and one outcome more, the rest: other bytes, and
+that a token ends here, b itself. Where nothing else can follow for the student, there is no rest,
+and the teacher's bytes are taken relative to their sum, by which they are weighted.
+
+The tokens are sorted by their bytes, so that every prefix is a range of them and m a difference of
+two cumulative sums in float64. Such a difference is known to about 1e-16; SMALLEST is added to
+every m, so that no byte costs more than 28 nats. There is no projector, no attention and no
+hyper-parameter but α and T.
 
 Other tokenizations of the same bytes are not counted (arXiv 2506.14123 does, by a covering tree).
 BLD (2604.07466) teaches next-byte probabilities to an extra byte-level head; here the student's own
@@ -26,10 +33,11 @@ import torch
 import torch.nn.functional as F
 
 from methods import Method
-from methods.blocks import blocks_of, cross_entropy, in_blocks, student_side, teacher_side
+from methods.blocks import cross_entropy, in_whole_rows, student_side, teacher_side
 
 SMALLEST = 1e-12
-SMALLEST_PREFIX = 1e-8  # a prefix with a smaller m counts for nothing
+SMALLEST_PREFIX = 1e-8  # a prefix with a smaller m says nothing
+EOS, END = 256, 257  # the outcomes of q beside the bytes: the answer ends; a token ends, b itself
 
 
 class PrefixTable:
@@ -66,29 +74,31 @@ class PrefixTable:
             self.bounds.append(np.append(starts, first).astype(np.int32))
         return self.numbers[prefix]
 
-    def along(self, sequence, text: bytes) -> list[tuple[int, int]]:
+    def along(self, sequence, text: bytes) -> list[tuple[int, int, int]]:
         """At every byte of the text, and at its end where EOS is due: the response position where
-        the model stands, and the number of the prefix, −1 where a token's bytes are not the text's
-        (normalization changed it). Ends where the tokens do."""
-        path = []
+        the model stands; the number of the prefix, −1 where a token's bytes are not the text's
+        (normalization changed it); behind a token that token's number, else −1. Ends where the
+        tokens do."""
+        path, behind = [], -1
         for position, token in enumerate(sequence.response_ids):
             begin, end = sequence.spans[position]
             if begin > len(path):  # bytes that have no token
                 break
             if token == self.eos_id and begin == end == len(text):
-                path.append((position, self.number(b"")))
+                path.append((position, self.number(b""), behind))
                 continue
             token_bytes = self.token_bytes(token)
             ahead = len(token_bytes) - (end - begin)  # SentencePiece's space before the text: 1
             fits = token_bytes[ahead:] == text[begin:end] and 0 <= ahead <= (begin == 0)
             for o in range(begin, end):
                 prefix = self.number(token_bytes[: ahead + o - begin]) if fits else -1
-                path.append((position, prefix))
+                path.append((position, prefix, behind if o == begin else -1))
+            behind = self.number(token_bytes) if fits else -1
         return path
 
     def tensors(self, device) -> tuple[torch.Tensor, torch.Tensor]:
         """order (V',) and bounds (K, 258): of each prefix where the tokens with each next byte
-        begin in order, where they end, and where those with this prefix begin."""
+        begin in order, where they end, and where those with this prefix begin, itself first."""
         return self.order.to(device), torch.from_numpy(np.stack(self.bounds)).to(device)
 
 
@@ -98,6 +108,7 @@ class ByteStates:
 
     positions: torch.Tensor  # (M,) response position, counted through the batch
     prefixes: torch.Tensor  # (M,) number of the prefix
+    behind: torch.Tensor  # (M,) number of the token that ends here, −1 where none does
     first_byte: list[int]  # (N + 1,) the bytes of position i are first_byte[i:i + 2]
     order: torch.Tensor  # PrefixTable.tensors
     bounds: torch.Tensor
@@ -118,14 +129,14 @@ class BytePaths:
         self.num_prefixes = 0
 
     def path(self, example) -> torch.Tensor:
-        """(M, 4): student position and prefix, teacher position and prefix, for every byte that
-        both sides reach."""
+        """(M, 6): PrefixTable.along of the student and of the teacher, for every byte that both
+        sides reach."""
         text = example.text.encode()
         both = zip(
             self.student.along(example.student, text), self.teacher.along(example.teacher, text)
         )
         path = [(*s, *t) for s, t in both if s[1] >= 0 and t[1] >= 0]
-        return torch.tensor(path, dtype=torch.long).view(-1, 4)
+        return torch.tensor(path, dtype=torch.long).view(-1, 6)
 
     def __call__(self, examples, device) -> dict[str, ByteStates]:
         moved, num_s, num_t = [], 0, 0
@@ -133,7 +144,7 @@ class BytePaths:
             path = self.paths.get(example.row)
             if path is None:  # the student's own answer, new in every step
                 path = self.path(example)
-            moved.append(path + torch.tensor([num_s, 0, num_t, 0]))
+            moved.append(path + torch.tensor([num_s, 0, 0, num_t, 0, 0]))
             num_s += len(example.student.response_ids)
             num_t += len(example.teacher.response_ids)
         if self.num_prefixes != len(self.student.numbers) + len(self.teacher.numbers):
@@ -143,20 +154,19 @@ class BytePaths:
         path = torch.cat(moved)
         return {
             "student_bytes": self.states(
-                path[:, 0], path[:, 1], num_s, self.student_tensors, self.student.eos_id
+                path[:, :3], num_s, self.student_tensors, self.student.eos_id
             ),
             "teacher_bytes": self.states(
-                path[:, 2], path[:, 3], num_t, self.teacher_tensors, self.teacher.eos_id
+                path[:, 3:], num_t, self.teacher_tensors, self.teacher.eos_id
             ),
         }
 
-    def states(self, positions, prefixes, num_positions, tensors, eos_id) -> ByteStates:
+    def states(self, path, num_positions, tensors, eos_id) -> ByteStates:
         order, bounds = tensors
-        positions = positions.contiguous()
+        positions, prefixes, behind = path.t().contiguous()
         first_byte = torch.searchsorted(positions, torch.arange(num_positions + 1)).tolist()
-        return ByteStates(
-            positions.to(order.device), prefixes.to(order.device), first_byte, order, bounds, eos_id
-        )
+        positions, prefixes, behind = (x.to(order.device) for x in (positions, prefixes, behind))
+        return ByteStates(positions, prefixes, behind, first_byte, order, bounds, eos_id)
 
 
 class _RangeSums(torch.autograd.Function):
@@ -187,65 +197,70 @@ class _RangeSums(torch.autograd.Function):
         return from_last[:, place], None, None, None
 
 
-def next_byte_masses(logits: torch.Tensor, states: ByteStates, block: slice, temperature: float):
-    """m(b·c) for every byte c, and for EOS where b is empty, (M', 257); and m(b), EOS included,
-    (M',): at the bytes of a block of positions with these logits (n, V)."""
+def expected_bytes(logits, states: ByteStates, block: slice, temperature: float) -> torch.Tensor:
+    """q of every byte, of EOS and of END: (M', 258), 0 where no token goes on so; at the bytes of a
+    block of positions with these logits (n, V). The block begins where a row does."""
     part = states.of_block(block)
     rows, prefixes = states.positions[part] - block.start, states.prefixes[part]
+    count = len(rows)
+    at_end = (states.behind[part] >= 0).nonzero().squeeze(1)  # the bytes behind a token
+    all_rows = torch.cat([rows, rows[at_end] - 1])
+    ends = states.bounds[torch.cat([prefixes, states.behind[part][at_end]])].long()  # (…, 258)
     p = (logits.float() / temperature).softmax(-1)
-    ends = states.bounds[prefixes].long()  # (M', 258)
-    sums = _RangeSums.apply(p, states.order, rows[:, None].expand_as(ends), ends)
-    eos_is_next = prefixes == 0
-    eos = p[rows, states.eos_id].double() * eos_is_next
-    masses = torch.cat([sums[:, 1:257] - sums[:, :256], eos[:, None]], 1)
-    whole = sums[:, 256] - sums[:, 257] + eos
-    exists = torch.cat([ends[:, 1:257] > ends[:, :256], eos_is_next[:, None]], 1)
-    exists = exists & (whole > SMALLEST_PREFIX)[:, None]
+    sums = _RangeSums.apply(p, states.order, all_rows[:, None].expand_as(ends), ends)
+    # m(b·c) and, of the token that is b, p(b); then m'(y·c) and p'(y): (…, 256), (…,)
+    longer, of_prefix = sums[:, 1:257] - sums[:, :256], sums[:, 0] - sums[:, 257]
+    can_go_on, can_end = ends[:, 1:257] > ends[:, :256], ends[:, 0] > ends[:, 257]
+    is_boundary = prefixes == 0
+    eos = p[rows, states.eos_id].double() * is_boundary
+    eos = F.pad(eos, (0, len(at_end)))
+    can_be_eos = F.pad(is_boundary, (0, len(at_end)))
+    masses = torch.cat([longer, eos[:, None], of_prefix[:, None]], 1)
+    exists = torch.cat([can_go_on, can_be_eos[:, None], can_end[:, None]], 1)
     masses = (masses.clamp(min=0) + SMALLEST) * exists
-    return masses.float(), whole.float()
+    whole = masses.sum(1, keepdim=True)
+    q = masses / whole.clamp(min=SMALLEST_PREFIX) * (whole > SMALLEST_PREFIX)
+
+    here, before = q[:count], q[count:]
+    behind = F.pad(before[:, :EOS], (0, 2)) + before[:, END:] * here[at_end]
+    is_known = before.sum(1, keepdim=True) > 0
+    return here.index_copy(0, at_end, torch.where(is_known, behind, here[at_end]))
 
 
-def next_byte_kl(student_masses, student_mass, teacher_masses, teacher_mass) -> torch.Tensor:
-    """w · KL(p_t ‖ p_s) at every byte: (M, 257) masses of the next bytes, (M,) of the prefix
-    → (M,)."""
-    common = (student_masses > 0) & (teacher_masses > 0)
-    m_s, m_t = student_masses * common, teacher_masses * common
-    r_s = m_s.sum(-1, keepdim=True).clamp(min=1e-30)
-    r_t = m_t.sum(-1, keepdim=True).clamp(min=1e-30)
-    log_p_t = (m_t.clamp(min=1e-30) / r_t).log()
-    log_p_s = (m_s.clamp(min=1e-30) / r_s).log()
-    share_s = r_s / student_mass[:, None].maximum(r_s)
-    share_t = r_t / teacher_mass[:, None].maximum(r_t)
-    w = (share_s * share_t).squeeze(-1).detach()
-    return w * (m_t / r_t * (log_p_t - log_p_s) * common).sum(-1)
+def log_of(x: torch.Tensor) -> torch.Tensor:
+    """Of sums that are at least SMALLEST, or 0 where they don't count."""
+    return x.clamp(min=SMALLEST).log()
 
 
-@torch.no_grad()
-def masses_of_teacher(teacher, states: ByteStates, temperature: float):
-    """next_byte_masses of the whole batch."""
-    masses, whole = [], []
-    for block in blocks_of(len(teacher.hidden), teacher.hidden.device):
-        logits = F.linear(teacher.hidden[block], teacher.head)
-        block_masses, block_whole = next_byte_masses(logits, states, block, temperature)
-        masses.append(block_masses)
-        whole.append(block_whole)
-    return torch.cat(masses), torch.cat(whole)
+def next_byte_kl(q_s: torch.Tensor, q_t: torch.Tensor) -> torch.Tensor:
+    """KL(q_t ‖ q_s) at every byte, the rest being one outcome: (M, 258) twice → (M,)."""
+    common = (q_s > 0) & (q_t > 0)
+    common[:, END] = False
+    log_ratio = q_t.where(common, 1).log() - q_s.where(common, 1).log()
+    of_bytes = (q_t * log_ratio).sum(-1)
+    shared_s, shared_t = (q_s * common).sum(-1), (q_t * common).sum(-1)
+    rest_s, rest_t = (q_s * ~common).sum(-1), (q_t * ~common).sum(-1)
+    of_rest = rest_t * (log_of(rest_t) - log_of(rest_s))
+    without_rest = shared_t * (log_of(shared_s) - log_of(shared_t))
+    return of_bytes + torch.where(rest_s > 0, of_rest, without_rest)
 
 
 def byte_kd(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss, which is summed over bytes."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
-    temperature, states = objective.options.temperature, batch["student_bytes"]
-    m_t, whole_t = masses_of_teacher(t, batch["teacher_bytes"], temperature)
+    temperature = objective.options.temperature
+    states_s, states_t = batch["student_bytes"], batch["teacher_bytes"]
 
-    def block_loss(block, z_s):
+    def block_loss(block, of_teacher, z_s):
         terms = cross_entropy(z_s, s.labels[block])
-        m_s, whole_s = next_byte_masses(z_s, states, block, temperature)
-        part = states.of_block(block)
-        terms["kd_loss"] = next_byte_kl(m_s, whole_s, m_t[part], whole_t[part])
+        with torch.no_grad():
+            z_t = F.linear(t.hidden[of_teacher], t.head)
+            q_t = expected_bytes(z_t, states_t, of_teacher, temperature)
+        q_s = expected_bytes(z_s, states_s, block, temperature)
+        terms["kd_loss"] = next_byte_kl(q_s, q_t).float()
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 
-    total, sums = in_blocks(block_loss, [s.hidden], [s.head])
+    total, sums = in_whole_rows(block_loss, s, t)
     return total, objective.per_student_token(sums)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from methods.byte_kd import BytePaths, next_byte_kl, next_byte_masses
+from methods.byte_kd import END, BytePaths, expected_bytes, next_byte_kl
 from methods.blocks import Side
 from tokenize_align import Example, collate
 
@@ -26,14 +26,14 @@ class NextBytePrediction:
 
     row: int
     text: bytes
-    teacher: torch.Tensor  # (M, 257): p of every byte, and of EOS
-    student: torch.Tensor  # (M, 257)
+    teacher: torch.Tensor  # (M, 258): q of every byte, of EOS, and that a token ends
+    student: torch.Tensor  # (M, 258)
 
     @property
     def kl(self) -> torch.Tensor:
-        """KL(p_t ‖ p_s) in bits, (M,), over the bytes that both can say, as the loss has it."""
-        whole = torch.ones(len(self.student))
-        return next_byte_kl(self.student, whole, self.teacher, whole) / math.log(2)
+        """KL(q_t ‖ q_s) in bits, (M,), over the bytes that both can say and the rest, as the loss
+        has it."""
+        return next_byte_kl(self.student, self.teacher) / math.log(2)
 
     def measures(self) -> dict[str, torch.Tensor]:
         """MEASURES at every byte, (M,) each."""
@@ -42,7 +42,7 @@ class NextBytePrediction:
         for side, p in (("student", self.student), ("teacher", self.teacher)):
             p_true = p.gather(1, true[:, None]).squeeze(1).clamp(min=1e-30)
             values[f"{side}_bits"] = -p_true.log2()
-            values[f"{side}_right"] = (p.argmax(1) == true).double()
+            values[f"{side}_right"] = (p[:, :END].argmax(1) == true).double()
         return values
 
 
@@ -65,9 +65,8 @@ def predict_next_bytes(
             side = Side(batch, name, decoder)
             hidden = side.pack(decoder(batch[f"{name}_ids"]))
             logits = F.linear(hidden, side.head)
-            masses, whole = next_byte_masses(
+            expected[name] = expected_bytes(
                 logits, states[f"{name}_bytes"], slice(0, len(logits)), temperature=1.0
             )
-            expected[name] = masses / whole[:, None].clamp(min=1e-30)
         predictions.append(NextBytePrediction(example.row, text, **expected))
     return predictions

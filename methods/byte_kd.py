@@ -197,34 +197,40 @@ class _RangeSums(torch.autograd.Function):
         return from_last[:, place], None, None, None
 
 
-def expected_bytes(logits, states: ByteStates, block: slice, temperature: float) -> torch.Tensor:
-    """q of every byte, of EOS and of END: (M', 258), 0 where no token goes on so; at the bytes of a
-    block of positions with these logits (n, V). The block begins where a row does."""
-    part = states.of_block(block)
-    rows, prefixes = states.positions[part] - block.start, states.prefixes[part]
-    count = len(rows)
-    at_end = (states.behind[part] >= 0).nonzero().squeeze(1)  # the bytes behind a token
-    all_rows = torch.cat([rows, rows[at_end] - 1])
-    ends = states.bounds[torch.cat([prefixes, states.behind[part][at_end]])].long()  # (…, 258)
-    p = (logits.float() / temperature).softmax(-1)
-    sums = _RangeSums.apply(p, states.order, all_rows[:, None].expand_as(ends), ends)
-    # m(b·c) and, of the token that is b, p(b); then m'(y·c) and p'(y): (…, 256), (…,)
-    longer, of_prefix = sums[:, 1:257] - sums[:, :256], sums[:, 0] - sums[:, 257]
-    can_go_on, can_end = ends[:, 1:257] > ends[:, :256], ends[:, 0] > ends[:, 257]
-    is_boundary = prefixes == 0
-    eos = p[rows, states.eos_id].double() * is_boundary
-    eos = F.pad(eos, (0, len(at_end)))
-    can_be_eos = F.pad(is_boundary, (0, len(at_end)))
-    masses = torch.cat([longer, eos[:, None], of_prefix[:, None]], 1)
-    exists = torch.cat([can_go_on, can_be_eos[:, None], can_end[:, None]], 1)
+def after_prefix(p, states: ByteStates, rows, prefixes) -> torch.Tensor:
+    """What follows the prefix b with the probabilities p[row]: m(b·c) / m(b) of every byte, the same
+    of EOS where b is empty, and of END p(b) / m(b). (M,), (M,) → (M, 258), 0 where there is no such
+    token; all 0 where m(b) is below SMALLEST_PREFIX."""
+    ends = states.bounds[prefixes].long()  # (M, 258)
+    sums = _RangeSums.apply(p, states.order, rows[:, None].expand_as(ends), ends)
+    bytes_mass = sums[:, 1:257] - sums[:, :256]
+    end_mass = sums[:, :1] - sums[:, 257:]
+    can_be_eos = (prefixes == 0)[:, None]
+    eos_mass = p[rows, states.eos_id].double()[:, None]
+    masses = torch.cat([bytes_mass, eos_mass, end_mass], 1)
+    exists = torch.cat([ends[:, 1:257] > ends[:, :256], can_be_eos, ends[:, :1] > ends[:, 257:]], 1)
     masses = (masses.clamp(min=0) + SMALLEST) * exists
     whole = masses.sum(1, keepdim=True)
-    q = masses / whole.clamp(min=SMALLEST_PREFIX) * (whole > SMALLEST_PREFIX)
+    return masses / whole.clamp(min=SMALLEST_PREFIX) * (whole > SMALLEST_PREFIX)
 
-    here, before = q[:count], q[count:]
-    behind = F.pad(before[:, :EOS], (0, 2)) + before[:, END:] * here[at_end]
+
+def expected_bytes(logits, states: ByteStates, block: slice, temperature: float) -> torch.Tensor:
+    """q of every byte, of EOS and of END, (M', 258): at the bytes of a block of positions with
+    these logits (n, V). The block begins where a row does."""
+    part = states.of_block(block)
+    rows, prefixes = states.positions[part] - block.start, states.prefixes[part]
+    p = (logits.float() / temperature).softmax(-1)
+    at_end = (states.behind[part] >= 0).nonzero().squeeze(1)  # the bytes behind a token
+    tokens = states.behind[part][at_end]
+    # One call for both lines of the equation: the sums over the vocabulary are what takes time.
+    both = after_prefix(
+        p, states, torch.cat([rows, rows[at_end] - 1]), torch.cat([prefixes, tokens])
+    )
+    q, before = both[: len(rows)], both[len(rows) :]
+    longer, ends = F.pad(before[:, :EOS], (0, 2)), before[:, END:]
     is_known = before.sum(1, keepdim=True) > 0
-    return here.index_copy(0, at_end, torch.where(is_known, behind, here[at_end]))
+    behind = torch.where(is_known, longer + ends * q[at_end], q[at_end])
+    return q.index_copy(0, at_end, behind)
 
 
 def log_of(x: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import model
-from runtime.generation import answer_rows
-from runtime.generation import choose_tokens, generate
+from data import Row, read_rows
+from runtime import generation
+from runtime.generation import answer_rows, choose_tokens, generate
 from tests.helpers import reference_model
 from tokenize_align import load_tokenizer
 
@@ -39,8 +40,6 @@ def test_rows_end_at_eos_and_leave(tmp_path):
 
 
 def test_a_batch_answers_as_each_row_would(world):
-    from data import read_rows
-
     decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
     rows = read_rows(world / "data/train.jsonl")[:9]
     together = answer_rows(decoder, tokenizer, rows, 60, 40, 4, temperature=0.0)
@@ -48,3 +47,11 @@ def test_a_batch_answers_as_each_row_would(world):
         assert answer_rows(decoder, tokenizer, [row], 60, 40, 1, temperature=0.0)[0] == text
     seeds = [answer_rows(decoder, tokenizer, rows, 60, 40, 4, seed) for seed in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_answers_keep_their_spaces(world, monkeypatch):
+    """Code begins with them."""
+    decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
+    body = "    return x\n"
+    monkeypatch.setattr(generation, "answer", lambda *rest, **how: [(body, True)])
+    assert answer_rows(decoder, tokenizer, [Row("def f(x):\n", [])], 60, 40) == [body]

@@ -157,7 +157,7 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
 
 
 def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch):
-    """And those alone; sft, which has no teacher, says so."""
+    """And those alone, sampled; sft, which has no teacher, says so."""
     data = tmp_path / "data"
     shutil.copytree(world / "data", data, ignore=shutil.ignore_patterns("*-by-*"))
     lines = [json.loads(x) for x in (data / "train.jsonl").read_text().splitlines()]
@@ -174,6 +174,9 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
         i: text for i, text, _ in map(json.loads, filter(None, file.read_text().split("\n")))
     }
     asked = [row for row in given["train"] if not row.outputs]
+    decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
+    sampled = generation.answer_rows(decoder, tokenizer, asked, 128, 100, temperature=1.0)
+    assert answers == dict(enumerate(sampled))
     rows = [replace(row, outputs=[answers[i]], ended=False) for i, row in enumerate(asked)]
     rows = [row for row in rows if row.outputs[0]] + given["train"][:10]
     monkeypatch.setattr(train, "read_splits", lambda *_: given | {"train": rows})

@@ -198,9 +198,9 @@ class _RangeSums(torch.autograd.Function):
 
 
 def after_prefix(p, states: ByteStates, rows, prefixes) -> torch.Tensor:
-    """What follows the prefix b with the probabilities p[row]: m(b·c) / m(b) of every byte, the same
-    of EOS where b is empty, and of END p(b) / m(b). (M,), (M,) → (M, 258), 0 where there is no such
-    token; all 0 where m(b) is below SMALLEST_PREFIX."""
+    """What follows the prefix b with the probabilities p[row]: m(b·c) / m(b) of every byte c, of
+    EOS the same where b is empty, and of END p(b) / m(b). (M,), (M,) → (M, 258), 0 where there is
+    no such token; all 0 where m(b) is below SMALLEST_PREFIX."""
     ends = states.bounds[prefixes].long()  # (M, 258)
     sums = _RangeSums.apply(p, states.order, rows[:, None].expand_as(ends), ends)
     bytes_mass = sums[:, 1:257] - sums[:, :256]

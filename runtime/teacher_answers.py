@@ -1,7 +1,7 @@
 """The teacher answers training prompts. All of them, greedily: SeqKD (Kim & Rush, arXiv 1606.07947,
-whose beam search has one beam here). Or those that have no answer, sampled at temperature 1: the
-KL(teacher ‖ student) of whole answers is a mean over the teacher's own. An answer that reached the
-length limit is kept, without EOS.
+whose beam search has one beam here). Or those that have no answer, sampled, so that the
+student reads more than the teacher's likeliest words. An answer that reached the length limit is
+kept, without EOS.
 
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
 that they depend on. An interrupted run continues where it stopped, and later runs ask no more."""
@@ -18,6 +18,9 @@ from runtime.distributed import barrier, print_first, rank
 from runtime.files import file_label
 from runtime.generation import answer_batches, share_of
 
+# Of sampled answers. At 1 a small teacher loses the thread: of a Qwen's functions half were broken.
+TEMPERATURE = 0.7
+
 
 def teacher_rows(
     config, all_rows: list[Row], folder: Path, teacher, tokenizer, every: bool
@@ -28,7 +31,7 @@ def teacher_rows(
     rows = [row for row in all_rows if every or not row.outputs]
     limits = config.max_length, config.max_prompt_length
     made_of = fingerprint_of_model(teacher.source), fingerprint_of_rows(rows), *limits
-    temperature = 0.0 if every else 1.0
+    temperature = 0.0 if every else TEMPERATURE
     made_of += tokenizer.prompt_format, temperature
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     folder = folder / f"train-by-{file_label(Path(config.teacher).name)}-{key}"

@@ -175,7 +175,7 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
     }
     asked = [row for row in given["train"] if not row.outputs]
     decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
-    sampled = generation.answer_rows(decoder, tokenizer, asked, 128, 100, temperature=1.0)
+    sampled = generation.answer_rows(decoder, tokenizer, asked, 128, 100, temperature=0.7)
     assert answers == dict(enumerate(sampled))
     rows = [replace(row, outputs=[answers[i]], ended=False) for i, row in enumerate(asked)]
     rows = [row for row in rows if row.outputs[0]] + given["train"][:10]

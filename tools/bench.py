@@ -66,6 +66,7 @@ class Config:
     teacher: str = flag("", "Of pair: a model's name or folder.")
     student: str = flag("", "The same.")
     data: str = flag("", "Of pair: a set's name or folder.")
+    cache_teacher: bool = flag(False, "Of pair: our teacher's states are computed once.")
     tiny: bool = flag(False, "Measure the toy's shapes, to try this script.")
     repeats: int = flag(3, "Timed repeats, after one that is not counted.", minimum=1)
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
@@ -111,10 +112,24 @@ def pair_step(method: str, config: Config, device: str, dtype: torch.dtype):
     """The same of a method of ours on --student, --teacher and four rows of --data."""
     student = load(config.student, device=device)
     teacher = load(config.teacher, dtype=dtype, device=device)
+    if config.cache_teacher:
+        teacher.forward = called_once(teacher.forward)
     folders = config.student, config.teacher
     loss_function = DistillationLoss(method, student, teacher, *folders, LENGTH, LENGTH)
     rows = read_split(config.data, "train")[:4]
     return lambda: loss_function(rows)[0], torch.nn.ModuleList([student, loss_function])
+
+
+def called_once(function):
+    """The function, which gives its first result again: every step has the same rows."""
+    results = []
+
+    def first_result(*arguments):
+        if not results:
+            results.append(function(*arguments))
+        return results[0]
+
+    return first_result
 
 
 def gold_step(config: Config, device: str, dtype: torch.dtype):
@@ -188,6 +203,7 @@ def bench_steps(config: Config, folder: Path, names: tuple[str, str]) -> None:
         command += ["--repeats", str(config.repeats), "--device", config.device]
         command += ["--dtype", config.dtype, "--teacher", config.teacher]
         command += ["--student", config.student, "--data", config.data]
+        command += ["--cache_teacher"] * config.cache_teacher
         here = Path(__file__).resolve().parents[1]
         result = subprocess.run(command, capture_output=True, text=True, cwd=here)
         if result.returncode:

@@ -692,7 +692,10 @@ def load_teacher(config, device, dtype, layers: bool):
     folder = folder_of(config, "teacher")
     _, architecture = read_fields(folder / "config.json")
     is_known = config.resume or architecture not in ARCHITECTURES
-    if not same_data(config.data, trained_on(folder)) and not is_known:
+    learned = trained_on(folder)
+    if learned and not same_data(config.data, learned) and not config.resume:
+        print_first(f"note: the teacher was fine-tuned on {learned}, not on {config.data}")
+    if learned is None and not is_known:
         print_first(
             f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
             "papers do first:  python train.py --method sft --student "

@@ -691,17 +691,17 @@ def load_teacher(config, device, dtype, layers: bool):
     """The frozen teacher and its tokenizer."""
     folder = folder_of(config, "teacher")
     _, architecture = read_fields(folder / "config.json")
-    is_known = config.resume or architecture not in ARCHITECTURES
-    learned = trained_on(folder)
-    if learned and not same_data(config.data, learned) and not config.resume:
-        print_first(f"note: the teacher was fine-tuned on {learned}, not on {config.data}")
-    if learned is None and not is_known:
-        print_first(
-            f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
-            "papers do first:  python train.py --method sft --student "
-            f"{shlex.quote(config.teacher)} --data {shlex.quote(config.data)} --lr 2e-5 --epochs 3 "
-            "--out_dir out/teacher"
-        )
+    if not config.resume and architecture in ARCHITECTURES:
+        learned = trained_on(folder)
+        if learned is None:
+            print_first(
+                f"note: the teacher was not fine-tuned on {config.data} by this script, as the "
+                "papers do first:  python train.py --method sft --student "
+                f"{shlex.quote(config.teacher)} --data {shlex.quote(config.data)} --lr 2e-5 "
+                "--epochs 3 --out_dir out/teacher"
+            )
+        elif not same_data(config.data, learned):
+            print_first(f"note: the teacher was fine-tuned on {learned}, not on {config.data}")
     teacher = load_decoder(config, "teacher", folder, dtype, device, layers=layers)
     tokenizer = load_tokenizer(folder, config.teacher_prompt_format or config.prompt_format)
     return teacher.requires_grad_(False), tokenizer

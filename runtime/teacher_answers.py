@@ -1,7 +1,7 @@
 """The teacher answers training prompts. All of them, greedily: SeqKD (Kim & Rush, arXiv 1606.07947,
-whose beam search has one beam here). Or those that have no answer, sampled, so that the
-student reads more than the teacher's likeliest words. An answer that reached the length limit is
-kept, without EOS.
+whose beam search has one beam here). Or those that have no answer, sampled, so that the student
+reads more than the teacher's likeliest words. An answer that reached the length limit is kept,
+without EOS.
 
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
 that they depend on. An interrupted run continues where it stopped, and later runs ask no more."""

@@ -203,7 +203,8 @@ def bench_steps(config: Config, folder: Path, names: tuple[str, str]) -> None:
         command += ["--repeats", str(config.repeats), "--device", config.device]
         command += ["--dtype", config.dtype, "--teacher", config.teacher]
         command += ["--student", config.student, "--data", config.data]
-        command += ["--cache_teacher"] * config.cache_teacher
+        if config.cache_teacher:
+            command.append("--cache_teacher")
         here = Path(__file__).resolve().parents[1]
         result = subprocess.run(command, capture_output=True, text=True, cwd=here)
         if result.returncode:

@@ -15,6 +15,8 @@ import sys
 import traceback
 import typing
 
+from safetensors import SafetensorError
+
 
 def _interrupted(kind, error, trace) -> None:
     """Ctrl-C while a script's libraries are still being loaded ends it in one line, too."""
@@ -151,7 +153,7 @@ def run_script(main) -> None:
         stream.reconfigure(errors="replace")  # a terminal may lack "→"
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:  # the last: of a full disk
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Runs of train.py: every method learns, an interrupted run continues, bad input is refused."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 import signal
@@ -503,6 +504,20 @@ def test_killed_at_every_rename_of_a_checkpoint(quick_run, world, tmp_path, monk
                 train.main(flags(world, out, *QUICK))
         train.main(["--out_dir", str(out), "--resume"])
         assert_same_run(quick_run, out)
+
+
+def test_a_full_disk_ends_a_run_in_one_line(quick_run, world, tmp_path):
+    """Weights that cannot be written whole (here: files of 16 KiB at most) lose no run."""
+
+    def allow_small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+
+    argv = flags(world, tmp_path / "run", *QUICK)
+    code, _, errors = finish(start("train.py", *argv, preexec_fn=allow_small_files))
+    assert code == 2 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: ") and "File too large" in errors
+    train.main(["--out_dir", str(tmp_path / "run"), "--resume"])
+    assert_same_run(quick_run, tmp_path / "run")
 
 
 def test_one_run_per_folder(quick_run, world, tmp_path):

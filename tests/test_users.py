@@ -49,6 +49,25 @@ def test_sft_has_no_rate_of_distillation(world, tmp_path):
         train.main(flags(world, tmp_path / "run", "--kd_rate", 0.9, method="sft"))
 
 
+def test_notes_say_what_the_teacher_was_fine_tuned_on(world, tmp_path, capsys):
+    """Not at all by this script; on these rows, which needs no note; on others."""
+    short = ["--max_steps", 1, "--eval_num", 1]
+
+    def notes_with(teacher, data, name):
+        shutil.copytree(world / "data", tmp_path / data, dirs_exist_ok=True)
+        more = ["--teacher", teacher, "--data", tmp_path / data, *short]
+        train.main(flags(world, tmp_path / name, *more, method="byte_kd"))
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith("note: the teacher was")]
+
+    (note,) = notes_with(world / "teacher", "rows", "first")
+    assert "not fine-tuned" in note and f"--data {tmp_path / 'rows'} " in note
+    tuned = tmp_path / "first/best"
+    assert notes_with(tuned, "rows", "second") == []
+    (note,) = notes_with(tuned, "others", "third")
+    assert f"on {tmp_path / 'rows'}, not on {tmp_path / 'others'}" in note
+
+
 def test_a_log_file_can_be_read(world, tmp_path):
     """Without a terminal: no bars, no escape codes, but where the run is and how long it takes."""
     code, out, errors = finish(start("train.py", *flags(world, tmp_path / "run", method="sft")))

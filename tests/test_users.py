@@ -51,21 +51,20 @@ def test_sft_has_no_rate_of_distillation(world, tmp_path):
 
 def test_notes_say_what_the_teacher_was_fine_tuned_on(world, tmp_path, capsys):
     """Not at all by this script; on these rows, which needs no note; on others."""
-    short = ["--max_steps", 1, "--eval_num", 1]
+    others = shutil.copytree(world / "data", tmp_path / "others")
 
-    def notes_with(teacher, data, name):
-        shutil.copytree(world / "data", tmp_path / data, dirs_exist_ok=True)
-        more = ["--teacher", teacher, "--data", tmp_path / data, *short]
-        train.main(flags(world, tmp_path / name, *more, method="byte_kd"))
+    def notes_of(name, *more):
+        short = ["--max_steps", 1, "--eval_num", 1]
+        train.main(flags(world, tmp_path / name, *short, *more, method="byte_kd"))
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line.startswith("note: the teacher was")]
 
-    (note,) = notes_with(world / "teacher", "rows", "first")
-    assert "not fine-tuned" in note and f"--data {tmp_path / 'rows'} " in note
-    tuned = tmp_path / "first/best"
-    assert notes_with(tuned, "rows", "second") == []
-    (note,) = notes_with(tuned, "others", "third")
-    assert f"on {tmp_path / 'rows'}, not on {tmp_path / 'others'}" in note
+    (note,) = notes_of("first")
+    assert "not fine-tuned" in note and f"--data {world / 'data'} " in note
+    tuned = ["--teacher", tmp_path / "first/best"]
+    assert notes_of("second", *tuned) == []
+    (note,) = notes_of("third", *tuned, "--data", others)
+    assert f"on {world / 'data'}, not on {others}" in note
 
 
 def test_a_log_file_can_be_read(world, tmp_path):

@@ -56,8 +56,7 @@ PROMPTS = ("prompt", "question", "instruction")
 INPUTS = ("input", "context")
 MAY_BE_BLANK = (*INPUTS, "system")
 OUTPUTS = ("output", "response", "completion", "answer")
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
-ROLES |= {"system": "system"}
+ROLES = dict(human="user", gpt="assistant", user="user", assistant="assistant", system="system")
 VALID_ROW = '{"prompt": "Name a river.", "output": "The Rhine."}'
 
 
@@ -211,10 +210,13 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
     row = Row(_text(place, name, fields[name]), [])
     if answer is not None:
         row.outputs = _answers(place, answer, fields[answer])
-    row.truth, row.is_instruction = fields.get("truth"), name != "prompt"
+    row.is_instruction = name != "prompt"
+    if isinstance(fields.get("truth"), dict):  # the toy's; of others' data it may be anything
+        row.truth = fields["truth"]
     inputs = [_text(place, given, fields[given]) for given in INPUTS if given in fields]
     row.input = "\n\n".join(inputs)
     instruction = fields.get("instruction", "")
+    instruction = "" if _is_blank(instruction) else _text(place, "instruction", instruction)
     if name == "prompt" and row.prompt == alpaca_prompt(instruction, row.input):
         # The papers' data give both; other templates want the instruction.
         row.prompt, row.is_instruction = instruction, True
@@ -286,7 +288,7 @@ def _turns(place: str, conversation) -> list[dict]:
 def _text(place: str, name: str, value) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(
-            f'{place}: "{name}" must be a string that is not empty, found ' f"{value!r:.60}"
+            f'{place}: "{name}" must be a string that is not empty, found {value!r:.60}'
         )
     return _whole(place, name, value)
 
@@ -444,8 +446,10 @@ def git_blob_id(path: Path) -> str:
 
 def same_data(name: str, other: str | None) -> bool:
     """Whether two values of --data mean the same set; a file belongs to its folder's set."""
-    if other is None or name == other:
-        return name == other
+    if name == other:
+        return True
+    if other is None:
+        return False
     paths = []
     for value in (name, other):
         path = Path(value).resolve()

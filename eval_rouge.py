@@ -38,12 +38,10 @@ from tokenize_align import collate, encode_prompt, encode_rows, load_tokenizer
 # ------------------------------------------------------------------------------------------ ROUGE-L
 
 
-def rouge_tokens(text: str, use_stemmer: bool) -> list[str]:
+def rouge_tokens(text: str) -> list[str]:
     """rouge-score's words: runs of a–z and 0–9 in lower case, stemmed if longer than 3."""
     words = re.findall("[a-z0-9]+", text.lower())
-    if use_stemmer:
-        words = [stem(word) if len(word) > 3 else word for word in words]
-    return words
+    return [stem(word) if len(word) > 3 else word for word in words]
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:
@@ -61,7 +59,7 @@ def lcs_length(a: list[str], b: list[str]) -> int:
     return len(a) - row.bit_count()
 
 
-def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) -> list[float]:
+def rouge_l(predictions: list[str], references: list) -> list[float]:
     """ROUGE-L F1 (Lin, 2004) of each prediction against the best of its references, in [0, 1].
 
     references: a string or a list of strings for each prediction. F = 2 P R / (P + R), P = LCS /
@@ -74,10 +72,10 @@ def rouge_l(predictions: list[str], references: list, use_stemmer: bool = True) 
         )
     scores = []
     for prediction, group in zip(predictions, references):
-        predicted = rouge_tokens(prediction, use_stemmer)
+        predicted = rouge_tokens(prediction)
         best = 0.0
         for reference in group:
-            words = rouge_tokens(reference, use_stemmer)
+            words = rouge_tokens(reference)
             common = lcs_length(words, predicted)
             if common:
                 precision, recall = common / len(predicted), common / len(words)
@@ -176,8 +174,10 @@ def scores_of(
     limits = max_length, max_prompt_length
     bits = answer_bits(decoder, tokenizer, rows, *limits)
     scores = {"bits_per_byte": bits_per_byte(bits)}
+    if not answers:
+        return scores
     rouge = []
-    for seed in (seeds or (0,)) if answers else ():
+    for seed in seeds or (0,):
         given = answer_rows(
             decoder,
             tokenizer,
@@ -188,14 +188,13 @@ def scores_of(
             temperature=1.0 if seeds else 0.0,
         )
         rouge += rouge_l(given, [row.outputs for row in rows])
-    if rouge:
-        scores["rouge_l"] = 100 * statistics.mean(rouge)
+    scores["rouge_l"] = 100 * statistics.mean(rouge)
     return scores
 
 
 def has_rouge_words(rows: list[Row]) -> bool:
     """Whether any reference has a word that ROUGE-L counts; Chinese, say, has none."""
-    return any(rouge_tokens(output, False) for row in rows for output in row.outputs)
+    return any(rouge_tokens(output) for row in rows for output in row.outputs)
 
 
 # ------------------------------------------------------------------------------------------- script

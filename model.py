@@ -170,10 +170,12 @@ class Decoder(nn.Module):
         dtype = tensors[self.hub_name("embed.weight")].dtype
         config[dtype_field] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if self.source == folder:
+            return
         for name in TOKENIZER_FILES:
-            if self.source and (self.source / name).exists() and self.source != folder:
+            if (self.source / name).exists():
                 shutil.copyfile(self.source / name, folder / name)
-        if self.source and (self.source / CHAT_TEMPLATES).is_dir() and self.source != folder:
+        if (self.source / CHAT_TEMPLATES).is_dir():
             shutil.copytree(self.source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES)
 
     @torch.no_grad()
@@ -352,9 +354,8 @@ class Llama(Decoder):
         return x, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def shape_of(name: str | Path, layers: bool = True) -> Decoder:
+def shape_of(folder: Path, layers: bool = True) -> Decoder:
     """A Decoder without memory for its weights; only config.json is read."""
-    folder = model_folder(name, weights=False)
     config = read_config(folder / "config.json")
     if not layers:
         config = dataclasses.replace(config, num_layers=0)

@@ -89,7 +89,7 @@ def open_run(name: str, teacher: str) -> Run:
         raise InputError(f"{name}: has no teacher; --teacher names a model to compare it with")
     folder = model_folder(out_dir)
     student, frozen = load(folder), load(teacher)
-    prompt_format = settings.get("teacher_prompt_format") or settings.get("prompt_format", "auto")
+    prompt_format = settings["teacher_prompt_format"] or settings["prompt_format"]
     tokenizers = load_tokenizer(folder), load_tokenizer(teacher, prompt_format)
     modules, method = {}, find_method(settings["method"])
     if method.attention:
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
 
         toy.write_data()
     split = "test" if Path(data).is_file() else config.split
-    rows = read_split(data, split)[: config.num]
+    rows = [row for row in read_split(data, split) if row.outputs][: config.num]
     place = data if Path(data).is_file() else f"{data}, {split}"
     folder = "probe" if len(runs) == 1 else f"probe-with-{file_label(config.other)}"
     out_dir = Path(config.out_dir or Path(config.run) / folder)

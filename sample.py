@@ -85,7 +85,8 @@ def print_truth(config: Config, row: Row, generator) -> None:
     folder = toy.model_folder("teacher")
     if folder.exists():
         print("the teacher:  ", end="")
-        print_answer(load(folder), load_tokenizer(folder), config, row, generator)
+        teacher = load(folder, device=generator.device)
+        print_answer(teacher, load_tokenizer(folder), config, row, generator)
     answers = toy.true_answers(config.instruction)
     if answers:
         shares = [f"{answer} ({share:.2f})" for answer, share in answers.items()]

@@ -107,7 +107,8 @@ class Splitter:
             pattern = regex.escape(name)
             if token.single_word:
                 pattern = rf"(?<!\w){pattern}(?!\w)"
-            before, after = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+            before = r"\s*" if token.lstrip else ""
+            after = r"\s*" if token.rstrip else ""
             patterns.append(f"({before}{pattern}{after})")
             self.ids.append(token.id)
         self.pattern = regex.compile("|".join(patterns)) if patterns else None
@@ -453,12 +454,6 @@ def chunk_numbers(spans_a: list[Span], spans_b: list[Span]) -> tuple[list[int], 
         np.searchsorted(cuts, starts_a, side="right").tolist(),
         np.searchsorted(cuts, starts_b, side="right").tolist(),
     )
-
-
-def chunk_mask(spans_a: list[Span], spans_b: list[Span]) -> torch.Tensor:
-    """M: (len_a, len_b) bool, true where two tokens lie in the same chunk."""
-    numbers_a, numbers_b = chunk_numbers(spans_a, spans_b)
-    return torch.tensor(numbers_a)[:, None] == torch.tensor(numbers_b)[None]
 
 
 # ---------------------------------------------------------------------- rows → examples → batches

@@ -9,7 +9,7 @@
 
     total = (1 − α) · CE + α · KD + λ_GA · GA + λ_DTW · DTW     # methods/__init__.py: Objective
 
-Defaults are the papers' settings; a method, and the toy, may have others (methods/, toy.py)."""
+Defaults are near the papers'; a method, and the toy, may have others (methods/, toy.py)."""
 
 import collections
 import dataclasses
@@ -29,7 +29,7 @@ import torch
 from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trained_on
 from discriminator import ADVERSARIES
 from eval_rouge import has_rouge_words, scores_of
-from hub.download import check_name, fingerprint_of_model, model_folder
+from hub.download import check_name, fingerprint_of_model, hub_name, model_folder
 from hub.model_config import ARCHITECTURES, read_fields
 from methods import METHOD_OPTIONS, Method, Objective, find_method, method_file
 from methods.divergences import DIVERGENCES
@@ -207,7 +207,8 @@ def read_settings(argv: list[str] | None = None) -> Config:
                 f"--{name}: --method {config.method} does not use it (it uses: "
                 f"{', '.join(method.uses) or 'none of the kind'})"
             )
-        if name in ("ga_weight", "ga_lr") and name in given and config.adversary == "none":
+    for name in ("ga_weight", "ga_lr"):
+        if name in given and config.adversary == "none":
             raise InputError(f"--{name}: there is no --adversary")
     if "lora_alpha" in given and not config.lora_rank:
         raise InputError("--lora_alpha: has no use without --lora_rank")
@@ -423,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
         "best_dev_bits_per_byte": math.inf,
         "data": config.data,
         "method": config.method,
-        "student": config.student,
+        "student": hub_name(config.student),
         "prompt_format": student_tokenizer.prompt_format,
         "eos_ids": student_tokenizer.eos_ids,
         "made_of": made_of,
@@ -476,6 +477,20 @@ def main(argv: list[str] | None = None) -> None:
         f"continue with:  {launcher} {script} --out_dir {shlex.quote(str(out_dir.resolve()))} "
         "--resume"
     )
+
+    def score(decoder, tokenizer, split, desc):
+        with autocast(device, dtype), stop.at_once():
+            return scores_of(
+                decoder,
+                tokenizer,
+                scored[split],
+                config.max_length,
+                config.max_prompt_length,
+                desc,
+                scoring_seeds,
+                with_answers,
+            )
+
     report = make_reporter(config, out_dir)
     progress = Progress(total_steps, "training", "step", first_step, parts=20)
     recent = collections.deque(maxlen=50)  # losses: a single one says little
@@ -493,17 +508,7 @@ def main(argv: list[str] | None = None) -> None:
             distributed.barrier()  # the first process has saved
             stop.leave()
         if eval_due:
-            with autocast(device, dtype), stop.at_once():
-                scores = scores_of(
-                    student,
-                    student_tokenizer,
-                    scored["dev"],
-                    config.max_length,
-                    config.max_prompt_length,
-                    "scoring dev",
-                    scoring_seeds,
-                    with_answers,
-                )
+            scores = score(student, student_tokenizer, "dev", "scoring dev")
             print_first(f"step {step:>6}   dev: {in_words(scores)}")
             record = {"step": step} | {f"dev_{k}": v for k, v in scores.items()}
             append_metrics(out_dir, record)
@@ -610,20 +615,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, decoder, tokenizer in models_to_score(
         config, out_dir, teacher, teacher_tokenizer, student_tokenizer, device, dtype
     ):
-        with autocast(device, dtype), stop.at_once():
-            results[name] = {
-                split: scores_of(
-                    decoder,
-                    tokenizer,
-                    scored[split],
-                    config.max_length,
-                    config.max_prompt_length,
-                    f"{name}: {split}",
-                    scoring_seeds,
-                    with_answers,
-                )
-                for split in scored
-            }
+        results[name] = {
+            split: score(decoder, tokenizer, split, f"{name}: {split}") for split in scored
+        }
         teacher = decoder = None  # memory for the next
     if distributed.is_first():
         print_results(config, results, rows, scored, out_dir, student_tokenizer.prompt_format)

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hub.tokenizer_files import read_json, token_text
+from hub.tokenizer_files import token_text
 from runtime.config import InputError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -81,10 +81,7 @@ def read_chat_template(folder: Path, settings: dict) -> ChatTemplate | None:
     if path.exists():
         source = path.read_text(encoding="utf-8")
     else:
-        path = folder / "chat_template.json"
-        source = (read_json(path) or {}).get("chat_template")
-        if source is None:
-            path, source = folder / "tokenizer_config.json", settings.get("chat_template")
+        path, source = folder / "tokenizer_config.json", settings.get("chat_template")
     if isinstance(source, list):
         source = {named["name"]: named["template"] for named in source}.get("default")
     if source is None:

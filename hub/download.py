@@ -37,7 +37,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
-    "chat_template.json",
 )
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
@@ -58,13 +57,18 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
             raise InputError(f"{path}: this run has no checkpoint yet (no best/ and no last/)")
         return path
     check_name(name)
-    return _download(MODELS.get(str(name), str(name)), weights)
+    return _download(hub_name(name), weights)
+
+
+def hub_name(name: str | Path) -> str:
+    """What the hub calls a model that has a short name here."""
+    return MODELS.get(str(name), str(name))
 
 
 def check_name(name: str | Path) -> None:
     """Raise InputError for what is no folder, no hub id and no name that is known here."""
-    path, repository = Path(name), MODELS.get(str(name), str(name))
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository)
+    path = Path(name)
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub_name(name))
     if not path.is_dir() and (path.exists() or not hub_id):
         raise InputError(
             f"{name}: not a folder, not a hub id (owner/name) and not one of "

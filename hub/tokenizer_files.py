@@ -19,9 +19,7 @@ CONTRACTION = r"'(?:[sdmt]|ll|ve|re)"
 GPT2_SPLIT = CONTRACTION + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Every digit alone, then GPT-2's split of what lies between them: there a run of spaces ends at a
 # digit as it does at the text's end.
-DIGITS_GPT2_SPLIT = (
-    r"\p{N}|" + CONTRACTION + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])" r"|\s+"
-)
+DIGITS_GPT2_SPLIT = r"\p{N}|" + CONTRACTION + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
     r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -228,21 +226,16 @@ def _split_pattern(pre_tokenizer: dict) -> str:
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [step.get("type") for step in steps]
     first, last = steps[0], steps[-1]
-    prefixed = last.get("add_prefix_space")
+    if last.get("add_prefix_space"):
+        raise NotPlain("its pre-tokenizer puts a space before a text")
     use_regex = last.get("use_regex", True)
-    if kinds == ["ByteLevel"] and use_regex and not prefixed:
+    if kinds == ["ByteLevel"] and use_regex:
         return GPT2_SPLIT
-    if (
-        kinds == ["Digits", "ByteLevel"]
-        and first["individual_digits"]
-        and use_regex
-        and not prefixed
-    ):
+    if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] and use_regex:
         return DIGITS_GPT2_SPLIT
     if (
         kinds == ["Split", "ByteLevel"]
         and not use_regex
-        and not prefixed
         and first["behavior"] == "Isolated"
         and "Regex" in first["pattern"]
     ):

@@ -25,9 +25,9 @@ def weights_for(decoder, folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
         if not re.search(CONSTANTS, name):
             found[name] = tensor
     if decoder.config.tie_head:
-        head = found.get("lm_head.weight")
-        if head is not None and torch.equal(head, found[decoder.hub_name("embed.weight")]):
-            del found["lm_head.weight"]  # a copy of the embedding
+        head, embedding = found.get("lm_head.weight"), found.get(decoder.hub_name("embed.weight"))
+        if head is not None and embedding is not None and torch.equal(head, embedding):
+            del found["lm_head.weight"]  # a copy
 
     state, problems = {}, []
     for name, parameter in decoder.state_dict().items():

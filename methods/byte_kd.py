@@ -87,9 +87,10 @@ class PrefixTable:
             if token == self.eos_id and begin == end == len(text):
                 path.append((position, self.number(b""), behind))
                 continue
-            token_bytes = self.token_bytes(token)
-            ahead = len(token_bytes) - (end - begin)  # SentencePiece's space before the text: 1
-            fits = token_bytes[ahead:] == text[begin:end] and 0 <= ahead <= (begin == 0)
+            token_bytes, said = self.token_bytes(token), text[begin:end]
+            # SentencePiece puts a space before the text.
+            fits = token_bytes == said or begin == 0 and token_bytes == b" " + said
+            ahead = len(token_bytes) - len(said)
             for o in range(begin, end):
                 prefix = self.number(token_bytes[: ahead + o - begin]) if fits else -1
                 path.append((position, prefix, behind if o == begin else -1))
@@ -163,9 +164,9 @@ class BytePaths:
 
     def states(self, path, num_positions, tensors, eos_id) -> ByteStates:
         order, bounds = tensors
-        positions, prefixes, behind = path.t().contiguous()
-        first_byte = torch.searchsorted(positions, torch.arange(num_positions + 1)).tolist()
-        positions, prefixes, behind = (x.to(order.device) for x in (positions, prefixes, behind))
+        path = path.t().contiguous()
+        first_byte = torch.searchsorted(path[0], torch.arange(num_positions + 1)).tolist()
+        positions, prefixes, behind = path.to(order.device)
         return ByteStates(positions, prefixes, behind, first_byte, order, bounds, eos_id)
 
 

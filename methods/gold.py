@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from methods import Method
 from methods.blocks import cross_entropy, in_whole_rows, student_side, teacher_side
 from methods.shared_tokens import SharedTextChunks
+from methods.uld import by_rank
 
 SMALLEST = 1e-8
 
@@ -41,13 +42,6 @@ def js(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return 0.5 * (p * (p.log() - log_m) + q * (q.log() - log_m)).sum(-1)
 
 
-def by_rank(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Σ |p − q| of sorted probabilities, the shorter padded with zeros: (C, K), (C, L) → (C,)."""
-    p, q = p.sort(descending=True).values, q.sort(descending=True).values
-    size = max(p.size(-1), q.size(-1))
-    return (F.pad(p, (0, size - p.size(-1))) - F.pad(q, (0, size - q.size(-1)))).abs().sum(-1)
-
-
 def gold(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
@@ -69,7 +63,7 @@ def gold(batch, student, teacher, modules, objective):
         P_s = chunk_probabilities(z_s[in_s], labels_s, chunks_s[in_s], temperature)
         P_t = chunk_probabilities(z_t[in_t], labels_t, chunks_t[in_t], temperature)
         loss = w * js(P_t[:, shared_t], P_s[:, shared_s])
-        loss = loss + (1 - w) * by_rank(P_t[:, others_t], P_s[:, others_s])
+        loss = loss + (1 - w) * by_rank(P_s[:, others_s], P_t[:, others_t])
         terms["kd_loss"] = batch["chunk_weights"][chunks_s[in_s].unique()] * loss
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 

@@ -11,10 +11,9 @@ from methods.blocks import in_blocks, student_side, teacher_side
 from methods.sft import label_loss
 
 
-def sorted_distance(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
-    """Σ_r |p_s − p_t| at each position, the smaller vocabulary padded with zeros: (n,)."""
-    p_s = z_s.float().softmax(-1).sort(descending=True).values
-    p_t = z_t.float().softmax(-1).sort(descending=True).values
+def by_rank(p_s: torch.Tensor, p_t: torch.Tensor) -> torch.Tensor:
+    """Σ_r |p_s − p_t| of sorted probabilities, the smaller padded: (n, K), (n, L) → (n,)."""
+    p_s, p_t = p_s.sort(descending=True).values, p_t.sort(descending=True).values
     size = max(p_s.size(-1), p_t.size(-1))
     p_s = F.pad(p_s, (0, size - p_s.size(-1)))
     p_t = F.pad(p_t, (0, size - p_t.size(-1)))
@@ -26,7 +25,7 @@ def uld(batch, student, teacher, modules, objective):
     s, t = student_side(batch, student), teacher_side(batch, teacher)
 
     def rank_loss(block, z_s, z_t):
-        distance = sorted_distance(z_s, z_t)
+        distance = by_rank(z_s.float().softmax(-1), z_t.float().softmax(-1))
         return objective(kd=distance.sum()), {"kd_loss": distance}
 
     # The first positions of each row, as many as both sides have.

@@ -78,7 +78,7 @@ def curves(path: Path, title: str, records: list[dict]) -> None:
     num_rows = (len(panels) + 2) // 3
     figure = Figure(figsize=(13.8, 3.0 * num_rows), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(num_rows, 3, squeeze=False).flat
+    grid = list(figure.subplots(num_rows, 3, squeeze=False).flat)
     for (heading, lines), axes in zip(panels.items(), grid):
         for name, points in lines.items():
             steps, values = zip(*points)
@@ -92,6 +92,6 @@ def curves(path: Path, title: str, records: list[dict]) -> None:
                 axes.plot(steps, values, ".-", linewidth=1.2, label=name)
         axes.set(title=heading, xlabel="step")
         axes.legend()
-    for axes in list(grid):
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     save(figure, path)

@@ -72,8 +72,7 @@ def stream(
     if length > positions:
         raise ValueError(f"{length} tokens, but this model has {positions} positions")
     end = min(length + max_new_tokens, positions)
-    if mask is not None:
-        mask = None if mask.all() else F.pad(mask.bool(), (0, end - length), value=True)
+    mask = None if mask.all() else F.pad(mask.bool(), (0, end - length), value=True)
     cache = KVCache(end)
     running = torch.arange(rows, device=ids.device)  # the rows that are still computed
     ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
@@ -170,7 +169,9 @@ def answer_batches(
     max_length. how: temperature and more of stream()."""
     generator = torch.Generator(decoder.embed.weight.device).manual_seed(seed)
     limit = min(max_prompt_length, max_length - 1)
-    prompts = [encode_prompt(row, tokenizer, limit)[0] or [tokenizer.eos_id] for row in rows]
+    prompts = {
+        i: encode_prompt(rows[i], tokenizer, limit)[0] or [tokenizer.eos_id] for i in numbers
+    }
     max_new_tokens = min(MAX_NEW_TOKENS, max_length)
     order = sorted(numbers, key=lambda i: -len(prompts[i]))
     progress = Progress(len(order), desc, "row")

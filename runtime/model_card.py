@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hub.download import hub_name
 from runtime.files import atomic_write
 
 
@@ -27,11 +28,13 @@ def write_model_card(
 ) -> None:
     """results: model → split → scores, num_rows: split → rows that were scored."""
     splits = list(num_rows)
+    base = hub_name(config.student)
+    is_of_hub = "/" in base and not Path(base).exists()
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        *([] if Path(config.student).exists() else [f"base_model: {config.student}"]),
+        *([f"base_model: {base}"] if is_of_hub else []),
         "tags: [knowledge-distillation, nanodskd]",
         "---",
         "",

@@ -34,7 +34,6 @@ class TransformersModel(nn.Module):
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             max_positions=getattr(text, "max_position_embeddings", NO_LIMIT),
-            num_layers=text.num_hidden_layers,
         )
         name = folder or type(model).__name__
         refused = [field for field in ON_LOGITS if getattr(text, field, None) not in (None, 1)]

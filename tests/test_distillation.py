@@ -139,6 +139,7 @@ def test_the_notebook(world, monkeypatch, capsys):
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
+    assert 0 < names["inside"] < 1  # of the attention, before training
     said = capsys.readouterr().out
     assert "student: " in said and "KL " in said
     for curve in names["curves"].values():

@@ -28,15 +28,16 @@ def test_sampling():
 def test_rows_end_at_eos_and_leave(tmp_path):
     reference_model("gpt2", tmp_path)
     decoder, ids = model.load(tmp_path), torch.randint(3, 97, (6, 5))
-    free = generate(decoder, ids, None, 12, temperature=0)
+    mask = torch.ones_like(ids)
+    free = generate(decoder, ids, mask, 12, temperature=0)
     eos = int(free[0, 3])
-    ended = generate(decoder, ids, None, 12, temperature=0, eos_ids=[eos])
+    ended = generate(decoder, ids, mask, 12, temperature=0, eos_ids=[eos])
     for row, whole in zip(ended.tolist(), free.tolist()):
         cut = whole[: whole.index(eos) + 1] if eos in whole else whole
         assert row[: len(cut)] == cut[: len(row)] and set(row[len(cut) :]) <= {eos}
-    assert generate(decoder, ids, None, 999, temperature=0).size(1) == 64 - 5  # the last position
+    assert generate(decoder, ids, mask, 999, temperature=0).size(1) == 64 - 5  # the last position
     with pytest.raises(ValueError, match="64 positions"):
-        generate(decoder, torch.zeros(1, 65, dtype=torch.long), None, 1)
+        generate(decoder, torch.zeros(1, 65, dtype=torch.long), torch.ones(1, 65), 1)
 
 
 def test_a_batch_answers_as_each_row_would(world):

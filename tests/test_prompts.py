@@ -372,6 +372,7 @@ def test_nothing_of_a_row_is_dropped(tmp_path, capsys):
         (dict(messages="Hi"), "the conversation is not JSON"),
         (dict(prompt="\ud83d", output="y"), "half a character"),
         (dict(prompt="Two and two?", instruction="Be brief.", output="y"), "does not hold"),
+        (dict(prompt="x", instruction=5, output="y"), '"instruction" must be a string'),
     ],
 )
 def test_rows_that_cannot_be_meant(fields, message, tmp_path):
@@ -388,6 +389,7 @@ def test_rows_that_are_unusual(tmp_path):
         dict(prompt="x", output="y", history=CHAT, system="", input=" "),
         dict(messages=json.dumps(CHAT), system=""),
         dict(prompt=CHAT[:1], completion="Rhine"),
+        dict(prompt="x", instruction=" ", output="y", truth="z"),
     ]
     (tmp_path / "train.json").write_text(json.dumps({"data": lines}, indent=1))
     rows = read_rows(tmp_path / "train.json")
@@ -397,7 +399,8 @@ def test_rows_that_are_unusual(tmp_path):
         ("Sum up.", "A\n\nB"),
     ]
     assert rows[3].earlier == CHAT and not rows[3].input
-    assert [row.outputs for row in rows[4:]] == [["Rhine"]] * 2 and not rows[4].earlier
+    assert [row.outputs for row in rows[4:6]] == [["Rhine"]] * 2 and not rows[4].earlier
+    assert rows[6].prompt == "x" and not rows[6].is_instruction and not rows[6].truth
     text = 'prompt,output\r\n"a","The Rhine.\u2028It is long."\r\n'
     (tmp_path / "train.csv").write_text(text, encoding="utf-8", newline="")
     assert read_rows(tmp_path / "train.csv")[0].outputs == ["The Rhine.\u2028It is long."]
@@ -485,8 +488,9 @@ def test_added_words_are_text(side, how, world, tmp_path):
 def test_every_end_ends_an_answer(world):
     decoder = model.load(world / "student")
     ids = torch.tensor([[5, 6, 7]])
-    free = generate(decoder, ids, None, 12, temperature=0)[0].tolist()
-    ended = generate(decoder, ids, None, 12, temperature=0, eos_ids=[599, free[4]])[0].tolist()
+    mask = torch.ones_like(ids)
+    free = generate(decoder, ids, mask, 12, temperature=0)[0].tolist()
+    ended = generate(decoder, ids, mask, 12, temperature=0, eos_ids=[599, free[4]])[0].tolist()
     assert ended == free[: free.index(free[4]) + 1]
 
 

@@ -383,10 +383,13 @@ def test_compress(world, tmp_path, capsys):
             compress.main([teacher, "--layers", layers, "--out_dir", str(tmp_path / layers)])
 
 
-def test_bench_of_small_models(capsys):
+def test_bench_of_small_models(monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("rouge_score")
     only = ["step", "generation", "rouge"]
-    bench.main(["--tiny", "--repeats", "1", "--only", *only])
+    sizes = dict(max_position_embeddings=bench.POSITIONS), dict(n_positions=bench.POSITIONS)
+    monkeypatch.setattr(bench, "SMOLLM2", toy.TEACHER | sizes[0])
+    monkeypatch.setattr(bench, "GPT2", toy.STUDENT | sizes[1])
+    bench.main(["--repeats", "1", "--only", *only])
     out = capsys.readouterr().out
     assert out.count("×") == 3 and "GB" in out

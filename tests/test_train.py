@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import model
+import probe
 import train
 from data import Row, read_rows
 from methods import method_names
@@ -169,6 +170,8 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
     with pytest.raises(InputError, match="38 training rows have no output"):
         train.main(flags(world, tmp_path / "sft", *more, method="sft"))
     train.main(flags(world, tmp_path / "a", *more, "--cache_teacher", method="uld"))
+    probe.main([str(tmp_path / "a"), "--split", "train", "--num", "20"])
+    assert (tmp_path / "a/probe/next_bytes.png").exists()
     given = train.read_splits(str(data), 1)
     file = next(data.glob("train-by-teacher-*")) / "answers-0.jsonl"
     answers = {

@@ -56,8 +56,6 @@ SMOLLM2 = toy.TEACHER | dict(
 GPT2 = toy.STUDENT | dict(
     vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=POSITIONS
 )
-TINY_TEACHER = toy.TEACHER | dict(max_position_embeddings=POSITIONS)
-TINY_STUDENT = toy.STUDENT | dict(n_positions=POSITIONS)
 
 
 @dataclass
@@ -67,7 +65,6 @@ class Config:
     student: str = flag("", "The same.")
     data: str = flag("", "Of pair: a set's name or folder.")
     cache_teacher: bool = flag(False, "Of pair: our teacher's states are computed once.")
-    tiny: bool = flag(False, "Measure the toy's shapes, to try this script.")
     repeats: int = flag(3, "Timed repeats, after one that is not counted.", minimum=1)
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "As in train.py.", choices=("auto", "float32", "bfloat16"))
@@ -281,11 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shapes = dict(teacher=SMOLLM2, student=GPT2)
-        if config.tiny:
-            shapes = dict(teacher=TINY_TEACHER, student=TINY_STUDENT)
         if "step" in config.only or "generation" in config.only:
-            for side, shape in shapes.items():
+            for side, shape in (("teacher", SMOLLM2), ("student", GPT2)):
                 toy.write_json(folder / side / "config.json", shape)
                 load(folder / side, init="random").save(folder / side)
         if "step" in config.only:

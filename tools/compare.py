@@ -134,7 +134,7 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     if not (cell.folder / "results.json").exists():
         resume = ["--resume"] if begun else []
         start("train.py", [*cell.flags, "--out_dir", str(cell.folder), *resume], log)
-    elif begun:
+    else:
         # Raises InputError where the run in this folder has other settings.
         settings = train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
         state = json.loads((cell.folder / "best/training.json").read_text(encoding="utf-8"))

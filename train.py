@@ -517,6 +517,8 @@ def main(argv: list[str] | None = None) -> None:
             if rank(scores, config.select) > rank(best, config.select):
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
                 save_checkpoint(out_dir / "best", student, modules, None, state)
+        if save_due:
+            distributed.give_memory_back()
         if finished:
             break
 

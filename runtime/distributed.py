@@ -52,6 +52,13 @@ def keep_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned
 
 
+def give_memory_back() -> None:
+    """Return to the system what keep_memory has kept: in time it falls into pieces that no tensor
+    fits into, and a run would hold more and more."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # Large tensors in huge pages (Linux, CPU): else a third of a step is the system handing out pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -1,10 +1,13 @@
 """Runs of train.py: every method learns, an interrupted run continues, bad input is refused."""
 
 import json
+import platform
 import resource
 import shutil
-from dataclasses import replace
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from data import Row, read_rows
 from methods import method_names
 from runtime import generation
 from runtime.config import InputError
-from tests.helpers import QUICK, assert_same_run, close, finish, flags, metrics, start
+from tests.helpers import HERE, QUICK, assert_same_run, close, finish, flags, metrics, start
 from tokenize_align import load_tokenizer
 
 TWO_VOCABULARIES = [name for name in method_names() if name not in ("kd", "dskd")]
@@ -187,6 +190,31 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
     train.main(flags(world, tmp_path / "b", *more, "--cache_teacher", method="uld"))
     losses = [[r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in "ab"]
     close(losses[0], losses[1], 1e-6)
+
+
+MEMORY = """
+import torch
+from runtime.distributed import give_memory_back, keep_memory
+
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+keep_memory()
+tensors = [torch.ones(250_000) for _ in range(300)]  # a megabyte each
+last = tensors.pop()
+full = megabytes()
+del tensors
+kept = megabytes()
+give_memory_back()
+print(full - kept, full - megabytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc")
+def test_memory_is_kept_until_it_is_given_back():
+    words = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, cwd=HERE, text=True)
+    while_kept, after = map(float, words.stdout.split())
+    assert while_kept < 30 and after > 250
 
 
 @pytest.mark.parametrize("method", ("dskd_cma_ga", "byte_kd", "uld"))

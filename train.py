@@ -29,7 +29,7 @@ import torch
 from data import cache_folder, fingerprint_of_rows, read_splits, same_data, trained_on
 from discriminator import ADVERSARIES
 from eval_rouge import has_rouge_words, scores_of
-from hub.download import check_name, fingerprint_of_model, hub_name, model_folder
+from hub.download import check_name, fingerprint_of_model, hub_id, model_folder
 from hub.model_config import ARCHITECTURES, read_fields
 from methods import METHOD_OPTIONS, Method, Objective, find_method, method_file
 from methods.divergences import DIVERGENCES
@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
         "best_dev_bits_per_byte": math.inf,
         "data": config.data,
         "method": config.method,
-        "student": hub_name(config.student),
+        "student": hub_id(config.student),
         "prompt_format": student_tokenizer.prompt_format,
         "eos_ids": student_tokenizer.eos_ids,
         "made_of": made_of,

@@ -57,19 +57,19 @@ def model_folder(name: str | Path, weights: bool = True) -> Path:
             raise InputError(f"{path}: this run has no checkpoint yet (no best/ and no last/)")
         return path
     check_name(name)
-    return _download(hub_name(name), weights)
+    return _download(hub_id(name), weights)
 
 
-def hub_name(name: str | Path) -> str:
-    """What the hub calls a model that has a short name here."""
+def hub_id(name: str | Path) -> str:
+    """The hub's id of a model, which may have a short name here."""
     return MODELS.get(str(name), str(name))
 
 
 def check_name(name: str | Path) -> None:
     """Raise InputError for what is no folder, no hub id and no name that is known here."""
     path = Path(name)
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub_name(name))
-    if not path.is_dir() and (path.exists() or not hub_id):
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub_id(name))
+    if not path.is_dir() and (path.exists() or not is_hub_id):
         raise InputError(
             f"{name}: not a folder, not a hub id (owner/name) and not one of "
             f"{', '.join(MODELS)}{did_you_mean(str(name), MODELS)}"

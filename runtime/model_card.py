@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hub.download import hub_name
+from hub.download import hub_id
 from runtime.files import atomic_write
 
 
@@ -28,13 +28,12 @@ def write_model_card(
 ) -> None:
     """results: model → split → scores, num_rows: split → rows that were scored."""
     splits = list(num_rows)
-    base = hub_name(config.student)
-    is_of_hub = "/" in base and not Path(base).exists()
+    is_of_hub = config.student != "toy" and not Path(config.student).exists()
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        *([f"base_model: {base}"] if is_of_hub else []),
+        *([f"base_model: {hub_id(config.student)}"] if is_of_hub else []),
         "tags: [knowledge-distillation, nanodskd]",
         "---",
         "",

@@ -201,7 +201,7 @@ def megabytes():
 
 keep_memory()
 tensors = [torch.ones(250_000) for _ in range(300)]  # a megabyte each
-last = tensors.pop()
+last = tensors.pop()  # the freed memory has no open end
 full = megabytes()
 del tensors
 kept = megabytes()

@@ -71,6 +71,7 @@ from tokenize_align import (
 )
 
 MAX_BAD_STEPS = 3  # in a row, and the run ends
+MEMORY_INTERVAL = 20  # steps after which freed memory goes back to the system
 SCORING_SEEDS = (10, 20, 30)  # of --select sampled
 FEW = 0.02  # a larger share of rows that are cut is warned of
 
@@ -517,7 +518,7 @@ def main(argv: list[str] | None = None) -> None:
             if rank(scores, config.select) > rank(best, config.select):
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
                 save_checkpoint(out_dir / "best", student, modules, None, state)
-        if save_due:
+        if step % MEMORY_INTERVAL == 0:
             distributed.give_memory_back()
         if finished:
             break

@@ -148,7 +148,9 @@ def _read_json(path: Path):
 
 def _read_csv(path: Path):
     csv.field_size_limit(1 << 30)
-    for number, fields in enumerate(csv.DictReader(io.StringIO(_read_text(path), newline="")), 2):
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    for fields in reader:
+        number = reader.line_num  # a cell may have several lines; the row's last
         if None in fields:
             raise InputError(f"{path}:{number}: has more columns than the first line names")
         yield number, fields

@@ -71,7 +71,6 @@ class DistillationLoss(nn.Module):
             if self.tokenizers[0].eos_id != self.tokenizers[1].eos_id:
                 raise InputError(f"{method}: the two models' answers end with different tokens")
         self.limits = max_length, max_prompt_length
-        device = self.models[0].embed.weight.device
         types = [model.embed.weight.dtype for model in self.models]
         self.dtype = torch.bfloat16 if torch.bfloat16 in types else torch.float32
         self.learned = nn.ModuleDict()
@@ -81,7 +80,6 @@ class DistillationLoss(nn.Module):
         if self.options.projector_init == "shared":
             pairs = shared_tokens(*self.tokenizers)
             init_from_shared(self.learned["projectors"], *self.models, pairs)
-        self.learned.to(device)
         self.extras = None
         if self.method.batch_extras:
             self.extras = self.method.batch_extras(*self.tokenizers, [])
@@ -101,6 +99,8 @@ class DistillationLoss(nn.Module):
             example.row = -1  # what is computed of a row is not kept for the next call
         student, teacher = self.models
         device = student.embed.weight.device
+        teacher.to(device)  # a Trainer moves the student alone
+        self.learned.to(device)
         pads = (tokenizer.eos_id for tokenizer in self.tokenizers)
         batch = {name: tensor.to(device) for name, tensor in collate(examples, *pads).items()}
         if self.extras:

@@ -223,7 +223,10 @@ class Config:
     temperature: float = flag(1.0, "Sampling temperature; 0: greedy answers only.", minimum=0)
     batch_size: int = flag(32, "Prompts that are answered together.", minimum=1)
     max_length: int = flag(
-        0, "Prompt and answer, in tokens; 0: 512, or all a model has.", minimum=0
+        0,
+        "Tokens of prompt and reference, and of an answer, which has at most 256 besides; 0: 512, "
+        "or all a model has.",
+        minimum=0,
     )
     max_prompt_length: int = flag(256, "Prompts are cut to this many tokens.", minimum=1)
     prompt_format: str = flag(

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import runtime.config  # first, so that Ctrl-C while starting is one line
 import torch
 
-from data import Row, read_split
+from data import Row, read_split, read_splits
 from hub.download import model_folder
 from methods import find_method
 from methods.byte_kd import END
@@ -27,7 +27,7 @@ from pictures import attention as attention_pictures
 from probing.attention import DIRECTIONS, MEASURES, Response, attend, measure_all
 from probing.next_bytes import MEASURES as BYTE_MEASURES
 from probing.next_bytes import NextBytePrediction, predict_next_bytes
-from probing.statistics import interval, mean_distance, resample
+from probing.bootstrap import interval, mean_distance, resample
 from runtime.checkpoint import load_modules, saved_settings
 from runtime.config import InputError, flag, parse, run_script
 from runtime.files import atomic_write, file_label
@@ -160,6 +160,8 @@ def print_table(
             if key in draws[0] and key in draws[1]:
                 bounds = interval(draws[1][key] - draws[0][key])
             cells.append(cell(found[1]["mean"] - found[0]["mean"], bounds, "+"))
+        elif len(found) == 2:
+            cells.append("")
         cells += [cell(found[0][other]) for other in others]
         print(f"{title:<42}" + "".join(f"{text:>26}" for text in cells))
 
@@ -258,19 +260,27 @@ def main(argv: list[str] | None = None) -> None:
         import toy
 
         toy.write_data()
-    split = "test" if Path(data).is_file() else config.split
-    rows = [row for row in read_split(data, split) if row.outputs][: config.num]
-    place = data if Path(data).is_file() else f"{data}, {split}"
+    place = f"{data}, {config.split}"
+    if not config.data:
+        splits = read_splits(data, runs[0].settings["seed"])
+        if config.split not in splits:
+            raise InputError(f"--split {config.split}: {data} has none")
+        rows = splits[config.split]
+    elif Path(data).is_file():
+        rows, place = read_split(data, "test"), data
+    else:
+        rows = read_split(data, config.split)
+    rows = [row for row in rows if row.outputs][: config.num]
     folder = "probe" if len(runs) == 1 else f"probe-with-{file_label(config.other)}"
     out_dir = Path(config.out_dir or Path(config.run) / folder)
 
     with_attention = all(run.attention for run in runs)
-    looked_at = []
+    by_run = []
     for run in runs:
         examples = run.examples(rows)
         if with_attention:
             pads = run.tokenizers[0].eos_id, run.tokenizers[1].eos_id
-            looked_at.append(
+            by_run.append(
                 attend(
                     run.attention,
                     examples,
@@ -281,16 +291,16 @@ def main(argv: list[str] | None = None) -> None:
                 )
             )
         else:
-            looked_at.append(predict_next_bytes(run.tokenizers, examples, run.student, run.teacher))
-    common = set.intersection(*({item.row for item in of_run} for of_run in looked_at))
+            by_run.append(predict_next_bytes(run.tokenizers, examples, run.student, run.teacher))
+    common = set.intersection(*({item.row for item in of_run} for of_run in by_run))
     if len(common) < 2:
         raise InputError(f"{data}: {len(common)} rows to look at, but 2 are needed")
-    looked_at = [[item for item in of_run if item.row in common] for of_run in looked_at]
+    by_run = [[item for item in of_run if item.row in common] for of_run in by_run]
     out_dir.mkdir(parents=True, exist_ok=True)
     for mark, run in zip("AB", runs):
         print(f"{mark}: {run.name} ({run.settings['method']}), {len(common)} rows of {place}")
     show = show_attention if with_attention else show_next_bytes
-    numbers = show(runs, looked_at, out_dir)
+    numbers = show(runs, by_run, out_dir)
     with atomic_write(out_dir / "probe.json") as log:
         json.dump(
             {

@@ -44,6 +44,7 @@ from tests.helpers import (
     FIXTURES,
     GOLDEN,
     HOSTILE,
+    TEXTS,
     WAYS,
     chunks,
     close,
@@ -494,6 +495,17 @@ def test_chunks_of_real_vocabularies():
         for of_a, of_b in chunks(a, b):
             mask[of_a.start : of_a.stop, of_b.start : of_b.stop] = True
         assert torch.equal(chunk_mask(a, b), mask)
+
+
+def test_one_vocabulary_has_one_answer(world):
+    """Where the two models read prompts of different lengths, both sides are cut alike."""
+    student, teacher = (ta.load_tokenizer(world / "student", f) for f in ("raw", "alpaca"))
+    rows = [Row("say it", [text]) for text in TEXTS]
+    longest_prompt = len(teacher.prompt_ids(rows[0]))
+    examples, _, _ = ta.encode_rows(rows, student, teacher, longest_prompt + 5, 999)
+    assert any(example.student.ids[-1] != student.eos_id for example in examples)
+    for example in examples:
+        assert example.student.response_ids == example.teacher.response_ids
 
 
 @pytest.mark.parametrize("way", WAYS)

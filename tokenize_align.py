@@ -476,7 +476,7 @@ class Sequence:
 
 @dataclass
 class Example:
-    row: int  # number in the data file, from 0
+    row: int  # place among the rows given to encode_rows; −1: nothing of it is kept
     text: str  # the response
     student: Sequence
     teacher: Sequence
@@ -520,8 +520,9 @@ def encode_rows(
 ) -> tuple[list[Example], int, int]:
     """Tokenize every row twice → (examples, prompts cut, rows dropped without a response token).
 
-    Prompt and response are tokenized apart, as in generation; EOS is appended, then everything is
-    cut to max_length tokens. A prompt that is too long for one side is cut in its text, for both.
+    Prompt and response are tokenized apart, as in generation; EOS is appended, then the response is
+    cut to what max_length leaves beside the longer prompt. A prompt that is too long for one side
+    is cut in its text, for both.
     Where both sides have one tokenizer, it runs once."""
     tokenizers = list(dict.fromkeys((student, teacher)))
     examples, num_cut = [], 0
@@ -536,12 +537,12 @@ def encode_rows(
                 response, spans = response + [tokenizer.eos_id], spans + [(end, end)]
             encoded[tokenizer] = prompt, response, spans
         numbers = chunk_numbers(encoded[student][2], encoded[teacher][2])
+        room = max(max_length - max(map(len, prompts)), 0)  # alike, so that kd's positions meet
         sides = []
         for tokenizer, chunk_of_token in zip((student, teacher), numbers):
             prompt, response, spans = encoded[tokenizer]
-            ids = (prompt + response)[:max_length]
-            kept = max(len(ids) - len(prompt), 0)
-            sides.append(Sequence(ids, len(ids) - kept, spans[:kept], chunk_of_token[:kept]))
+            ids = prompt + response[:room]
+            sides.append(Sequence(ids, len(prompt), spans[:room], chunk_of_token[:room]))
         if all(side.response_ids and side.prompt_length for side in sides):
             examples.append(Example(number, row.outputs[0], *sides))
     return examples, num_cut, len(rows) - len(examples)

@@ -33,7 +33,7 @@ from hub.download import check_name, fingerprint_of_model, hub_id, model_folder
 from hub.model_config import ARCHITECTURES, read_fields
 from methods import METHOD_OPTIONS, Method, Objective, find_method, method_file
 from methods.divergences import DIVERGENCES
-from model import Decoder, load
+from model import load
 from prompts import FORMATS, own_format
 from runtime import distributed
 from runtime.checkpoint import (
@@ -48,11 +48,10 @@ from runtime.checkpoint import (
     new_run_folder,
     read_metrics,
     refuse_changed,
-    refuse_used,
     rewind_metrics,
     save_checkpoint,
     saved_settings,
-    start_run,
+    take_new_folder,
     write_settings,
 )
 from runtime.config import InputError, checked, flag, given_flags, run_script
@@ -291,12 +290,12 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.is_first():
             new = str(new_run_folder(config.teacher, config.student, config.method))
         config.out_dir = distributed.gather(new)[0]
-    out_dir = Path(config.out_dir)
-    if distributed.is_first():
+    elif distributed.is_first():
         if config.resume:
-            lock_run(out_dir)
+            lock_run(Path(config.out_dir))
         else:
-            refuse_used(out_dir)
+            take_new_folder(Path(config.out_dir))
+    out_dir = Path(config.out_dir)
 
     # data: rows of train, dev and, where there is one, test
     if "toy" in (config.student, config.teacher) or config.data.startswith("toy"):
@@ -317,14 +316,15 @@ def main(argv: list[str] | None = None) -> None:
             f"--data {config.data}: {num_unanswered} training rows have no output, and --method "
             f"{config.method} has no teacher that answers them"
         )
-    if config.select != "bits" and not has_rouge_words(scored["dev"]):
+    select = config.select
+    if select != "bits" and not has_rouge_words(scored["dev"]):
         print_first(
             "note: ROUGE-L counts words of a-z and 0-9, and no dev answer has one; so bits per "
             "byte choose the best"
         )
-        config.select = "bits"
-    scoring_seeds = SCORING_SEEDS if config.select == "sampled" else ()
-    with_answers = config.answers or config.select != "bits"
+        select = "bits"
+    scoring_seeds = SCORING_SEEDS if select == "sampled" else ()
+    with_answers = config.answers or select != "bits"
 
     # models: the student, the frozen teacher, and what learns beside the student
     torch.manual_seed(config.seed)
@@ -377,7 +377,9 @@ def main(argv: list[str] | None = None) -> None:
         rows["train"], *tokenizers, config.max_length, config.max_prompt_length
     )
     num_short = sum(
-        rows["train"][e.row].ended and e.student.ids[-1] != tokenizers[0].eos_id for e in examples
+        rows["train"][e.row].ended
+        and (e.student.ids[-1] != tokenizers[0].eos_id or e.teacher.ids[-1] != tokenizers[1].eos_id)
+        for e in examples
     )
     if num_cut or num_short or num_dropped:
         few = num_cut + num_short + num_dropped <= FEW * len(rows["train"])
@@ -417,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
     if distributed.is_first() and not config.resume:
-        start_run(config, out_dir)
+        write_settings(config, out_dir)
     distributed.barrier()
     state = {
         "step": 0,
@@ -515,7 +517,7 @@ def main(argv: list[str] | None = None) -> None:
             append_metrics(out_dir, record)
             report(record)
             best = {name: state[f"best_dev_{name}"] for name in scores}
-            if rank(scores, config.select) > rank(best, config.select):
+            if goodness(scores, select) > goodness(best, select):
                 state |= {f"best_dev_{name}": value for name, value in scores.items()}
                 save_checkpoint(out_dir / "best", student, modules, None, state)
         if step % MEMORY_INTERVAL == 0:
@@ -565,10 +567,10 @@ def main(argv: list[str] | None = None) -> None:
         norms = []
         for parameters in filter(None, (learners, adversary_parameters)):
             norms.append(sum_and_clip_gradients(parameters, config.clip_grad))
-        totals = distributed.all_reduce(torch.stack(list(sums.values())))
-        numbers = torch.cat([totals, torch.stack(norms)]).tolist()
-        record = dict(zip(sums, numbers)) | {"grad_norm": numbers[len(sums)]}
-        if all(map(math.isfinite, numbers)):
+        totals = distributed.all_reduce(torch.stack(list(sums.values()))).tolist()
+        norms = torch.stack(norms).tolist()
+        record = dict(zip(sums, totals)) | {"grad_norm": norms[0]}
+        if all(map(math.isfinite, totals + norms)):
             optimizer.step()
             bad_steps = 0
         else:
@@ -594,10 +596,12 @@ def main(argv: list[str] | None = None) -> None:
         }
         append_metrics(out_dir, record)
         report(record)
-        recent.append(record.get("loss", math.nan))
+        if "loss" in record:
+            recent.append(record["loss"])
+        mean_loss = sum(recent) / max(1, len(recent))
         progress.update(
             1,
-            f"loss {sum(recent) / len(recent):.3f} (mean of {len(recent)} steps), "
+            f"loss {mean_loss:.3f} (mean of {len(recent)} steps), "
             f"{record['tokens_per_second']:,.0f} tokens/s",
         )
         if bad_steps == MAX_BAD_STEPS:
@@ -658,6 +662,12 @@ def load_decoder(config, side: str, folder, dtype, device, change=None, **how):
 def load_student(config, checkpoint, device, dtype):
     """The student, as the checkpoint to resume from has it, and its tokenizer."""
     folder = folder_of(config, "student", weights=config.student_init == "pretrained")
+    _, architecture = read_fields(folder / "config.json")
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f"--student {config.student}: its architecture, {architecture}, is not written here, "
+            "so it can only teach"
+        )
     if config.lora_rank:
         from runtime import lora
 
@@ -674,11 +684,6 @@ def load_student(config, checkpoint, device, dtype):
     else:
         student = load_decoder(
             config, "student", folder, torch.float32, device, init=config.student_init
-        )
-    if not isinstance(student, Decoder):
-        raise InputError(
-            f"--student {config.student}: its architecture is not written here, so it can only "
-            "teach"
         )
     student.gradient_checkpointing = config.gradient_checkpointing
     return student, load_tokenizer(folder, config.student_prompt_format or config.prompt_format)
@@ -809,7 +814,7 @@ def sum_and_clip_gradients(parameters: list[torch.Tensor], largest: float) -> to
     return torch.nn.utils.clip_grad_norm_(parameters, largest)
 
 
-def rank(scores: dict[str, float], select: str) -> tuple[float, ...]:
+def goodness(scores: dict[str, float], select: str) -> tuple[float, ...]:
     """The larger, the better a checkpoint. Bits per byte decide between equal ROUGE-L."""
     if select == "bits":
         return (-scores["bits_per_byte"],)
@@ -897,7 +902,7 @@ def print_results(
         f'talk to it:        python sample.py {folder} "{question_for(config.data)}"'
         f"\npictures:          {out_dir}/results.png, {out_dir}/curves.png"
     )
-    if config.method != "sft":
+    if config.teacher:
         print(f"look closer:       python probe.py {folder}")
     print(f"load {out_dir / 'best'}, the best checkpoint, anywhere ({out_dir / 'best/README.md'}):")
     lines = how_to_load((out_dir / "best").resolve(), prompt_format, config.data)

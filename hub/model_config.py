@@ -236,14 +236,16 @@ def _rope(get: _Fields) -> tuple[float, dict]:
 def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None, list[bool]]:
     """The window in tokens, and which layers have it: all of Mistral's; of Qwen's the upper ones,
     where the window is switched on."""
-    window = get("sliding_window", None)
-    if family == "mistral" and "sliding_window" not in get.values:
-        window = 4096  # absent is transformers' default, null is off
-    switched_on = get("use_sliding_window", False) or family == "mistral"
-    first = get("max_window_layers", 28)
-    types = get("layer_types", None)
-    if family == "llama" or window is None or not switched_on:
-        if types and "sliding_attention" in types and family != "llama":
+    window, types = get("sliding_window", None), get("layer_types", None)
+    switched_on, first = get("use_sliding_window", False), get("max_window_layers", 28)
+    if family == "llama":
+        return None, [False] * layers
+    if family == "mistral":
+        switched_on = True
+        if "sliding_window" not in get.values:
+            window = 4096  # absent is transformers' default, null is off
+    if window is None or not switched_on:
+        if types and "sliding_attention" in types:
             raise InputError(
                 f"{get.path}: layer_types has sliding_attention, but the sliding window is off"
             )

@@ -63,8 +63,13 @@ class Objective:
         return (1 - α) * CE + α * KD + λ_GA * GA + λ_DTW * DTW
 
     def per_student_token(self, sums: dict) -> dict:
-        """Sums over student tokens → what they add to the step's means, for the log."""
-        return {name: value.detach() / self.num_student_tokens for name, value in sums.items()}
+        """Sums over student tokens → what they add to the step's means, for the log; without labels
+        what only these teach is left out."""
+        means = {name: value.detach() / self.num_student_tokens for name, value in sums.items()}
+        if not self.has_labels:
+            means.pop("nll_loss", None)
+            means.pop("accuracy", None)
+        return means
 
     def per_teacher_token(self, sums: dict) -> dict:
         """The same for sums over teacher tokens."""

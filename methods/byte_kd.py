@@ -88,8 +88,9 @@ class PrefixTable:
                 path.append((position, self.number(b""), behind))
                 continue
             token_bytes, said = self.token_bytes(token), text[begin:end]
-            # SentencePiece puts a space before the text.
-            fits = token_bytes == said or begin == 0 and token_bytes == b" " + said
+            fits = token_bytes == said
+            if begin == 0:  # SentencePiece puts a space before the text
+                fits = fits or token_bytes == b" " + said
             ahead = len(token_bytes) - len(said)
             for o in range(begin, end):
                 prefix = self.number(token_bytes[: ahead + o - begin]) if fits else -1
@@ -110,7 +111,7 @@ class ByteStates:
     positions: torch.Tensor  # (M,) response position, counted through the batch
     prefixes: torch.Tensor  # (M,) number of the prefix
     behind: torch.Tensor  # (M,) number of the token that ends here, −1 where none does
-    first_byte: list[int]  # (N + 1,) the bytes of position i are first_byte[i:i + 2]
+    first_byte: list[int]  # (N + 1,) of each response position, and M
     order: torch.Tensor  # PrefixTable.tensors
     bounds: torch.Tensor
     eos_id: int
@@ -221,17 +222,18 @@ def expected_bytes(logits, states: ByteStates, block: slice, temperature: float)
     part = states.of_block(block)
     rows, prefixes = states.positions[part] - block.start, states.prefixes[part]
     p = (logits.float() / temperature).softmax(-1)
-    at_end = (states.behind[part] >= 0).nonzero().squeeze(1)  # the bytes behind a token
-    tokens = states.behind[part][at_end]
+    at_boundary = (states.behind[part] >= 0).nonzero().squeeze(1)  # the bytes behind a token
+    tokens = states.behind[part][at_boundary]
     # One call for both lines of the equation: the sums over the vocabulary are what takes time.
     both = after_prefix(
-        p, states, torch.cat([rows, rows[at_end] - 1]), torch.cat([prefixes, tokens])
+        p, states, torch.cat([rows, rows[at_boundary] - 1]), torch.cat([prefixes, tokens])
     )
-    q, before = both[: len(rows)], both[len(rows) :]
-    longer, ends = F.pad(before[:, :EOS], (0, 2)), before[:, END:]
+    q, before = both.split([len(rows), len(tokens)])  # by the byte's position; by the one before
+    longer = F.pad(before[:, :EOS], (0, 2))
+    token_ends = before[:, END:]
     is_known = before.sum(1, keepdim=True) > 0
-    behind = torch.where(is_known, longer + ends * q[at_end], q[at_end])
-    return q.index_copy(0, at_end, behind)
+    q_behind = torch.where(is_known, longer + token_ends * q[at_boundary], q[at_boundary])
+    return q.index_copy(0, at_boundary, q_behind)
 
 
 def log_of(x: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,7 @@ TAIL_MASS = 0.5  # adaptive_kl's tail: the unlikeliest tokens with this mass (24
 def divergence(
     name: str, student_logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """D at each position: (n, V), (n, V) → (n,), in nats, without a factor T².
-
-    Raises KeyError for an unknown name."""
+    """D at each position: (n, V), (n, V) → (n,), in nats, without a factor T²."""
     p_log = F.log_softmax(target_logits.float() / temperature, -1)
     q_log = F.log_softmax(student_logits.float() / temperature, -1)
     if name == "forward_kl":
@@ -37,10 +35,8 @@ def divergence(
         return kl(p_log, mixture_log(SKEW, p_log, q_log))
     if name == "skewed_reverse_kl":
         return kl(q_log, mixture_log(SKEW, q_log, p_log))
-    if name == "adaptive_kl":
-        tail = tail_share(p_log, q_log)
-        return (1 - tail) * kl(p_log, q_log) + tail * kl(q_log, p_log)
-    raise KeyError(name)
+    tail = tail_share(p_log, q_log)  # adaptive_kl
+    return (1 - tail) * kl(p_log, q_log) + tail * kl(q_log, p_log)
 
 
 def kl(a_log: torch.Tensor, b_log: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,11 @@ class ExactPairs(SharedTokens):
         return super().__call__(examples, device) | {"pairs": pairs.to(device)}
 
 
+def numbered(chunks: list[int], first: int, whole: int, none: int) -> list[int]:
+    """A row's chunks counted through the batch; `none` for those that are not whole."""
+    return [first + chunk if chunk < whole else none for chunk in chunks]
+
+
 class ChunksOfBatch:
     """Numbers a batch's chunks through all its rows.
 
@@ -67,8 +72,8 @@ class ChunksOfBatch:
         num_chunks = sum(wholes)
         for example, whole in zip(examples, wholes):
             first = len(weights)
-            for numbers, side in ((student, example.student), (teacher, example.teacher)):
-                numbers += [first + c if c < whole else num_chunks for c in side.chunks]
+            student += numbered(example.student.chunks, first, whole, num_chunks)
+            teacher += numbered(example.teacher.chunks, first, whole, num_chunks)
             weights += [len(example.student.response_ids) / max(whole, 1)] * whole
         return {
             "student_batch_chunks": torch.tensor(student, device=device),

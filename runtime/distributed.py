@@ -4,8 +4,8 @@
 
 The forward passes of an optimizer step (--grad_accum) are shared out; their gradients and losses,
 which are sums over tokens divided by the step's number of tokens, are added. So the step is the one
-a single process would take, but for dropout. Without torchrun there is one process, and everything
-here does nothing."""
+a single process would take, but for dropout. Without torchrun there is one process, and what
+adds or waits does nothing."""
 
 import contextlib
 import ctypes

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from data import Row
 from hub.download import hub_id
+from prompts import prompt_text
 from runtime.files import atomic_write
 
 
@@ -13,13 +15,17 @@ def question_for(data: str) -> str:
 
 def how_to_load(folder: Path, prompt_format: str, data: str) -> str:
     """The lines of Python by which transformers loads a checkpoint and asks it something."""
-    asked = f'"{question_for(data)}"'
+    question = question_for(data)
     if prompt_format == "chat":
-        asked = f'[{{"role": "user", "content": {asked}}}]'
+        asked = [{"role": "user", "content": question}]
+    elif data.startswith("toy"):
+        asked = f"{question}\n"
+    else:
+        asked = prompt_text(Row(question, [], is_instruction=True), prompt_format)
     return (
         "from transformers import pipeline\n"
         f'model = pipeline("text-generation", "{folder}")\n'
-        f"print(model({asked})[0]['generated_text'])"
+        f"print(model({asked!r})[0]['generated_text'])"
     )
 
 

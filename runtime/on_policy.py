@@ -58,19 +58,4 @@ def on_policy_passes(config, passes: list, student, tokenizers, rows: list[Row])
         num_teacher_tokens=int(num_teacher),
         has_labels=False,
     )
-    return on_data + [
-        (hide_label_terms(loss), of_answers, answered, weight)
-        for loss, answered, weight in on_answers
-    ]
-
-
-def hide_label_terms(loss_function):
-    """A method's loss whose log leaves out what only labels teach."""
-
-    def loss(*args):
-        total, terms = loss_function(*args)
-        return total, {
-            name: value for name, value in terms.items() if name not in ("nll_loss", "accuracy")
-        }
-
-    return loss
+    return on_data + [(loss, of_answers, answered, weight) for loss, answered, weight in on_answers]

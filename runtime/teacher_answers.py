@@ -30,9 +30,14 @@ def teacher_rows(
     `folder`. Raises InputError where all answers are empty."""
     rows = [row for row in all_rows if every or not row.outputs]
     limits = config.max_length, config.max_prompt_length
-    made_of = fingerprint_of_model(teacher.source), fingerprint_of_rows(rows), *limits
     temperature = 0.0 if every else TEMPERATURE
-    made_of += tokenizer.prompt_format, temperature
+    made_of = (
+        fingerprint_of_model(teacher.source),
+        fingerprint_of_rows(rows),
+        *limits,
+        tokenizer.prompt_format,
+        temperature,
+    )
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     folder = folder / f"train-by-{file_label(Path(config.teacher).name)}-{key}"
     folder.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 
 import model
 import train
+from distillation import DistillationLoss
 from methods import method_names
 from runtime.generation import generate
 from tests.helpers import close, flags, metrics
@@ -77,6 +78,18 @@ def test_a_run_resumes(world, tmp_path):
         [r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in ("whole", "cut")
     )
     close(b, a, 1e-3)
+
+
+def test_the_teacher_of_a_loss_follows_the_student(world):
+    """As in a transformers Trainer, which moves the model that learns."""
+    student, teacher = model.load(world / "student"), model.load(world / "teacher")
+    loss_function = DistillationLoss(
+        "dskd_cma", student, teacher, world / "student", world / "teacher"
+    )
+    student.cuda()
+    loss, _ = loss_function([{"prompt": "Name a river.", "output": "The Rhine."}])
+    loss.backward()
+    assert loss.is_cuda
 
 
 def test_no_logits_of_the_whole_batch():

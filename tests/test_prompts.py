@@ -20,6 +20,7 @@ from runtime.config import InputError
 from runtime.generation import answer_rows, generate
 from runtime.transformers_model import TransformersModel
 from tests.helpers import FIXTURES, HOSTILE, close, flags, metrics, real_vocabularies
+from tools import compress
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -407,6 +408,9 @@ def test_rows_that_are_unusual(tmp_path):
     (tmp_path / "train.csv").write_text("prompt,output\na,the Rhine, the Elbe\n")
     with pytest.raises(InputError, match=":2: has more columns"):
         read_rows(tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text('prompt,output\na,"the\nRhine"\nb,the Rhine, the Elbe\n')
+    with pytest.raises(InputError, match=":4: has more columns"):
+        read_rows(tmp_path / "train.csv")
     (tmp_path / "test").mkdir()
     for name in ("train", "dev", "test"):
         (tmp_path / f"test/{name}.jsonl").write_text(json.dumps(ANSWERED))
@@ -679,10 +683,13 @@ def test_teachers_of_other_architectures(maker, world, tmp_path, capsys):
         train.main(argv)
         assert metrics(tmp_path / method)[0]["kd_loss"] > 0
     assert "is run by the transformers library" in capsys.readouterr().out
-    with pytest.raises(InputError, match="can only teach"):
-        argv = flags(world, tmp_path / "student", method="sft")
+    for more in ([], ["--lora_rank", 4]):
+        argv = flags(world, tmp_path / "student", *more, method="sft")
         argv[argv.index("--student") + 1] = str(folder)
-        train.main(argv)
+        with pytest.raises(InputError, match="can only teach"):
+            train.main(argv)
+    with pytest.raises(InputError, match="is not written here"):
+        compress.main([str(folder), "--out_dir", str(tmp_path / "cut")])
 
 
 @pytest.mark.parametrize("maker", ("bloom", "mamba", "lora"))

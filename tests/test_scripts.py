@@ -19,11 +19,11 @@ import train
 from data import Row, read_rows
 from pictures.attention import token_label
 from probing import attention
-from probing.statistics import mean_distance, resample
+from probing.bootstrap import mean_distance, resample
 from runtime.config import InputError
 from tests.helpers import close, flags
 from tokenize_align import load_tokenizer
-from tools import bench, compare, compress, statistics
+from tools import bench, compare, compress, tables
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,18 @@ def test_probe(names, files, runs, world, tmp_path, capsys):
     assert ("B − A" in out) == (len(names) == 2)
 
 
+def test_probe_takes_the_dev_rows_of_the_run(world, tmp_path):
+    """Where the data has no dev split, train.py has drawn one."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(world / "data/train.jsonl", tmp_path / "data")
+    argv = flags(world, tmp_path / "run", "--max_steps", 1, "--seed", 2, method="byte_kd")
+    argv[argv.index("--data") + 1] = str(tmp_path / "data")
+    train.main(argv)
+    probe.main([str(tmp_path / "run"), "--num", "3"])
+    log = json.loads((tmp_path / "run/probe/probe.json").read_text())
+    assert log["data"].endswith("data, dev") and log["rows"] == [0, 1, 2]
+
+
 def test_probe_refuses(runs, world, tmp_path):
     for argv, message in (
         ([], "name a run"),
@@ -303,6 +315,9 @@ def test_compare(world, tmp_path, capsys, monkeypatch):
         (tmp_path / "t/cells/byte_kd_--kd_rate_0.9-seed2/config.json").read_text()
     )
     assert (settings["kd_rate"], settings["seed"]) == (0.9, 2)
+    longer = ["4" if word == "3" else word for word in base]
+    with pytest.raises(InputError, match="was trained with --max_steps 3"):
+        compare.main([*longer, "1"])
     with pytest.raises(InputError, match="has --lr"):
         compare.main([*base, "1", "--lr", "1"])
     with pytest.raises(InputError, match="tools.compare sets it"):
@@ -310,6 +325,9 @@ def test_compare(world, tmp_path, capsys, monkeypatch):
     compare.main(["--preset", "paper", "--dry_run"])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("python train.py") for line in lines) == 1 + 5 * (6 + 18)
+    compare.main(["--preset", "paper", "--dry_run", "--methods", "sft", "--seeds", "1", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("python train.py") for line in lines) == 1 + 2
 
 
 def as_sets(differences: np.ndarray, sizes: np.ndarray) -> dict[int, dict]:
@@ -337,7 +355,7 @@ def test_intervals_hold(metric, of_seeds, of_rows):
         differences = 0.7 + rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, of_rows, rows)
         differences = differences + rng.normal(0, 3.0, (seeds, rows))
         ours, theirs = as_sets(differences, sizes), as_sets(0 * differences, sizes)
-        _, low, high = statistics.paired_difference(ours, theirs, ["a"], metric)
+        _, low, high = tables.paired_difference(ours, theirs, ["a"], metric)
         held += low < 0.7 < high
     assert 0.91 < held / 300 < 0.985
 
@@ -347,8 +365,8 @@ def test_the_interval_of_one_seed_is_students():
     rows = np.array([1.0, 2.0, 6.0])
     ours, theirs = as_sets(rows[None], np.ones(3)), as_sets(0 * rows[None], np.ones(3))
     reach = 4.302653 * rows.std(ddof=1) / 3**0.5  # t of 2 degrees of freedom
-    close(statistics.paired_difference(ours, theirs, ["a"], "rouge_l"), [3, 3 - reach, 3 + reach])
-    assert statistics.paired_difference(ours, {3: {}}, ["a"], "rouge_l") is None
+    close(tables.paired_difference(ours, theirs, ["a"], "rouge_l"), [3, 3 - reach, 3 + reach])
+    assert tables.paired_difference(ours, {3: {}}, ["a"], "rouge_l") is None
 
 
 def test_compress(world, tmp_path, capsys):

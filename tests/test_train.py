@@ -288,9 +288,9 @@ def test_the_best_checkpoint_is_no_accident(world, tmp_path, capsys):
     fewer, more = ({"rouge_l": 0.0, "bits_per_byte": bits} for bits in (1.0, 2.0))
     better = {"rouge_l": 1.0, "bits_per_byte": 3.0}
     for select in ("rouge", "sampled"):
-        order = sorted((fewer, better, more), key=lambda scores: train.rank(scores, select))
+        order = sorted((fewer, better, more), key=lambda scores: train.goodness(scores, select))
         assert order == [more, fewer, better]
-    assert train.rank(better, "bits") < train.rank(more, "bits")
+    assert train.goodness(better, "bits") < train.goodness(more, "bits")
     (tmp_path / "data").mkdir()
     rows = [{"prompt": f"{i}\n", "output": "你好"} for i in range(8)]
     for split in ("train", "dev"):
@@ -301,6 +301,7 @@ def test_the_best_checkpoint_is_no_accident(world, tmp_path, capsys):
     assert "so bits per byte choose the best" in capsys.readouterr().out
     bits = [r["dev_bits_per_byte"] for r in metrics(tmp_path / "run") if "dev_bits_per_byte" in r]
     best = json.loads((tmp_path / "run/best/training.json").read_text())
+    assert json.loads((tmp_path / "run/config.json").read_text())["select"] == "rouge"  # as given
     assert len(bits) == 4 and best["best_dev_bits_per_byte"] == min(bits) < bits[0]
 
 
@@ -395,7 +396,7 @@ def test_steps_that_explode_end_the_run(world, tmp_path):
         train.main(argv)
 
 
-def test_steps_that_are_not_finite_are_not_taken(world, tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_are_not_taken(world, tmp_path, monkeypatch, capsys):
     """Their rows are named; the third in a row ends the run, and the last checkpoint is good."""
     from methods import blocks
 
@@ -419,6 +420,7 @@ def test_steps_that_are_not_finite_are_not_taken(world, tmp_path, monkeypatch):
         True
     ] * 3
     assert len(records[1]["skipped_rows"]) == 8
+    assert "loss nan" not in capsys.readouterr().out
     assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == 4
 
 

@@ -14,6 +14,7 @@ import probe
 import train
 from runtime import checkpoint
 from runtime.config import InputError
+from runtime.model_card import how_to_load
 from runtime.progress import Progress
 from tests.helpers import finish, flags, metrics, start
 from tools import compare
@@ -164,6 +165,8 @@ def test_the_model_card_says_how_to_load(world, tmp_path, monkeypatch, capsys):
     exec(code.replace('"text-generation", ', '"text-generation", max_new_tokens=3, model='))
     assert capsys.readouterr().out.startswith("Name three rivers.")
     assert "dev_rouge_l" not in (tmp_path / "run/metrics.jsonl").read_text()
+    lines = how_to_load(tmp_path, "alpaca", "dolly")
+    assert "### Instruction:\\nName three rivers.\\n" in lines  # as the student was trained
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert settings["teacher"] == str((world / "teacher").resolve())
 

@@ -24,7 +24,7 @@ from methods.divergences import DIVERGENCES
 from runtime.checkpoint import saved_settings
 from runtime.config import InputError, checked, flag, given_flags, run_script
 from runtime.files import atomic_write, file_label, fingerprint
-from tools import statistics
+from tools import tables
 
 HERE = Path(__file__).resolve().parents[1]
 # GPT-2 120M ← Qwen1.5-1.8B (arXiv 2406.17328, 2603.22056): what train.py's defaults don't say.
@@ -44,6 +44,11 @@ PAPER_NO_REPEAT_NGRAM = 6
 PAPER_METHODS = ["sft", "seqkd", "uld", "mined", "alm", "byte_kd"]
 for name in ("dskd_cma", "dskd_cma_ga", "dwa_kd"):
     PAPER_METHODS += [f"{name} --divergence {distance}" for distance in DIVERGENCES]
+PAPER = {
+    "data": "dolly",
+    "methods": PAPER_METHODS,
+    "baseline": ["sft", "dskd_cma --divergence forward_kl"],
+}
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Config:
     data: str = flag("toy", "Training data, as in train.py.")
     out_dir: str = flag("", "Where cells and tables go. Without it: out/compare-DATA.")
     preset: str = flag(
-        "", "A known experiment, in place of --methods and --data.", choices=("", "paper")
+        "", "Other defaults: those of the papers' experiment.", choices=("", "paper")
     )
     dry_run: bool = flag(False, "Print the commands and run nothing.")
 
@@ -130,16 +135,23 @@ def make_cells(config: Config, shared: dict, out_dir: Path) -> list[Cell]:
 
 def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     """Train and score what is missing → the sets of rouge.json."""
-    begun = (cell.folder / "config.json").exists()
+    of_train = [*cell.flags, "--out_dir", str(cell.folder)]
+    if (cell.folder / "config.json").exists():
+        settings, before = train.read_settings(of_train), saved_settings(cell.folder)
+        for name in ("epochs", "max_steps"):  # which --resume lets be changed
+            if getattr(settings, name) != before[name]:
+                raise InputError(
+                    f"{cell.folder}: was trained with --{name} {before[name]}; move this folder, "
+                    "or name another --out_dir"
+                )
+        of_train.append("--resume")
+        train.read_settings(of_train)  # raises InputError where another setting is not the run's
     if not (cell.folder / "results.json").exists():
-        resume = ["--resume"] if begun else []
-        start("train.py", [*cell.flags, "--out_dir", str(cell.folder), *resume], log)
+        start("train.py", of_train, log)
     else:
-        # Raises InputError where the run in this folder has other settings.
-        settings = train.read_settings([*cell.flags, "--out_dir", str(cell.folder), "--resume"])
         state = json.loads((cell.folder / "best/training.json").read_text(encoding="utf-8"))
-        before = state.get("made_of", {}).get("method")
-        if before and before != fingerprint(method_file(settings.method)):
+        made_of = state.get("made_of", {}).get("method")  # none in cells of older versions
+        if made_of and made_of != fingerprint(method_file(settings.method)):
             raise InputError(
                 f"{cell.folder}: {settings.method} has changed since; move this folder, or name "
                 "another --out_dir"
@@ -152,7 +164,7 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     settings["no_repeat_ngram"] = PAPER_NO_REPEAT_NGRAM if config.preset else 0
     settings["prompt_format"] = "auto"
     settings |= {name: trained[name] for name in ("max_length", "max_prompt_length")}
-    scored_with = {"prompt_format": "auto"} | scored.get("settings", {})
+    scored_with = {"prompt_format": "auto"} | scored.get("settings", {})  # older files lack it
     if scored_with != settings or not set(sets) <= scored["sets"].keys():
         arguments = [str(checkpoint), "--data", *sets]
         flags = settings | {name: trained[name] for name in ("device", "dtype")}
@@ -176,12 +188,12 @@ def start(script: str, arguments: list[str], log) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     others = []
-    config = checked(Config, given_flags(Config, __doc__, argv, others=others))
+    given = given_flags(Config, __doc__, argv, others=others)
     shared = as_flags(others)
-    if config.preset:
-        config.data, config.methods = "dolly", PAPER_METHODS
-        config.baseline = ["sft", "dskd_cma --divergence forward_kl"]
+    if given.get("preset") == "paper":
+        given = PAPER | given
         shared = PAPER_FLAGS | shared
+    config = checked(Config, given)
     for name in ("method", "seed", "data", "out_dir", "resume"):
         if name in shared:
             raise InputError(f"--{name}: tools.compare sets it")
@@ -209,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         with open(f"{cell.folder}.log", "a", encoding="utf-8") as log:
             scores.setdefault(cell.row, {})[cell.seed] = run_cell(cell, config, sets, log)
-    columns = statistics.columns_of(sets, config.data)
-    text = statistics.markdown(scores, columns, config.data, config.baseline)
+    columns = tables.columns_of(sets, config.data)
+    text = tables.markdown(scores, columns, config.data, config.baseline)
     seeds = ", ".join(map(str, config.seeds))
     text += (
         f"\nMeans ± standard deviations over training seeds ({seeds}), sampled with the seeds "

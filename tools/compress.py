@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"--out_dir {out_dir}: is not empty; name a new folder")
     decoder, before = load(config.model), load_tokenizer(config.model)
+    if not isinstance(decoder, Decoder):
+        raise InputError(f"{config.model}: its architecture is not written here, so it stays whole")
     size = sum(p.numel() for p in decoder.parameters())
     layers = chosen_layers(config.layers, len(decoder.layers))
     after = load_tokenizer(config.tokenizer) if config.tokenizer else None

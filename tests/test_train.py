@@ -420,7 +420,8 @@ def test_steps_that_are_not_finite_are_not_taken(world, tmp_path, monkeypatch, c
         True
     ] * 3
     assert len(records[1]["skipped_rows"]) == 8
-    assert "loss nan" not in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert "training: step 4 of 20" in said and "loss nan" not in said
     assert json.loads((tmp_path / "run/last/training.json").read_text())["step"] == 4
 
 

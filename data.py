@@ -190,48 +190,48 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
             completion = [{"role": "assistant", "content": completion}]
         conversation = [*fields["prompt"], *completion]
     if conversation is not None:
-        *earlier, asked, answer = _turns(place, conversation)
-        if (asked["role"], answer["role"]) != ("user", "assistant"):
+        *earlier, question, answer = _turns(place, conversation)
+        if (question["role"], answer["role"]) != ("user", "assistant"):
             raise InputError(f"{place}: the last turns must be the user's and the assistant's")
         if "system" in fields:
             text = _text(place, "system", fields["system"])
             earlier = [{"role": "system", "content": text}, *earlier]
         if not answer["content"].strip():
             return None
-        row = Row(asked["content"], [answer["content"]], earlier=earlier)
-        row.is_instruction = True
-        return row
+        return Row(question["content"], [answer["content"]], earlier=earlier, is_instruction=True)
 
-    name = next((name for name in PROMPTS if name in fields), None)
-    answer = next((name for name in OUTPUTS if name in fields), None)
-    if name is None or answer is None and answered:
+    prompt_name = next((name for name in PROMPTS if name in fields), None)
+    output_name = next((name for name in OUTPUTS if name in fields), None)
+    if prompt_name is None or (output_name is None and answered):
         raise InputError(
-            f"{place}: no {'prompt' if name is None else 'output'} (found: {', '.join(fields)}); "
-            f"a row is, for example, {VALID_ROW}"
+            f"{place}: no {'prompt' if prompt_name is None else 'output'} (found: "
+            f"{', '.join(fields)}); a row is, for example, {VALID_ROW}"
         )
-    row = Row(_text(place, name, fields[name]), [])
-    if answer is not None:
-        row.outputs = _answers(place, answer, fields[answer])
-    row.is_instruction = name != "prompt"
+    row = Row(_text(place, prompt_name, fields[prompt_name]), [])
+    if output_name is not None:
+        row.outputs = _answers(place, output_name, fields[output_name])
+    row.is_instruction = prompt_name != "prompt"
     if isinstance(fields.get("truth"), dict):  # the toy's; of others' data it may be anything
         row.truth = fields["truth"]
-    inputs = [_text(place, given, fields[given]) for given in INPUTS if given in fields]
+    inputs = [_text(place, name, fields[name]) for name in INPUTS if name in fields]
     row.input = "\n\n".join(inputs)
     instruction = fields.get("instruction", "")
     instruction = "" if _is_blank(instruction) else _text(place, "instruction", instruction)
-    if name == "prompt" and row.prompt == alpaca_prompt(instruction, row.input):
+    if prompt_name == "prompt" and row.prompt == alpaca_prompt(instruction, row.input):
         # The papers' data give both; other templates want the instruction.
         row.prompt, row.is_instruction = instruction, True
-    elif name == "prompt" and stands_in(row.input, row.prompt):
+    elif prompt_name == "prompt" and stands_in(row.input, row.prompt):
         row.input = ""
-    elif name == "question" and instruction:
+    elif prompt_name == "question" and instruction:
         row.prompt, row.input = instruction, "\n\n".join([row.prompt, *inputs])
-    if name == "prompt" and not row.is_instruction and instruction not in row.prompt:
+    if prompt_name == "prompt" and not row.is_instruction and instruction not in row.prompt:
         raise InputError(f"{place}: the prompt does not hold the instruction; give one of the two")
     if "system" in fields:
         row.earlier.append({"role": "system", "content": _text(place, "system", fields["system"])})
     row.earlier += _history(place, fields.get("history", []))
-    return row if row.outputs or answer is None else None
+    if output_name is not None and not row.outputs:
+        return None
+    return row
 
 
 def stands_in(text: str, prompt: str) -> bool:

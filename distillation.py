@@ -99,7 +99,8 @@ class DistillationLoss(nn.Module):
             example.row = -1  # what is computed of a row is not kept for the next call
         student, teacher = self.models
         device = student.embed.weight.device
-        teacher.to(device)  # a Trainer moves the student alone
+        if teacher.embed.weight.device != device:  # a Trainer moves the student alone
+            teacher.to(device)
         self.learned.to(device)
         pads = (tokenizer.eos_id for tokenizer in self.tokenizers)
         batch = {name: tensor.to(device) for name, tensor in collate(examples, *pads).items()}

@@ -48,10 +48,11 @@ from runtime.checkpoint import (
     new_run_folder,
     read_metrics,
     refuse_changed,
+    refuse_used,
     rewind_metrics,
     save_checkpoint,
     saved_settings,
-    take_new_folder,
+    start_run,
     write_settings,
 )
 from runtime.config import InputError, checked, flag, given_flags, run_script
@@ -290,12 +291,12 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.is_first():
             new = str(new_run_folder(config.teacher, config.student, config.method))
         config.out_dir = distributed.gather(new)[0]
-    elif distributed.is_first():
-        if config.resume:
-            lock_run(Path(config.out_dir))
-        else:
-            take_new_folder(Path(config.out_dir))
     out_dir = Path(config.out_dir)
+    if distributed.is_first():
+        if config.resume:
+            lock_run(out_dir)
+        else:
+            refuse_used(out_dir)
 
     # data: rows of train, dev and, where there is one, test
     if "toy" in (config.student, config.teacher) or config.data.startswith("toy"):
@@ -419,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
     if distributed.is_first() and not config.resume:
-        write_settings(config, out_dir)
+        start_run(config, out_dir)
     distributed.barrier()
     state = {
         "step": 0,

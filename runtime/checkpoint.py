@@ -53,28 +53,36 @@ def new_run_folder(teacher: str, student: str, method: str) -> Path:
     name = "-".join([*(names or ["toy"]), Path(method).stem])
     for number in itertools.count(1):
         folder = Path("out") / (name if number == 1 else f"{name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            take_new_folder(folder)
+            lock_run(folder)
+            refuse_used(folder)
+            atexit.register(remove_if_empty, folder)  # where the run is refused after this
             return folder
         except InputError:
             continue
 
 
-def take_new_folder(out_dir: Path) -> None:
-    """Make and lock a new run's folder. Raises InputError where it is used or taken."""
+def remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def refuse_used(out_dir: Path) -> None:
+    """A new run wants a folder that is not there or empty. Raises InputError for any other."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(
             f"--out_dir {out_dir}: is not empty; pass a new folder, or --resume to "
             "continue the run in it"
         )
+
+
+def start_run(config, out_dir: Path) -> None:
+    """Write the settings into a new folder."""
+    refuse_used(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_run(out_dir)
-    atexit.register(remove_if_empty, out_dir)  # where the run is refused after this
-
-
-def remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    write_settings(config, out_dir)
 
 
 def write_settings(config, out_dir: Path) -> None:

@@ -522,8 +522,7 @@ def encode_rows(
 
     Prompt and response are tokenized apart, as in generation; EOS is appended, then the response is
     cut to what max_length leaves beside the longer prompt. A prompt that is too long for one side
-    is cut in its text, for both.
-    Where both sides have one tokenizer, it runs once."""
+    is cut in its text, for both. Where both sides have one tokenizer, it runs once."""
     tokenizers = list(dict.fromkeys((student, teacher)))
     examples, num_cut = [], 0
     for number, row in enumerate(rows):

@@ -111,7 +111,7 @@ class ByteStates:
     positions: torch.Tensor  # (M,) response position, counted through the batch
     prefixes: torch.Tensor  # (M,) number of the prefix
     behind: torch.Tensor  # (M,) number of the token that ends here, −1 where none does
-    first_byte: list[int]  # (N + 1,) of each response position, and M
+    first_byte: list[int]  # (N + 1,) number of each position's first byte; M
     order: torch.Tensor  # PrefixTable.tensors
     bounds: torch.Tensor
     eos_id: int

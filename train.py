@@ -628,7 +628,9 @@ def main(argv: list[str] | None = None) -> None:
         }
         teacher = decoder = None  # memory for the next
     if distributed.is_first():
-        print_results(config, results, rows, scored, out_dir, student_tokenizer.prompt_format)
+        answers = "sampled" if scoring_seeds else "greedy"
+        prompt_format = student_tokenizer.prompt_format
+        print_results(config, results, rows, scored, out_dir, prompt_format, answers)
         with atomic_write(out_dir / "results.json") as file:
             json.dump(results, file, indent=2)
 
@@ -866,12 +868,19 @@ def command_of(config) -> str:
 
 
 def print_results(
-    config, results: dict, rows: dict, scored: dict, out_dir: Path, prompt_format: str
+    config,
+    results: dict,
+    rows: dict,
+    scored: dict,
+    out_dir: Path,
+    prompt_format: str,
+    answers: str,
 ) -> None:
-    """The table, the pictures, the model card, and the commands that come next."""
+    """The table, the pictures, the model card, and the commands that come next. answers: how those
+    were drawn whose ROUGE-L it is."""
     title = "bits per byte"
     if "rouge_l" in results["student"]["dev"]:
-        title += f", ROUGE-L ({'sampled' if config.select == 'sampled' else 'greedy'})"
+        title += f", ROUGE-L ({answers})"
     print(f"\n{title:<32}", end="")
     for split in scored:
         column = f"{split} ({len(scored[split])} of {len(rows[split])} rows)"

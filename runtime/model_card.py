@@ -19,7 +19,9 @@ def how_to_load(folder: Path, prompt_format: str, data: str) -> str:
     if prompt_format == "chat":
         asked = [{"role": "user", "content": question}]
     elif data.startswith("toy"):
-        asked = f"{question}\n"
+        import toy
+
+        asked = toy.make_prompt(question)
     else:
         asked = prompt_text(Row(question, [], is_instruction=True), prompt_format)
     return (

@@ -303,6 +303,9 @@ def test_the_best_checkpoint_is_no_accident(world, tmp_path, capsys):
     best = json.loads((tmp_path / "run/best/training.json").read_text())
     assert json.loads((tmp_path / "run/config.json").read_text())["select"] == "rouge"  # as given
     assert len(bits) == 4 and best["best_dev_bits_per_byte"] == min(bits) < bits[0]
+    more = ["--data", tmp_path / "data", "--max_steps", 1, "--select", "sampled", "--answers"]
+    train.main(flags(world, tmp_path / "again", *more, method="sft"))
+    assert "ROUGE-L (greedy)" in capsys.readouterr().out  # as they were drawn
 
 
 def test_sampled_selection(world, tmp_path):

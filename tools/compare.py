@@ -79,6 +79,7 @@ class Cell:
     row: str
     seed: int
     flags: list[str]  # of train.py
+    settings: train.Config  # what they say
     folder: Path
 
 
@@ -120,10 +121,10 @@ def make_cells(config: Config, shared: dict, out_dir: Path) -> list[Cell]:
                 for word in (f"--{name}", *values)
             ]
             try:
-                train.read_settings([*words, "--out_dir", str(folder)])
+                settings = train.read_settings([*words, "--out_dir", str(folder)])
             except InputError as error:
                 raise InputError(f"{row}: {error}") from error
-            cells.append(Cell(row, seed, words, folder))
+            cells.append(Cell(row, seed, words, settings, folder))
     folders = [cell.folder for cell in cells]
     if len(set(folders)) < len(folders):
         raise InputError(
@@ -137,9 +138,9 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     """Train and score what is missing → the sets of rouge.json."""
     of_train = [*cell.flags, "--out_dir", str(cell.folder)]
     if (cell.folder / "config.json").exists():
-        settings, before = train.read_settings(of_train), saved_settings(cell.folder)
+        before = saved_settings(cell.folder)
         for name in ("epochs", "max_steps"):  # which --resume lets be changed
-            if getattr(settings, name) != before[name]:
+            if getattr(cell.settings, name) != before[name]:
                 raise InputError(
                     f"{cell.folder}: was trained with --{name} {before[name]}; move this folder, "
                     "or name another --out_dir"
@@ -151,10 +152,10 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
     else:
         state = json.loads((cell.folder / "best/training.json").read_text(encoding="utf-8"))
         made_of = state.get("made_of", {}).get("method")  # none in cells of older versions
-        if made_of and made_of != fingerprint(method_file(settings.method)):
+        if made_of and made_of != fingerprint(method_file(cell.settings.method)):
             raise InputError(
-                f"{cell.folder}: {settings.method} has changed since; move this folder, or name "
-                "another --out_dir"
+                f"{cell.folder}: {cell.settings.method} has changed since; move this folder, or "
+                "name another --out_dir"
             )
     checkpoint = cell.folder / config.checkpoint
     rouge = checkpoint / "rouge.json"

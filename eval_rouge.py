@@ -115,7 +115,7 @@ def answer_bits(
         part = examples[start : start + batch_size]
         batch = collate(part, tokenizer.eos_id, tokenizer.eos_id)
         labels = batch["student_labels"].to(device)
-        hidden = decoder(batch["student_ids"].to(device))
+        hidden = decoder(batch["student_ids"].to(device), batch["student_mask"].to(device))
         response = labels != -100
         with torch.autocast(device.type, enabled=False):
             nll = token_nll(hidden[response].float(), head, labels[response]).double().cpu()

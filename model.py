@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +34,52 @@ from hub.weights import weights_for
 FLOAT32_ATTENTION = 256
 
 
+class RealTokens:
+    """The places of a padded batch (B, T) that hold a token, N of them. The layers compute these
+    alone, as one row (1, N, …); attention needs them in rows of their own again."""
+
+    def __init__(self, mask: torch.Tensor):
+        self.shape = mask.shape
+        self.index = mask.flatten().nonzero().squeeze(1)  # (N,), among B · T places
+        places = mask.long().cumsum(1).sub(1)  # within a row, without the padding
+        first = torch.arange(len(mask), device=mask.device)[:, None] * mask.size(1)
+        self.moved_left = (first + places).flatten()[self.index]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, …) → (1, N, …)"""
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, N, …) → (B, T, …), zeros on padding."""
+        return self._placed(x[0], self.index)
+
+    def heads_to_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, heads, N, hd) → (B, heads, T, hd), each row's tokens moved to the left, so that
+        causal attention sees no padding."""
+        return self._placed(x[0].transpose(0, 1), self.moved_left).transpose(1, 2)
+
+    def rows_to_heads(self, y: torch.Tensor) -> torch.Tensor:
+        """(B, heads, T, hd) → (1, heads, N, hd)"""
+        y = y.transpose(1, 2).flatten(0, 1).index_select(0, self.moved_left)
+        return y.transpose(0, 1)[None]
+
+    def _placed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+        return rows.index_copy(0, index, x).unflatten(0, self.shape)
+
+
+@dataclass
+class Context:
+    """What attention needs beside q, k and v; the same in every layer.
+
+    Masks are (B or 1, 1, T, length), true where a query may look; None: plain causal attention."""
+
+    full_mask: torch.Tensor | None = None
+    sliding_mask: torch.Tensor | None = None
+    cache: object = None  # runtime.generation.KVCache
+    real_tokens: RealTokens | None = None  # None: every place is computed
+
+
 class Attention(nn.Module):
     """softmax(q kᵀ / √head_dim) v under a mask; the subclasses make q, k and v."""
 
@@ -40,12 +87,15 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
 
-    def attend(self, q, k, v, masks, cache):
-        """q: (B, heads, T, hd), k and v: (B, kv_heads, T, hd) → (B, T, heads · hd)."""
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        full_mask, sliding_mask = masks
-        mask = sliding_mask if self.config.sliding_layers[self.layer] else full_mask
+    def attend(self, q, k, v, context: Context):
+        """q: (B, heads, T, hd), k and v: (B, kv_heads, T, hd) → (B, T, heads · hd); with
+        context.real_tokens (1, …, N, hd) → (1, N, heads · hd)."""
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        if context.real_tokens is not None:
+            q, k, v = (context.real_tokens.heads_to_rows(x) for x in (q, k, v))
+        slides = self.config.sliding_layers[self.layer]
+        mask = context.sliding_mask if slides else context.full_mask
         dtype, training_on_cpu = q.dtype, q.device.type == "cpu" and q.requires_grad
         if training_on_cpu and dtype == torch.bfloat16 and q.size(2) <= FLOAT32_ATTENTION:
             q, k, v = q.float(), k.float(), v.float()
@@ -55,10 +105,12 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None and q.size(2) > 1,
+                is_causal=mask is None and (context.cache is None or q.size(2) > 1),
                 dropout_p=self.config.attention_dropout if self.training else 0.0,
                 enable_gqa=q.size(1) != k.size(1),
             )
+        if context.real_tokens is not None:
+            y = context.real_tokens.rows_to_heads(y)
         return y.to(dtype).transpose(1, 2).flatten(2)
 
     def split_heads(self, x, count):
@@ -96,9 +148,10 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, T) → hidden states (B, T, d) after the final norm: logits = W h.
 
-        mask: true on real tokens, for left padding. (Right padding needs none: attention is causal,
-        so what stands behind a token cannot reach it.) With a KVCache, ids continue what it holds,
-        and mask (B, past + T) covers both. Raises ValueError where the model has fewer positions.
+        mask: true on real tokens. Padding on the left needs it; padding on the right costs less
+        with it, because only real tokens are computed, and the states of padding are 0. With a
+        KVCache, ids continue what it holds, mask (B, past + T) covers both, and everything is
+        computed. Raises ValueError where the model has fewer positions.
         """
         past = cache.length if cache is not None else 0
         length = past + ids.size(1)
@@ -110,14 +163,20 @@ class Decoder(nn.Module):
             positions = torch.arange(past, length, device=ids.device)[None]
         else:
             positions = mask.long().cumsum(1).sub(1).clamp(min=0)[:, past:]
+        real_tokens = None
+        if mask is not None and cache is None:
+            real_tokens = RealTokens(mask)
+            ids, positions, mask = real_tokens.pack(ids), real_tokens.pack(positions), None
         masks = self.attention_masks(mask, past, length, ids.device)
+        context = Context(*masks, cache, real_tokens)
         x, *rotary = self.embed_tokens(ids, positions)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *rotary, masks, cache, use_reentrant=False)
+                x = checkpoint(layer, x, *rotary, context, use_reentrant=False)
             else:
-                x = layer(x, *rotary, masks, cache)
-        return self.norm(x)
+                x = layer(x, *rotary, context)
+        hidden = self.norm(x)
+        return hidden if real_tokens is None else real_tokens.unpack(hidden)
 
     def attention_masks(self, mask, past: int, length: int, device):
         """(full, sliding): where attention is allowed, (B or 1, 1, T, length); None: plain causal
@@ -200,11 +259,11 @@ class GPT2Attention(Attention):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, masks, cache):
+    def forward(self, x, context):
         q, k, v = self.c_attn(x).chunk(3, -1)
         heads = self.config.num_heads
         q, k, v = self.split_heads(q, heads), self.split_heads(k, heads), self.split_heads(v, heads)
-        return self.c_proj(self.attend(q, k, v, masks, cache))
+        return self.c_proj(self.attend(q, k, v, context))
 
 
 class GPT2MLP(nn.Module):
@@ -227,8 +286,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x, masks, cache):
-        x = x + self.dropout(self.attn(self.ln_1(x), masks, cache))
+    def forward(self, x, context):
+        x = x + self.dropout(self.attn(self.ln_1(x), context))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -288,14 +347,14 @@ class LlamaAttention(Attention):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x, cos, sin, masks, cache):
+    def forward(self, x, cos, sin, context):
         q = self.split_heads(self.q_proj(x), self.config.num_heads)
         k = self.split_heads(self.k_proj(x), self.config.num_kv_heads)
         v = self.split_heads(self.v_proj(x), self.config.num_kv_heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.o_proj(self.attend(q, k, v, masks, cache))
+        return self.o_proj(self.attend(q, k, v, context))
 
 
 class LlamaMLP(nn.Module):
@@ -318,8 +377,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin, masks, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache)
+    def forward(self, x, cos, sin, context):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

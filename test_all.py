@@ -54,6 +54,7 @@ from tests.helpers import (
     golden_projectors,
     num_tokens,
     objective,
+    on_both_sides,
     options,
     random_models,
     real_vocabularies,
@@ -79,7 +80,10 @@ def test_golden_forward(batch_name):
     stored = load_file(GOLDEN / f"forward_{batch_name}.safetensors")
     for side, decoder in zip(("student", "teacher"), golden_models()):
         real = batch[f"{side}_mask"].bool()
+        computed = []
+        decoder.layers[0].mlp.register_forward_pre_hook(lambda _, x: computed.append(x[0].shape))
         hidden = decoder(batch[f"{side}_ids"], real)
+        assert computed == [(1, real.sum(), hidden.size(2))]  # no padding
         close(hidden[real].detach(), stored[f"{side}_hidden"][real])
         close(decoder.logits(hidden)[real].detach(), stored[f"{side}_logits"][real])
 
@@ -281,7 +285,7 @@ def test_short_rows_attend_in_float32_on_a_cpu():
     upstream = torch.randn(2, 9, config.num_heads * config.head_dim).bfloat16()
     for dtype in (torch.float32, torch.bfloat16):
         given = [x.to(dtype).requires_grad_() for x in inputs]
-        y = attention.attend(*given, (None, None), None)
+        y = attention.attend(*given, model.Context())
         found.append([y, *torch.autograd.grad(y, given, upstream.to(dtype))])
     for exact, rounded in zip(*found):
         assert torch.equal(rounded, exact.bfloat16())
@@ -1096,10 +1100,7 @@ def run_method(method: str, batch, adversary: str):
     same = method in ("kd", "dskd")
     student, teacher = golden_models(same)
     if same:
-        batch["teacher_ids"], batch["teacher_labels"] = (
-            batch["student_ids"],
-            batch["student_labels"],
-        )
+        batch = on_both_sides(batch)
     adversary = options(method).adversary if adversary == "none" else adversary
     modules = small_modules(method, student, teacher, adversary)
     chosen = objective(options(method, adversary=adversary), batch, step=5)
@@ -1117,7 +1118,8 @@ INDEPENDENT += [("dwa_kd", "gan"), ("dskd_cla", "ct")]
 @pytest.mark.parametrize("method, adversary", INDEPENDENT)
 def test_padding_order_and_blocks_change_nothing(method, adversary, monkeypatch):
     batch = golden_batch("ragged")
-    tensors = {k: v for k, v in batch.items() if k.endswith(("ids", "labels"))}
+    parts = ("ids", "mask", "labels")
+    tensors = {k: v for k, v in batch.items() if k.endswith(parts) and k != "chunk_mask"}
     chunks = {
         k: v.split(counts.tolist())
         for k, v, counts in zip(
@@ -1137,11 +1139,13 @@ def test_padding_order_and_blocks_change_nothing(method, adversary, monkeypatch)
         return result | extras_of(method, result)
 
     total, terms, gradient = run_method(method, variant([0, 1, 2], 0), adversary)
-    for change in ("padded", "permuted", "blocks"):
+    for change in ("padded", "no mask", "permuted", "blocks"):
         if change == "blocks":
             monkeypatch.setattr(blocks, "BLOCK", 5)
         order = [2, 0, 1] if change == "permuted" else [0, 1, 2]
-        given = variant(order, 9 if change == "padded" else 0)
+        given = variant(order, 9 if change in ("padded", "no mask") else 0)
+        if change == "no mask":  # so that padding is computed, too
+            del given["student_mask"], given["teacher_mask"]
         other_total, other_terms, other_gradient = run_method(method, given, adversary)
         close(other_total, total, 1e-5)
         close(other_gradient, gradient)
@@ -1199,7 +1203,7 @@ def test_heads_run_on_response_positions_only(monkeypatch):
             self.head = torch.nn.Linear(size, vocabulary, bias=False)
             self.config = SimpleNamespace(hidden_size=size)
 
-        def forward(self, ids):
+        def forward(self, ids, mask):
             return self.embed(ids)
 
     student, teacher = Tiny(), Tiny()

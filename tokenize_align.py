@@ -556,29 +556,28 @@ def make_batches(examples: list[Example], size: int, seed: int) -> list[list[Exa
 
 
 def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict[str, torch.Tensor]:
-    """Right-pad to the longest row → student_ids, student_labels (B, S), teacher_ids,
-    teacher_labels (B, T).
+    """Right-pad to the longest row → student_ids, student_mask, student_labels (B, S), teacher_ids,
+    teacher_mask, teacher_labels (B, T).
 
-    ids are the tokens but the last; labels the next token where that is of the response or EOS,
-    else −100."""
-    student_ids, student_labels = _pad([example.student for example in examples], student_pad)
-    teacher_ids, teacher_labels = _pad([example.teacher for example in examples], teacher_pad)
-    return dict(
-        student_ids=student_ids,
-        student_labels=student_labels,
-        teacher_ids=teacher_ids,
-        teacher_labels=teacher_labels,
-    )
+    ids are the tokens but the last; the mask is true on them; labels are the next token where that
+    is of the response or EOS, else −100."""
+    student = _pad([example.student for example in examples], student_pad)
+    teacher = _pad([example.teacher for example in examples], teacher_pad)
+    return {f"student_{name}": tensor for name, tensor in student.items()} | {
+        f"teacher_{name}": tensor for name, tensor in teacher.items()
+    }
 
 
-def _pad(sequences: list[Sequence], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:
     shape = len(sequences), max(len(sequence.ids) for sequence in sequences) - 1
     ids, labels = torch.full(shape, pad), torch.full(shape, -100)
+    mask = torch.zeros(shape, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
         tokens, first = torch.tensor(sequence.ids), sequence.prompt_length
         ids[i, : len(tokens) - 1] = tokens[:-1]
+        mask[i, : len(tokens) - 1] = True
         labels[i, first - 1 : len(tokens) - 1] = tokens[first:]
-    return ids, labels
+    return dict(ids=ids, mask=mask, labels=labels)
 
 
 def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ class Side:
 
 def student_side(batch: dict[str, torch.Tensor], student) -> Side:
     side = Side(batch, "student", student)
-    side.hidden = side.pack(student(batch["student_ids"]))
+    side.hidden = side.pack(student(batch["student_ids"], batch.get("student_mask")))
     return side
 
 
@@ -59,7 +59,7 @@ def teacher_side(batch: dict[str, torch.Tensor], teacher) -> Side:
     side = Side(batch, "teacher", teacher)
     side.hidden = batch.get("teacher_hidden")
     if side.hidden is None:
-        side.hidden = side.pack(teacher(batch["teacher_ids"]))
+        side.hidden = side.pack(teacher(batch["teacher_ids"], batch.get("teacher_mask")))
     side.head = side.head.detach()
     return side
 

@@ -65,9 +65,10 @@ class TeacherStates:
         for start in range(0, len(todo), batch_size):
             numbers = todo[start : start + batch_size]
             examples = [self.examples[i] for i in numbers]
-            ids = collate(examples, pad, pad)["teacher_ids"].to(device)
+            batch = collate(examples, pad, pad)
             with torch.no_grad():
-                hidden = teacher(ids).bfloat16().cpu()
+                hidden = teacher(batch["teacher_ids"].to(device), batch["teacher_mask"].to(device))
+            hidden = hidden.bfloat16().cpu()
             for example, row in zip(examples, hidden):
                 first, last = example.teacher.prompt_length - 1, len(example.teacher.ids) - 1
                 place = slice(*self.place[example.row])

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,12 +70,13 @@ def golden_models(same_vocabulary: bool = False):
 def golden_batch(name: str, same_vocabulary: bool = False) -> dict:
     batch = load_file(GOLDEN / f"batch_{name}.safetensors")
     batch |= packed_chunks(batch)
-    if same_vocabulary:
-        batch["teacher_ids"], batch["teacher_labels"] = (
-            batch["student_ids"],
-            batch["student_labels"],
-        )
-    return batch
+    return on_both_sides(batch) if same_vocabulary else batch
+
+
+def on_both_sides(batch: dict) -> dict:
+    """What the batch has of the student is the teacher's, too."""
+    same = {name: x for name, x in batch.items() if name.startswith("student_")}
+    return batch | {name.replace("student", "teacher"): x for name, x in same.items()}
 
 
 def golden_projectors(method: str, student, teacher) -> cma.Projectors:
@@ -133,16 +133,18 @@ def two_sides(world, way, lengths=(999, 999), texts=TEXTS):
 
 def random_models(tokenizers, monkeypatch):
     """Two models of the tokenizers' vocabularies in float64, with .embed, .head and forward."""
+
+    class Tiny(torch.nn.Module):
+        def __init__(self, vocab_size, size):
+            super().__init__()
+            self.embed = torch.nn.Embedding(vocab_size, size).double()
+            self.head = torch.nn.Linear(size, vocab_size + 3, bias=False).double()
+
+        def forward(self, ids, mask):
+            return 3 * self.embed(ids)
+
     torch.manual_seed(0)
-    models = []
-    for tokenizer, size in zip(tokenizers, (5, 6)):
-        embed = torch.nn.Embedding(tokenizer.vocab_size, size).double()
-        head = torch.nn.Linear(size, tokenizer.vocab_size + 3, bias=False).double()
-        decoder = SimpleNamespace(embed=embed, head=head)
-        models.append(
-            type("Tiny", (), vars(decoder) | {"__call__": lambda self, ids: 3 * self.embed(ids)})()
-        )
-    return models
+    return [Tiny(tokenizer.vocab_size, size) for tokenizer, size in zip(tokenizers, (5, 6))]
 
 
 def chunks(spans_a, spans_b) -> list[tuple[range, range]]:

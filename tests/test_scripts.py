@@ -411,3 +411,15 @@ def test_bench_of_small_models(monkeypatch, capsys):
     bench.main(["--repeats", "1", "--only", *only])
     out = capsys.readouterr().out
     assert out.count("×") == 3 and "GB" in out
+
+
+def test_bench_of_a_pair_with_cached_states(world, tmp_path, capsys):
+    """A step on the states that another process has saved has the loss of one that makes them."""
+    given = [f"--{name}={world / name}" for name in ("teacher", "student", "data")]
+    given += ["--folder", str(tmp_path), "--repeats", "1", "--worker"]
+    bench.main([*given, "states", "--cache_teacher"])
+    losses = []
+    for how in ([], ["--cache_teacher"]):
+        bench.main([*given, "byte_kd", *how])
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1]

@@ -39,7 +39,7 @@ from methods.plain import dskd_cma_ga
 from model import load
 from runtime.config import InputError, flag, parse, run_script
 from runtime.distributed import autocast, keep_memory, pick_device
-from tokenize_align import encode_rows, load_tokenizer
+from tokenize_align import collate, encode_rows, load_tokenizer
 from train import Config as TrainConfig
 
 SECTIONS = ("step", "pair", "generation", "rouge")
@@ -108,25 +108,30 @@ def our_step(name: str, folder: Path, device: str, dtype: torch.dtype):
 def pair_step(method: str, config: Config, device: str, dtype: torch.dtype):
     """The same of a method of ours on --student, --teacher and four rows of --data."""
     student = load(config.student, device=device)
-    teacher = load(config.teacher, dtype=dtype, device=device)
+    teacher = load(config.teacher, dtype=dtype, device=device, layers=not config.cache_teacher)
     if config.cache_teacher:
-        teacher.forward = called_once(teacher.forward)
+        states = torch.load(Path(config.folder) / "states.pt", map_location=device)
+        teacher.forward = lambda ids, mask: states
     folders = config.student, config.teacher
     loss_function = DistillationLoss(method, student, teacher, *folders, LENGTH, LENGTH)
     rows = read_split(config.data, "train")[:4]
     return lambda: loss_function(rows)[0], torch.nn.ModuleList([student, loss_function])
 
 
-def called_once(function):
-    """The function, which gives its first result again: every step has the same rows."""
-    results = []
+def pair_rows(config: Config):
+    """The four rows of the pair's steps, encoded for the student and the teacher."""
+    tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    rows = read_split(config.data, "train")[:4]
+    return encode_rows(rows, *tokenizers, LENGTH, LENGTH)[0]
 
-    def first_result(*arguments):
-        if not results:
-            results.append(function(*arguments))
-        return results[0]
 
-    return first_result
+@torch.no_grad()
+def save_states(config: Config, device: str, dtype: torch.dtype) -> None:
+    """The teacher's hidden states of the pair's rows, for --cache_teacher."""
+    teacher = load(config.teacher, dtype=dtype, device=device)
+    batch = collate(pair_rows(config), 0, 0)
+    states = teacher(batch["teacher_ids"].to(device), batch["teacher_mask"].to(device))
+    torch.save(states, Path(config.folder) / "states.pt")
 
 
 def gold_step(config: Config, device: str, dtype: torch.dtype):
@@ -136,8 +141,7 @@ def gold_step(config: Config, device: str, dtype: torch.dtype):
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     names = [str(model_folder(name)) for name in (config.student, config.teacher)]
-    rows = read_split(config.data, "train")[:4]
-    examples, _, _ = encode_rows(rows, *map(load_tokenizer, names), LENGTH, LENGTH)
+    examples = pair_rows(config)
     models, ids, labels, offsets = [], [], [], []
     for side, name, of_side in zip(("student", "teacher"), names, (torch.float32, dtype)):
         models.append(AutoModelForCausalLM.from_pretrained(name, dtype=of_side).to(device))
@@ -164,11 +168,15 @@ def padded(rows: list[list], value: int, device: str) -> torch.Tensor:
 
 
 def work(config: Config) -> None:
-    """Time one kind of step in this process → a line of JSON."""
+    """Time one kind of step in this process → a line of JSON; of "states", save them."""
     device, dtype = pick_device(config.device, config.dtype)
     if device == "cpu":
         keep_memory()
     folder = Path(config.folder)
+    if config.worker == "states":
+        with autocast(device, dtype):
+            save_states(config, device, dtype)
+        return
     if config.worker == "gold":
         loss_function, learners = gold_step(config, device, dtype)
     elif config.worker in ("fast", "plain"):
@@ -196,17 +204,7 @@ def bench_steps(config: Config, folder: Path, names: tuple[str, str]) -> None:
     """Two kinds of step, in processes in turn, twice each."""
     found = {name: [] for name in names}
     for name in names * 2:
-        command = [sys.executable, "-m", "tools.bench", "--worker", name, "--folder", str(folder)]
-        command += ["--repeats", str(config.repeats), "--device", config.device]
-        command += ["--dtype", config.dtype, "--teacher", config.teacher]
-        command += ["--student", config.student, "--data", config.data]
-        if config.cache_teacher:
-            command.append("--cache_teacher")
-        here = Path(__file__).resolve().parents[1]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=here)
-        if result.returncode:
-            raise InputError(f"bench: {name}: {result.stderr[-2000:]}")
-        found[name].append(json.loads(result.stdout.splitlines()[-1]))
+        found[name].append(json.loads(run_worker(config, folder, name).splitlines()[-1]))
     seconds, memory, losses = [], [], []
     for runs in found.values():
         seconds.append(statistics.median(second for run in runs for second in run["seconds"]))
@@ -216,6 +214,21 @@ def bench_steps(config: Config, folder: Path, names: tuple[str, str]) -> None:
         raise InputError(f"bench: the two steps have different losses, {losses}")
     report(f"a step: {names[0]}, {names[1]}", seconds)
     print(f"{'its peak memory':<40}{memory[0]:9.2f} GB{memory[1]:9.2f} GB")
+
+
+def run_worker(config: Config, folder: Path, name: str) -> str:
+    """work() in a process of its own → what it prints."""
+    command = [sys.executable, "-m", "tools.bench", "--worker", name, "--folder", str(folder)]
+    command += ["--repeats", str(config.repeats), "--device", config.device]
+    command += ["--dtype", config.dtype, "--teacher", config.teacher]
+    command += ["--student", config.student, "--data", config.data]
+    if config.cache_teacher:
+        command.append("--cache_teacher")
+    here = Path(__file__).resolve().parents[1]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=here)
+    if result.returncode:
+        raise InputError(f"bench: {name}: {result.stderr[-2000:]}")
+    return result.stdout
 
 
 def in_turn(repeats: int, *functions) -> list[float]:
@@ -287,6 +300,8 @@ def main(argv: list[str] | None = None) -> None:
         if "pair" in config.only:
             if not (config.teacher and config.student and config.data):
                 raise InputError("--only pair: name a --teacher, a --student and --data")
+            if config.cache_teacher:
+                run_worker(config, folder, "states")
             for method in ("byte_kd", "dskd_cma_ga"):
                 bench_steps(config, folder, (method, "gold"))
         if "generation" in config.only:

@@ -82,7 +82,8 @@ class Method:
 
     batch: what tokenize_align.collate and batch_extras give. student, teacher: decoders, or
     anything with .embed, .head and forward(ids, mask) → hidden states. modules: what learns beside
-    the student, from make_modules. The terms, tensors without gradients, add up to means over tokens.
+    the student, from make_modules. The terms, tensors without gradients, add up to means over
+    tokens.
 
     A file of yours has its own constants. For an option of the command line add a field to
     train.Config and its name to METHOD_OPTIONS."""

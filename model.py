@@ -8,6 +8,7 @@
   RMSNorm, SwiGLU, grouped-query attention), Qwen1.5/2/2.5 (bias on q, k, v) and Qwen3 (norm on q
   and k).
 - The forward pass stops at the hidden states: distillation needs logits at response positions only.
+- Layers compute no padding; attention alone goes over padded rows (RealTokens).
 - A new family: its name and its fields in hub/model_config.py (read_config chooses the reader);
   where its shape is new, a class here, chosen in shape_of.
 """

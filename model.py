@@ -8,7 +8,8 @@
   RMSNorm, SwiGLU, grouped-query attention), Qwen1.5/2/2.5 (bias on q, k, v) and Qwen3 (norm on q
   and k).
 - The forward pass stops at the hidden states: distillation needs logits at response positions only.
-- Layers compute no padding; attention alone goes over padded rows (RealTokens).
+- Training and scoring compute no padding, but for attention, which goes over padded rows
+  (RealTokens).
 - A new family: its name and its fields in hub/model_config.py (read_config chooses the reader);
   where its shape is new, a class here, chosen in shape_of.
 """
@@ -66,7 +67,7 @@ class RealTokens:
 
     def _placed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return rows.index_copy(0, index, x).unflatten(0, self.shape)
+        return rows.index_copy_(0, index, x).unflatten(0, self.shape)
 
 
 @dataclass
@@ -97,6 +98,8 @@ class Attention(nn.Module):
             q, k, v = (context.real_tokens.heads_to_rows(x) for x in (q, k, v))
         slides = self.config.sliding_layers[self.layer]
         mask = context.sliding_mask if slides else context.full_mask
+        # Without a cache no size decides it: torch.compile takes sizes that vary for unknown.
+        is_causal = mask is None and (context.cache is None or q.size(2) > 1)
         dtype, training_on_cpu = q.dtype, q.device.type == "cpu" and q.requires_grad
         if training_on_cpu and dtype == torch.bfloat16 and q.size(2) <= FLOAT32_ATTENTION:
             q, k, v = q.float(), k.float(), v.float()
@@ -106,7 +109,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None and (context.cache is None or q.size(2) > 1),
+                is_causal=is_causal,
                 dropout_p=self.config.attention_dropout if self.training else 0.0,
                 enable_gqa=q.size(1) != k.size(1),
             )
@@ -149,8 +152,8 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, T) → hidden states (B, T, d) after the final norm: logits = W h.
 
-        mask: true on real tokens. Padding on the left needs it; padding on the right costs less
-        with it, because only real tokens are computed, and the states of padding are 0. With a
+        mask (B, T): true on real tokens. Padding on the left needs it; padding on the right costs
+        less with it, because only real tokens are computed, and the states of padding are 0. With a
         KVCache, ids continue what it holds, mask (B, past + T) covers both, and everything is
         computed. Raises ValueError where the model has fewer positions.
         """

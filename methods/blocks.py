@@ -30,7 +30,7 @@ class Side:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, L), true where pad() has a position."""
+        """(B, L), true where pad() has a position (the batch's masks are true on prompts, too)."""
         counts = torch.tensor(self.counts, device=self.labels.device)
         return torch.arange(max(self.counts), device=counts.device) < counts[:, None]
 

@@ -68,8 +68,8 @@ class Config:
     repeats: int = flag(3, "Timed repeats, after one that is not counted.", minimum=1)
     device: str = flag("auto", "Where to run.", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "As in train.py.", choices=("auto", "float32", "bfloat16"))
-    worker: str = flag("", "For this script's own processes: the step to time.")
-    folder: str = flag("", "For this script's own processes: the models.")
+    worker: str = flag("", "For this script's own processes: the step to time, or states.")
+    folder: str = flag("", "For this script's own processes: the models, or the states.")
 
 
 def random_batch(vocab_size: int, length: int, device: str) -> dict[str, torch.Tensor]:
@@ -78,12 +78,20 @@ def random_batch(vocab_size: int, length: int, device: str) -> dict[str, torch.T
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (rows, 180), generator=generator)
     labels = torch.randint(0, vocab_size, (rows, 180), generator=generator)
+    lengths = 180 - 60 * torch.arange(rows) // rows
+    mask = torch.arange(180) < lengths[:, None]
     labels[:, :100] = -100
-    for row in range(rows):
-        labels[row, 180 - 60 * row // rows :] = -100
-    ids = F.pad(ids, (0, length - 180)).to(device)
-    labels = F.pad(labels, (0, length - 180), value=-100).to(device)
-    return dict(student_ids=ids, student_labels=labels, teacher_ids=ids, teacher_labels=labels)
+    labels[~mask] = -100
+    of_side = {
+        "ids": F.pad(ids, (0, length - 180)),
+        "mask": F.pad(mask, (0, length - 180)),
+        "labels": F.pad(labels, (0, length - 180), value=-100),
+    }
+    return {
+        f"{side}_{name}": tensor.to(device)
+        for side in ("student", "teacher")
+        for name, tensor in of_side.items()
+    }
 
 
 def our_step(name: str, folder: Path, device: str, dtype: torch.dtype):

@@ -556,11 +556,12 @@ def make_batches(examples: list[Example], size: int, seed: int) -> list[list[Exa
 
 
 def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict[str, torch.Tensor]:
-    """Right-pad to the longest row → student_ids, student_mask, student_labels (B, S), teacher_ids,
-    teacher_mask, teacher_labels (B, T).
+    """Right-pad to the longest row → student_ids, student_mask, student_labels (B, S) and
+    student_chunks (N,), and the teacher's.
 
     ids are the tokens but the last; the mask is true on them; labels are the next token where that
-    is of the response or EOS, else −100."""
+    is of the response or EOS, else −100. Chunks are those of the N labels, of all rows one after
+    the other, each row's counted from 0."""
     student = _pad([example.student for example in examples], student_pad)
     teacher = _pad([example.teacher for example in examples], teacher_pad)
     return {f"student_{name}": tensor for name, tensor in student.items()} | {
@@ -577,7 +578,8 @@ def _pad(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:
         ids[i, : len(tokens) - 1] = tokens[:-1]
         mask[i, : len(tokens) - 1] = True
         labels[i, first - 1 : len(tokens) - 1] = tokens[first:]
-    return dict(ids=ids, mask=mask, labels=labels)
+    chunks = torch.tensor([chunk for sequence in sequences for chunk in sequence.chunks])
+    return dict(ids=ids, mask=mask, labels=labels, chunks=chunks)
 
 
 def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,7 +45,6 @@ from runtime.checkpoint import (
     load_modules,
     load_optimizer,
     lock_run,
-    new_run_folder,
     read_metrics,
     refuse_changed,
     refuse_used,
@@ -286,17 +285,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in (config.teacher, config.student):
         if name and name != "toy":
             check_name(name)
-    if not config.out_dir:
-        new = None
-        if distributed.is_first():
-            new = str(new_run_folder(config.teacher, config.student, config.method))
-        config.out_dir = distributed.gather(new)[0]
-    out_dir = Path(config.out_dir)
-    if distributed.is_first():
+    if config.out_dir and distributed.is_first():
         if config.resume:
-            lock_run(out_dir)
+            lock_run(Path(config.out_dir))
         else:
-            refuse_used(out_dir)
+            refuse_used(Path(config.out_dir))
 
     # data: rows of train, dev and, where there is one, test
     if "toy" in (config.student, config.teacher) or config.data.startswith("toy"):
@@ -332,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = None
     if config.resume:
         with distributed.first_goes_first():
-            checkpoint = last_checkpoint(out_dir)
+            checkpoint = last_checkpoint(Path(config.out_dir))
     student, student_tokenizer = load_student(config, checkpoint, device, dtype)
     if student_tokenizer.prompt_format == "auto":
         student_tokenizer.prompt_format = own_format(rows["train"])
@@ -419,9 +412,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
-    if distributed.is_first() and not config.resume:
-        start_run(config, out_dir)
-    distributed.barrier()
+    if not config.resume:
+        new_folder = start_run(config) if distributed.is_first() else None
+        config.out_dir = str(distributed.gather(new_folder)[0])
+    out_dir = Path(config.out_dir)
     state = {
         "step": 0,
         "best_dev_rouge_l": -1.0,

@@ -5,12 +5,11 @@ from functools import partial
 
 from cma import USES, make_modules
 from methods import Method
-from methods.dskd_cla import ChunksOfRow, chunk_loss
+from methods.dskd_cla import chunk_loss
 
 METHOD = Method(
     loss=partial(chunk_loss, kind="chunk_mean"),
     make_modules=partial(make_modules, query=False),
-    batch_extras=ChunksOfRow,
     uses=tuple(option for option in USES if option not in ("adversary", "ga_weight", "ga_lr")),
     attention="chunk_mean",
 )

@@ -53,10 +53,7 @@ def attend(
         part = examples[start : start + BATCH]
         batch = collate(part, *pads)
         s, t = Side(batch, "student", student), Side(batch, "teacher", teacher)
-        chunks = (
-            torch.tensor([c for example in part for c in example.student.chunks]),
-            torch.tensor([c for example in part for c in example.teacher.chunks]),
-        )
+        chunks = batch["student_chunks"], batch["teacher_chunks"]
         alignment = align(s, t, projectors, kind, chunks)
         for i, example in enumerate(part):
             num_s, num_t = s.counts[i], t.counts[i]

@@ -9,7 +9,6 @@ adversary), training.json (step, scores, data) and, in last/, resume.safetensors
 and the random number generators. A checkpoint is written under another name, flushed and renamed,
 and the one before it stays. Nothing is pickled."""
 
-import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -46,28 +45,6 @@ LOCKS: list[int] = []  # of the folder that this process writes into
 # ------------------------------------------------------------------------------------- run's folder
 
 
-def new_run_folder(teacher: str, student: str, method: str) -> Path:
-    """The first of out/TEACHER-STUDENT-METHOD, …-2, …-3 that is empty and that no other process has
-    taken; this one takes it."""
-    names = [Path(name).name for name in (teacher, student) if name and name != "toy"]
-    name = "-".join([*(names or ["toy"]), Path(method).stem])
-    for number in itertools.count(1):
-        folder = Path("out") / (name if number == 1 else f"{name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock_run(folder)
-            refuse_used(folder)
-            atexit.register(remove_if_empty, folder)  # where the run is refused after this
-            return folder
-        except InputError:
-            continue
-
-
-def remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
 def refuse_used(out_dir: Path) -> None:
     """A new run wants a folder that is not there or empty. Raises InputError for any other."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -77,17 +54,35 @@ def refuse_used(out_dir: Path) -> None:
         )
 
 
-def start_run(config, out_dir: Path) -> None:
-    """Write the settings into a new folder."""
-    refuse_used(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+def start_run(config) -> Path:
+    """Make a new run's folder, with its settings in it: --out_dir, or else the first of
+    out/TEACHER-STUDENT-METHOD, …-2, …-3 that is not there."""
+    if config.out_dir:
+        out_dir = Path(config.out_dir)
+        refuse_used(out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+    else:
+        out_dir = make_run_folder(config.teacher, config.student, config.method)
     lock_run(out_dir)
     write_settings(config, out_dir)
+    return out_dir
+
+
+def make_run_folder(teacher: str, student: str, method: str) -> Path:
+    names = [Path(name).name for name in (teacher, student) if name and name != "toy"]
+    name = "-".join([*(names or ["toy"]), Path(method).stem])
+    for number in itertools.count(1):
+        folder = Path("out") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def write_settings(config, out_dir: Path) -> None:
     """Write config.json, which --resume reads."""
-    settings = dataclasses.asdict(config) | {"resume": False}
+    settings = dataclasses.asdict(config) | {"resume": False, "out_dir": str(out_dir)}
     with atomic_write(out_dir / "config.json") as file:
         json.dump(settings, file, indent=2)
 

@@ -1,7 +1,6 @@
 """What a user meets beside the numbers: refusals, logs, what a finished run leaves."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -232,14 +231,9 @@ def test_a_method_of_ones_own(world, tmp_path, monkeypatch):
 
 def test_two_starts_take_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = checkpoint.new_run_folder("a/teacher", "b/student", "uld")
-    held, checkpoint.LOCKS = checkpoint.LOCKS, []
-    second = checkpoint.new_run_folder("a/teacher", "b/student", "uld")
+    first = checkpoint.make_run_folder("a/teacher", "b/student", "uld")
+    second = checkpoint.make_run_folder("a/teacher", "b/student", "uld")
     assert [str(first), str(second)] == ["out/teacher-student-uld", "out/teacher-student-uld-2"]
-    for lock in held:
-        os.close(lock)
-    checkpoint.LOCKS = held = []
-    assert checkpoint.new_run_folder("a/teacher", "b/student", "uld") == first  # it is empty
 
 
 def test_caches_go_where_they_are_told(world, tmp_path, monkeypatch):

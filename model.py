@@ -447,7 +447,10 @@ def load(
     if architecture not in (None, *ARCHITECTURES) and init == "pretrained":
         from runtime.transformers_model import load_transformers
 
-        return load_transformers(folder, dtype, device)
+        decoder = load_transformers(folder, dtype, device)
+        if not layers:
+            decoder.model = None  # .embed and .head are kept beside it
+        return decoder
     decoder = shape_of(folder, layers)
     if init == "random":
         decoder.allocate("cpu")

@@ -677,8 +677,11 @@ def test_teachers_of_other_architectures(maker, world, tmp_path, capsys):
     found = generate(teacher, ids, mask, 12, temperature=0, eos_ids=[2])
     ended = (expected == 2).cumsum(1) - (expected == 2).long() > 0  # transformers pads after EOS
     assert ((found[:, : expected.size(1)] == expected) | ended).all()
-    for method in ("byte_kd", "dskd_cma"):
-        argv = flags(world, tmp_path / method, "--max_steps", 2, method=method)
+    outside = model.load(folder, layers=False)
+    kept = {outside.embed.weight, outside.head.weight}
+    assert sum(p.numel() for p in outside.parameters()) == sum(p.numel() for p in kept)
+    for method, *more in (("byte_kd", "--cache_teacher"), ("dskd_cma",)):
+        argv = flags(world, tmp_path / method, "--max_steps", 2, *more, method=method)
         argv[argv.index("--teacher") + 1] = str(folder)
         train.main(argv)
         assert metrics(tmp_path / method)[0]["kd_loss"] > 0

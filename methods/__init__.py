@@ -81,9 +81,9 @@ class Method:
     """loss(batch, student, teacher, modules, objective) → (total, terms for the log).
 
     batch: what tokenize_align.collate and batch_extras give. student, teacher: decoders, or
-    anything with .embed, .head and forward(ids, mask=None) → hidden states, those of padding, where
-    mask is false, being read by nobody. modules: what learns beside the student, from make_modules.
-    The terms, tensors without gradients, add up to means over tokens.
+    anything with .embed, .head and forward(ids, mask=None) → hidden states; nobody reads them where
+    the mask is false. modules: what learns beside the student, from make_modules. The terms,
+    tensors without gradients, add up to means over tokens.
 
     A file of yours has its own constants. For an option of the command line add a field to
     train.Config and its name to METHOD_OPTIONS."""

@@ -79,6 +79,7 @@ def test_pages_point_at_what_is_there(page):
     import sample
     import train
     from eval_rouge import Config as EvalConfig
+    from examples import python_functions
     from tools import bench, compare, compress
 
     known = {"help", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
@@ -90,6 +91,7 @@ def test_pages_point_at_what_is_there(page):
         bench.Config,
         compare.Config,
         compress.Config,
+        python_functions.Config,
     ):
         known |= config.__dataclass_fields__.keys()
     if page == "docs/ablations.md":  # its commands name the commit that had their options

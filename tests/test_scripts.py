@@ -21,7 +21,7 @@ from pictures.attention import token_label
 from probing import attention
 from probing.bootstrap import mean_distance, resample
 from runtime.config import InputError
-from tests.helpers import close, flags
+from tests.helpers import FIXTURES, close, flags
 from tokenize_align import load_tokenizer
 from tools import bench, compare, compress, tables
 
@@ -423,3 +423,39 @@ def test_bench_of_a_pair_with_cached_states(world, tmp_path, capsys):
         bench.main([*given, "byte_kd", *how])
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert losses[0] == losses[1]
+
+
+def test_functions_of_the_library(tmp_path):
+    """The rows that docs/results.md was made with, where this is their Python."""
+    from examples import python_functions
+
+    source = '''
+class A:
+    def area(self, width):
+        """What a square covers."""
+        square = width * width  # of the width
+        return square + 0 * width
+
+    @property
+    def decorated(self):
+        """Left out."""
+        return "long enough, but for the decorator above it"
+
+    def short(self):
+        """Left out."""
+        return 1
+'''
+    prompt = 'def area(self, width):\n    """What a square covers."""\n'
+    body = "    square = width * width  # of the width\n    return square + 0 * width"
+    assert python_functions.functions_of(source) == [(prompt, body)]
+    folder = FIXTURES / "data/pycode"
+    if sys.version_info[:2] != (3, 11) or not folder.is_dir():
+        pytest.skip("wants Python 3.11 and data/pycode among the fixtures")
+    python_functions.main([str(tmp_path), "--labels", "50", "--prompts", "50", "400"])
+    for split in ("dev", "test"):
+        name = f"{split}.jsonl"
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    expected = rows[:50] + [{"prompt": row["prompt"]} for row in rows[50:400]]
+    found = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in found] == expected

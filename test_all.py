@@ -275,6 +275,19 @@ def test_a_cache_of_several_new_tokens(tmp_path):
         close(torch.cat([first, decoder(ids[:, 7:], None, cache)], 1), decoder(ids), 1e-5)
 
 
+def test_compile_takes_all_layers_at_once():
+    """torch.compile breaks where the mask is read, and nowhere behind that."""
+    from torch._dynamo.testing import CompileCounter
+
+    decoder, counter = model.load(GOLDEN / "teacher"), CompileCounter()
+    decoder.compile(backend=counter, dynamic=True)
+    for length in (9, 12):
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[1, 5:] = False
+        decoder(torch.randint(3, 97, (2, length)), mask)
+    assert counter.frame_count <= 4
+
+
 def test_short_rows_attend_in_float32_on_a_cpu():
     """In bfloat16, attention and its gradients are float32's, rounded once."""
     config = model.read_config(GOLDEN / "teacher" / "config.json")

@@ -40,12 +40,12 @@ class RealTokens:
     """The places of a padded batch (B, T) that hold a token, N of them. The layers compute these
     alone, as one row (1, N, …); attention needs them in rows of their own again."""
 
-    def __init__(self, mask: torch.Tensor):
+    def __init__(self, mask: torch.Tensor, positions: torch.Tensor):
+        """mask (B, T): true on real tokens; positions (B, T): of these in their rows."""
         self.shape = mask.shape
         self.index = mask.flatten().nonzero().squeeze(1)  # (N,), among B · T places
-        places = mask.long().cumsum(1).sub(1)  # within a row, without the padding
         first = torch.arange(len(mask), device=mask.device)[:, None] * mask.size(1)
-        self.moved_left = (first + places).flatten()[self.index]
+        self.moved_left = (first + positions).flatten()[self.index]
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, …) → (1, N, …)"""
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
             positions = mask.long().cumsum(1).sub(1).clamp(min=0)[:, past:]
         real_tokens = None
         if mask is not None and cache is None:
-            real_tokens = RealTokens(mask)
+            real_tokens = RealTokens(mask, positions)
             ids, positions, mask = real_tokens.pack(ids), real_tokens.pack(positions), None
         masks = self.attention_masks(mask, past, length, ids.device)
         context = Context(*masks, cache, real_tokens)

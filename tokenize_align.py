@@ -562,11 +562,12 @@ def collate(examples: list[Example], student_pad: int, teacher_pad: int) -> dict
     ids are the tokens but the last; the mask is true on them; labels are the next token where that
     is of the response or EOS, else −100. Chunks are those of the N labels, of all rows one after
     the other, each row's counted from 0."""
-    student = _pad([example.student for example in examples], student_pad)
-    teacher = _pad([example.teacher for example in examples], teacher_pad)
-    return {f"student_{name}": tensor for name, tensor in student.items()} | {
-        f"teacher_{name}": tensor for name, tensor in teacher.items()
-    }
+    batch = {}
+    for side, pad in (("student", student_pad), ("teacher", teacher_pad)):
+        padded = _pad([getattr(example, side) for example in examples], pad)
+        for name, tensor in padded.items():
+            batch[f"{side}_{name}"] = tensor
+    return batch
 
 
 def _pad(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:

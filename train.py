@@ -412,9 +412,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # the optimizer, the run's folder, an earlier checkpoint
     optimizer = torch.optim.AdamW(parameter_groups(config, student, modules), fused=True)
-    if not config.resume:
-        new_folder = start_run(config) if distributed.is_first() else None
-        config.out_dir = str(distributed.gather(new_folder)[0])
+    if distributed.is_first() and not config.resume:
+        start_run(config)
+    config.out_dir = distributed.gather(config.out_dir)[0]
     out_dir = Path(config.out_dir)
     state = {
         "step": 0,

@@ -5,8 +5,8 @@
     python -m examples.python_functions data/code-50-prompts-400 --labels 50 --prompts 50 400
 
 A row's prompt is a signature and its docstring, the output the rest of the function. A function has
-a docstring, no decorator, and a body of 40 to 600 characters; no module is in two of train, dev and
-test."""
+a docstring, no decorator, a body of 40 to 600 characters and a prompt of at most 601; no module is
+in two of train, dev and test."""
 
 import ast
 import json
@@ -29,13 +29,14 @@ LEFT_OUT = {
     "tests",
     "turtledemo",
 }
-LONGEST_PROMPT = 601
 
 
 @dataclass
 class Config:
     out_dir: str = flag("", "A folder.")
-    labels: int = flag(0, "How many training rows keep their output, from the first on; 0: all.")
+    labels: int = flag(
+        0, "How many training rows keep their output, from the first on; 0: all.", minimum=0
+    )
     prompts: list[int] = flag(
         [0, 0],
         "50 400: the prompts of training rows 50 to 399, counted from 0, are added without output.",
@@ -53,7 +54,7 @@ def functions_of(source: str) -> list[tuple[str, str]]:
         docstring_end = node.body[0].end_lineno
         prompt = unindented(lines[node.lineno - 1 : docstring_end], node.col_offset) + "\n"
         body = unindented(lines[docstring_end : node.end_lineno], node.col_offset).strip("\n")
-        if 40 <= len(body) <= 600 and len(prompt) <= LONGEST_PROMPT:
+        if 40 <= len(body) <= 600 and len(prompt) <= 601:
             found.append((prompt, body))
     return found
 

@@ -54,18 +54,18 @@ def refuse_used(out_dir: Path) -> None:
         )
 
 
-def start_run(config) -> Path:
-    """Make a new run's folder, with its settings in it: --out_dir, or else the first of
-    out/TEACHER-STUDENT-METHOD, …-2, …-3 that is not there."""
+def start_run(config) -> None:
+    """Make a new run's folder, with its settings in it: --out_dir, which without one becomes the
+    first of out/TEACHER-STUDENT-METHOD, …-2, …-3 that is not there."""
     if config.out_dir:
         out_dir = Path(config.out_dir)
         refuse_used(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
     else:
         out_dir = make_run_folder(config.teacher, config.student, config.method)
+    config.out_dir = str(out_dir)
     lock_run(out_dir)
     write_settings(config, out_dir)
-    return out_dir
 
 
 def make_run_folder(teacher: str, student: str, method: str) -> Path:
@@ -82,7 +82,7 @@ def make_run_folder(teacher: str, student: str, method: str) -> Path:
 
 def write_settings(config, out_dir: Path) -> None:
     """Write config.json, which --resume reads."""
-    settings = dataclasses.asdict(config) | {"resume": False, "out_dir": str(out_dir)}
+    settings = dataclasses.asdict(config) | {"resume": False}
     with atomic_write(out_dir / "config.json") as file:
         json.dump(settings, file, indent=2)
 

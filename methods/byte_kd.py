@@ -182,7 +182,7 @@ class _RangeSums(torch.autograd.Function):
     def forward(ctx, p, order, rows, ends):
         ctx.save_for_backward(order, rows, ends)
         ctx.shape = p.shape
-        sums = p[:, order].cumsum(-1, dtype=torch.double)
+        sums = p.index_select(1, order).cumsum(-1, dtype=torch.double)
         return sums[rows, (ends - 1).clamp(min=0)] * (ends > 0)
 
     @staticmethod
@@ -196,7 +196,7 @@ class _RangeSums(torch.autograd.Function):
         from_last[:, last] = 0  # what the control tokens read
         place = torch.full((vocab_size,), last, device=order.device)
         place[order] = torch.arange(last - 1, -1, -1, device=order.device)
-        return from_last[:, place], None, None, None
+        return from_last.index_select(1, place), None, None, None
 
 
 def after_prefix(p, states: ByteStates, rows, prefixes) -> torch.Tensor:

@@ -13,13 +13,16 @@ from pathlib import Path
 
 from data import Row, fingerprint_of_rows
 from hub.download import fingerprint_of_model
+from hub.model_config import ModelConfig
 from runtime.config import InputError
 from runtime.distributed import barrier, print_first, rank
 from runtime.files import file_label
-from runtime.generation import answer_batches, share_of
+from runtime.generation import MAX_NEW_TOKENS, answer_batches, share_of
 
 # Of sampled answers. At 1 a small teacher loses the thread: of a Qwen's functions half were broken.
 TEMPERATURE = 0.7
+AT_ONCE = 32, 128  # prompts, at least and at most
+CACHE_BYTES = 2**31  # their keys and values
 
 
 def teacher_rows(
@@ -49,7 +52,14 @@ def teacher_rows(
         file.write("\n")  # the line before may have been cut by a kill
         desc = "the teacher answers the training prompts"
         for batch in answer_batches(
-            teacher, tokenizer, rows, mine, *limits, temperature=temperature, desc=desc
+            teacher,
+            tokenizer,
+            rows,
+            mine,
+            *limits,
+            batch_size=prompts_at_once(teacher, config.max_prompt_length + MAX_NEW_TOKENS),
+            temperature=temperature,
+            desc=desc,
         ):
             file.writelines(json.dumps(line) + "\n" for line in batch)
             file.flush()
@@ -69,6 +79,18 @@ def teacher_rows(
         f"{len(rows) - len(answered)} empty answers left out)"
     )
     return answered + [row for row in all_rows if row.outputs and not every]
+
+
+def prompts_at_once(teacher, length: int) -> int:
+    """How many prompts, each of this length with its answer, are answered together: as many as
+    CACHE_BYTES hold the keys and values of, within AT_ONCE. The more, the faster: a step reads all
+    weights, for one row or for many."""
+    shape = teacher.config
+    if not isinstance(shape, ModelConfig):
+        return AT_ONCE[0]  # transformers' own, whose keys and values are not known
+    bytes_per_number = teacher.embed.weight.element_size()
+    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_per_number
+    return min(AT_ONCE[1], max(AT_ONCE[0], CACHE_BYTES // (per_token * length)))
 
 
 def read_answers(folder: Path) -> dict[int, tuple[str, bool]]:

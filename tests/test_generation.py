@@ -5,8 +5,8 @@ import torch
 
 import model
 from data import Row, read_rows
-from runtime import generation
-from runtime.generation import answer_rows, choose_tokens, generate
+from runtime import generation, teacher_answers
+from runtime.generation import KVCache, answer_rows, choose_tokens, generate
 from tests.helpers import reference_model
 from tokenize_align import load_tokenizer
 
@@ -56,3 +56,15 @@ def test_answers_keep_their_spaces(world, monkeypatch):
     body = "    return x\n"
     monkeypatch.setattr(generation, "answer", lambda *rest, **how: [(body, True)])
     assert answer_rows(decoder, tokenizer, [Row("def f(x):\n", [])], 60, 40) == [body]
+
+
+def test_prompts_are_answered_at_once_as_their_keys_and_values_fit(world, monkeypatch):
+    decoder, cache = model.load(world / "teacher"), KVCache(10)
+    with torch.no_grad():
+        decoder(torch.zeros(40, 10, dtype=torch.long), cache=cache)
+    sizes = [tensor.nbytes for layer in cache.layers for tensor in layer]
+    monkeypatch.setattr(teacher_answers, "CACHE_BYTES", sum(sizes))
+    assert teacher_answers.prompts_at_once(decoder, 10) == 40
+    assert teacher_answers.prompts_at_once(decoder, 11) == 36
+    assert teacher_answers.prompts_at_once(decoder, 1) == 128
+    assert teacher_answers.prompts_at_once(decoder, 100) == 32

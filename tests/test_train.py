@@ -18,7 +18,7 @@ import probe
 import train
 from data import Row, read_rows
 from methods import method_names
-from runtime import generation
+from runtime import generation, teacher_answers
 from runtime.config import InputError
 from tests.helpers import HERE, QUICK, assert_same_run, close, finish, flags, metrics, start
 from tokenize_align import load_tokenizer
@@ -132,6 +132,7 @@ def test_seqkd_answers_once_and_continues(world, tmp_path, monkeypatch):
 
     real = generation.generate
     monkeypatch.setattr(generation, "generate", dies)
+    monkeypatch.setattr(teacher_answers, "AT_ONCE", (32, 32))
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
     assert not (tmp_path / "a").exists()
@@ -177,14 +178,12 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
     assert (tmp_path / "a/probe/next_bytes.png").exists()
     given = train.read_splits(str(data), 1)
     file = next(data.glob("train-by-teacher-*")) / "answers-0.jsonl"
-    answers = {
-        i: text for i, text, _ in map(json.loads, filter(None, file.read_text().split("\n")))
-    }
+    answers = [json.loads(line) for line in file.read_text().split("\n") if line]
     asked = [row for row in given["train"] if not row.outputs]
     decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
-    sampled = generation.answer_rows(decoder, tokenizer, asked, 128, 100, temperature=0.7)
-    assert answers == dict(enumerate(sampled))
-    rows = [replace(row, outputs=[answers[i]], ended=False) for i, row in enumerate(asked)]
+    sampled = generation.answer_rows(decoder, tokenizer, asked, 128, 100, 128, temperature=0.7)
+    assert {i: text for i, text, _ in answers} == dict(enumerate(sampled))
+    rows = [replace(asked[i], outputs=[text], ended=ended) for i, text, ended in sorted(answers)]
     rows = [row for row in rows if row.outputs[0]] + given["train"][:10]
     monkeypatch.setattr(train, "read_splits", lambda *_: given | {"train": rows})
     train.main(flags(world, tmp_path / "b", *more, "--cache_teacher", method="uld"))

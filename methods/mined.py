@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from methods import Method
 from methods.blocks import cross_entropy, in_blocks, student_side, teacher_side
+from methods.shared_tokens import byte_doubles
 
 TOP = 100  # the teacher's tokens that are mapped, at every position
 
@@ -95,7 +96,9 @@ class AlignedPairs:
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
         student, teacher = token_strings(student_tokenizer), token_strings(teacher_tokenizer)
         teacher[teacher_tokenizer.eos_id] = student[student_tokenizer.eos_id]
-        self.vocabulary_map = map_vocabulary(student, teacher)
+        doubles = byte_doubles(student_tokenizer)
+        said = ["" if i in doubles else string for i, string in enumerate(student)]
+        self.vocabulary_map = map_vocabulary(said, teacher)
         self.student = [string.removeprefix(" ") for string in student]
         self.teacher = [string.removeprefix(" ") for string in teacher]
         self.pairs = {example.row: self.align(example) for example in examples}

@@ -45,7 +45,10 @@ def pieces_of(token: bytes, tokenizer) -> list[tuple[int, float]]:
 class ProjectedChunks(ChunksOfBatch):
     """Adds the map, too: map_ids and map_weights (V_s, PIECES), −1 for no token."""
 
+    same_bytes = True
+
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
+        super().__init__(student_tokenizer, teacher_tokenizer, examples)
         rows: list[dict[int, float]] = [{} for _ in range(student_tokenizer.vocab_size)]
         same = student_token_of(student_tokenizer, teacher_tokenizer)
         exact = {i: j for j, i in enumerate(same) if i >= 0}

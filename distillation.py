@@ -73,6 +73,10 @@ class DistillationLoss(nn.Module):
         self.limits = max_length, max_prompt_length
         types = [model.embed.weight.dtype for model in self.models]
         self.dtype = torch.bfloat16 if torch.bfloat16 in types else torch.float32
+        if self.method.make_modules and torch.float16 in types:
+            raise InputError(
+                f"{method}: needs models in bfloat16 or float32, but one is in float16"
+            )
         self.learned = nn.ModuleDict()
         if self.method.make_modules:
             configs = (model.config for model in self.models)
@@ -99,6 +103,11 @@ class DistillationLoss(nn.Module):
             example.row = -1  # what is computed of a row is not kept for the next call
         student, teacher = self.models
         device = student.embed.weight.device
+        if torch.is_autocast_enabled(device.type):
+            if torch.get_autocast_dtype(device.type) == torch.float16:
+                raise InputError(
+                    "float16: it is too coarse for these gradients; use bfloat16 or float32"
+                )
         if teacher.embed.weight.device != device:  # a Trainer moves the student alone
             teacher.to(device)
         self.learned.to(device)

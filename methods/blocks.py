@@ -187,13 +187,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch
 @torch.no_grad()
 def token_nll(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """−log p(y) in nats at each position, without a gradient: (N, d), (V, d), (N,) → (N,)."""
-    blocks = blocks_of(len(hidden), hidden.device)
-    return torch.cat(
-        [
-            cross_entropy(F.linear(hidden[block], head), labels[block])["nll_loss"]
-            for block in blocks
-        ]
-    )
+    result = []
+    for block in blocks_of(len(hidden), hidden.device):
+        logits = F.linear(hidden[block], head).float()
+        result.append(F.cross_entropy(logits, labels[block], reduction="none"))
+    return torch.cat(result)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
     KD = Σ over aligned positions KL(map(p_t) ‖ p_s) − Σ over the others log p_s(y)
 
-The teacher's likeliest tokens are mapped to the student's nearest strings. As in the release,
-positions are aligned by the tokens that they have read last, and the others are taught the label.
+with p = softmax(z/T). The teacher's likeliest tokens are mapped to the student's nearest strings.
+As in the release, positions are aligned by the tokens that they have read last, and the others are
+taught the label.
 """
 
 import numpy as np

@@ -71,7 +71,7 @@ class TransformersModel(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask=None, cache=None) -> torch.Tensor:
         """As model.Decoder: token ids (B, T) → hidden states (B, T, d)."""
-        how = {}
+        how = {"use_cache": False}
         if cache is None and mask is not None and mask[:, 0].all():
             mask = None  # padding on the right, which causal attention does not see
         if cache is not None:

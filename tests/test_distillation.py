@@ -90,6 +90,11 @@ def test_wrong_options_and_rows(world):
         DistillationLoss("seqkd", *models)
     with pytest.raises(InputError, match="needs one vocabulary"):
         DistillationLoss("kd", *models)
+    with pytest.raises(InputError, match="dskd_cma: needs models in bfloat16 or float32"):
+        DistillationLoss("dskd_cma", models[0], model.load(world / "teacher").half(), *models[2:])
+    with pytest.raises(InputError, match="float16: it is too coarse"):
+        with torch.autocast("cpu", torch.float16):
+            DistillationLoss("byte_kd", *models)(ROWS)
     with pytest.raises(InputError, match="row 1: no output"):
         DistillationLoss("uld", *models)([ROWS[0], {"prompt": "p"}])
 

@@ -136,13 +136,18 @@ def _read_jsonl(path: Path):
 
 def _read_json(path: Path):
     """A list of rows, alone or as "data"; or lines of JSON under the wrong name."""
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
-    except ValueError:
-        yield from _read_jsonl(path)
-        return
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip()[:1] == "{":
+            yield from _read_jsonl(path)
+            return
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error})") from error
     if isinstance(content, dict):
         content = content.get("data", [content])
+    if not isinstance(content, list):
+        raise InputError(f"{path}: must be a list of rows, found {content!r:.60}")
     yield from enumerate(content, 1)
 
 
@@ -161,7 +166,11 @@ def _read_parquet(path: Path):
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path}: needs a library:  pip install pyarrow") from error
-    yield from enumerate(parquet.read_table(path).to_pylist(), 1)
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ValueError as error:  # the library's own
+        raise InputError(f"{path}: not a parquet file ({error})") from error
+    yield from enumerate(rows, 1)
 
 
 READERS = {
@@ -190,15 +199,22 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
             completion = [{"role": "assistant", "content": completion}]
         conversation = [*fields["prompt"], *completion]
     if conversation is not None:
-        *earlier, question, answer = _turns(place, conversation)
-        if (question["role"], answer["role"]) != ("user", "assistant"):
-            raise InputError(f"{place}: the last turns must be the user's and the assistant's")
+        turns, outputs = _turns(place, conversation), []
+        if turns and turns[-1]["role"] == "assistant":
+            outputs = [turns.pop()["content"]]
+        if not turns or turns[-1]["role"] != "user" or (answered and not outputs):
+            raise InputError(
+                f"{place}: a conversation needs a question and an answer: the last turns must be "
+                "the user's and the assistant's"
+            )
+        *earlier, question = turns
         if "system" in fields:
             text = _text(place, "system", fields["system"])
             earlier = [{"role": "system", "content": text}, *earlier]
-        if not answer["content"].strip():
+        if outputs and _is_blank(outputs[0]):
             return None
-        return Row(question["content"], [answer["content"]], earlier=earlier, is_instruction=True)
+        prompt = _text(place, "content", question["content"])
+        return Row(prompt, outputs, earlier=earlier, is_instruction=True)
 
     prompt_name = next((name for name in PROMPTS if name in fields), None)
     output_name = next((name for name in OUTPUTS if name in fields), None)
@@ -281,9 +297,8 @@ def _turns(place: str, conversation) -> list[dict]:
                 f"{place}: a turn must have a role (system, user or assistant) and a text as its "
                 f"content, found {turn!r:.80}"
             )
-        turns.append({"role": ROLES[role], "content": _whole(place, "content", content)})
-    if len(turns) < 2:
-        raise InputError(f"{place}: a conversation needs a question and an answer")
+        if ROLES[role] != "system" or not _is_blank(content):
+            turns.append({"role": ROLES[role], "content": _whole(place, "content", content)})
     return turns
 
 
@@ -340,17 +355,24 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
             f"--data {name}: no such file or folder, and not one of toy, "
             f"{', '.join(PAPER_SETS)}{did_you_mean(name, ('toy', *PAPER_SETS))}"
         )
+    all_files = []
     for split_name in SPLIT_NAMES[split]:
         for suffix in READERS:  # the same rows may be there in two formats
-            named = [*path.glob(f"*{suffix}"), *path.glob(f"data/*{suffix}")]
-            files = [f for f in named if re.fullmatch(rf"{split_name}([-_.]\d[\w-]*)?", f.stem)]
-            files += path.glob(f"{split_name}/*{suffix}")
-            if files:
-                return sorted(files)
+            files = [*path.glob(f"*{suffix}"), *path.glob(f"data/*{suffix}")]
+            all_files += files
+            whole = [file for file in files if file.stem == split_name]
+            shards = [f for f in files if re.fullmatch(rf"{split_name}[-_.]\d[\w-]*", f.stem)]
+            shards += path.glob(f"{split_name}/*{suffix}")
+            if whole or shards:
+                return sorted(whole or shards)
+    others = (*SPLIT_NAMES["dev"], *SPLIT_NAMES["test"])
+    if split == "train" and len(all_files) == 1 and not all_files[0].name.startswith(others):
+        return all_files
     if required:
+        names = ", ".join(sorted({file.name for file in all_files})[:5]) or "no data file"
         raise InputError(
-            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet). It "
-            "should hold train.jsonl, dev.jsonl and, to be scored, test.jsonl"
+            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet), but {names}. "
+            "It should hold train.jsonl, dev.jsonl and, to be scored, test.jsonl"
         )
     return []
 

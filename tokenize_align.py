@@ -425,8 +425,9 @@ def _read_tokenizer(folder: Path, settings: dict, whole: dict | None, added: dic
         config = read_byte_level(folder, settings, whole)
         id_of = config.vocabulary | {token: of.id for token, of in added.items()}
         ends = end_ids(folder, settings, id_of)
+        of_text = set(ALPHABET).union(left + right for left, right in config.merges)
         for token, token_id in id_of.items():
-            if token_id in ends:
+            if token_id in ends and token not in of_text:
                 added[token] = Added(token_id)  # no text ends an answer
         return ByteLevelBPE(str(folder), config, added)
     except NotPlain as error:
@@ -501,7 +502,10 @@ def encode_prompts(
     def fits(row):
         return all(len(tokenizer.prompt_ids(row)) <= max_length for tokenizer in tokenizers)
 
-    prompts = [tokenizer.prompt_ids(row) for tokenizer in tokenizers]
+    try:
+        prompts = [tokenizer.prompt_ids(row) for tokenizer in tokenizers]
+    except InputError as error:  # a chat template's
+        raise InputError(f"{error}; the row is {row.prompt!r:.60}") from error
     if max(map(len, prompts)) <= max_length:
         return prompts, False
     fitted = fit_prompt(row, fits)

@@ -58,6 +58,7 @@ class ChatTemplate:
             return self.template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
+                enable_thinking=False,  # Qwen3's answers would begin with thoughts
                 tools=None,
                 documents=None,
                 **self.special_tokens,

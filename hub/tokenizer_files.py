@@ -128,9 +128,9 @@ def read_byte_level(folder: Path, settings: dict, whole: dict | None) -> ByteLev
 
 def _from_tokenizer_json(whole: dict) -> ByteLevelConfig:
     model, added = whole["model"], whole.get("added_tokens") or []
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+    if model.get("type", "BPE") != "BPE":
         raise NotPlain(f"its model is {model.get('type')}")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for name in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise NotPlain(f"its model has {name}")
     if model.get("unk_token") and not set(ALPHABET) <= model["vocab"].keys():

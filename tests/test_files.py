@@ -177,6 +177,20 @@ def test_tokenizer_files_that_are_wrong(files, message, tmp_path):
         ta.load_tokenizer(tmp_path)
 
 
+def test_an_end_that_texts_have_stays_in_them(world, tmp_path):
+    """A config whose eos_token_id is an ordinary token: transformers' defaults, or a line's end."""
+    shutil.copytree(world / "student", tmp_path / "student")
+    plain = ta.load_tokenizer(world / "student")
+    longest = max(plain.encode("Mira eats figs."), key=lambda i: len(plain.token_bytes(i)))
+    assert len(plain.token_bytes(longest)) > 1
+    ends = [plain.eos_id, plain.encode("\n")[0], longest]
+    (tmp_path / "student/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    found = ta.load_tokenizer(tmp_path / "student")
+    text = "Mira eats figs.\nMira eats figs."
+    assert found.encode(text) == plain.encode(text) and found.decode(found.encode(text)) == text
+    assert set(ends) <= set(found.eos_ids)
+
+
 def test_end_of_sequence_must_be_a_piece(world, tmp_path):
     shutil.copytree(world / "teacher", tmp_path / "teacher")
     (tmp_path / "teacher/tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')

@@ -132,6 +132,8 @@ def test_chat_templates_equal_transformers(maker, kind, world, tmp_path):
     if maker in ("gemma", "mistral"):
         with pytest.raises(InputError, match="refuses these messages"):
             ours.prompt_ids(Row("x", ["y"], earlier=[{"role": "system", "content": "z"}]))
+        with pytest.raises(InputError, match="; the row is 'x'"):
+            ta.encode_prompt(Row("x", ["y"], earlier=[{"role": "system", "content": "z"}]), ours, 9)
 
 
 @real_vocabularies
@@ -201,19 +203,20 @@ def test_a_long_system_text_leaves_the_question(world):
 
 
 def test_templates_as_transformers_has_them(world, tmp_path):
-    """The generation tag, tools and documents that are none, tojson's arguments; a template is not
-    compiled where it is not used, and what it trips over is one line."""
+    """The generation tag, tools and documents that are none, no thoughts, tojson's arguments; a
+    template is not compiled where it is not used, and what it trips over is one line."""
     template = (
         "{% for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}"
         "{% endfor %}{% if tools is not none %}TOOLS{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
         "{{ {'é': 1} | tojson(ensure_ascii=True, separators=(',', ':')) }}"
     )
     shutil.copytree(world / "student", tmp_path / "a")
     (tmp_path / "a/chat_template.jinja").write_text(template)
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
     ours = ta.load_tokenizer(tmp_path / "a")
-    text = reference.apply_chat_template(QUESTION, tokenize=False)
-    assert ours.template.render(QUESTION) == text and "TOOLS" not in text
+    text = reference.apply_chat_template(QUESTION, tokenize=False, enable_thinking=False)
+    assert ours.template.render(QUESTION) == text and "TOOLS" not in text and "<think>" in text
     (tmp_path / "a/chat_template.jinja").write_text("{{ 'a' + none }}")
     with pytest.raises(InputError, match="cannot be used"):
         ta.load_tokenizer(tmp_path / "a")
@@ -359,6 +362,9 @@ def test_nothing_of_a_row_is_dropped(tmp_path, capsys):
         ("Sum up.", "A text."),
         ("Sum up: A text.", ""),
     ]
+    file.write_text(json.dumps(dict(messages=[dict(role="system", content=" "), CHAT[0]])))
+    (row,) = read_rows(file, answered=False)
+    assert (row.prompt, row.outputs, row.earlier) == ("Name a river.", [], [])
     assert [turn["content"] for turn in rows[2].earlier] == ["S", "a", "b"]
     assert [turn["content"] for turn in rows[3].earlier] == ["S", "Name a river.", "Rhine"]
 
@@ -372,6 +378,7 @@ def test_nothing_of_a_row_is_dropped(tmp_path, capsys):
         (dict(messages=["Hi", "Hello"]), "a turn must be an object"),
         (dict(messages="Hi"), "the conversation is not JSON"),
         (dict(prompt="\ud83d", output="y"), "half a character"),
+        (dict(messages=[dict(role="user", content=" "), CHAT[1]]), '"content" must be'),
         (dict(prompt="Two and two?", instruction="Be brief.", output="y"), "does not hold"),
         (dict(prompt="x", instruction=5, output="y"), '"instruction" must be a string'),
     ],
@@ -411,10 +418,25 @@ def test_rows_that_are_unusual(tmp_path):
     (tmp_path / "train.csv").write_text('prompt,output\na,"the\nRhine"\nb,the Rhine, the Elbe\n')
     with pytest.raises(InputError, match=":4: has more columns"):
         read_rows(tmp_path / "train.csv")
+    for text, message in (
+        ("[{},\n {]", "train.json:2: not JSON"),
+        ("3", "a list of rows, found 3"),
+    ):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_rows(tmp_path / "train.json")
+    (tmp_path / "train.json").write_text("\n".join(map(json.dumps, lines[:2])))
+    assert len(read_rows(tmp_path / "train.json")) == 2
     (tmp_path / "test").mkdir()
-    for name in ("train", "dev", "test"):
+    for name in ("train", "dev", "test", "train_1000"):
         (tmp_path / f"test/{name}.jsonl").write_text(json.dumps(ANSWERED))
     assert [len(rows) for rows in read_splits(str(tmp_path / "test"), 1).values()] == [1, 1, 1]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/my-rows.jsonl").write_text(json.dumps(ANSWERED))
+    assert data.data_files(str(tmp_path / "one"), "train") == [tmp_path / "one/my-rows.jsonl"]
+    (tmp_path / "one/my-rows.jsonl").rename(tmp_path / "one/test.jsonl")
+    with pytest.raises(InputError, match="no train.jsonl in this folder .*, but test.jsonl"):
+        data.data_files(str(tmp_path / "one"), "train")
 
 
 def test_files_and_folders_of_data(tmp_path, monkeypatch, capsys):
@@ -437,6 +459,10 @@ def test_files_and_folders_of_data(tmp_path, monkeypatch, capsys):
     splits = read_splits(str(tmp_path), 1)
     assert [len(splits[split]) for split in ("train", "dev", "test")] == [40, 3, 5]
     assert splits["dev"][2].outputs == ["2,\nyes"] and splits["test"][0].prompt == "3?"
+
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="not a parquet file"):
+        read_rows(tmp_path / "pointer.parquet")
 
     splits = read_splits(str(tmp_path / "train.json"), 1)
     assert [len(splits[split]) for split in ("train", "dev")] == [38, 2] and "test" not in splits

@@ -97,9 +97,9 @@ class AlignedPairs:
     def __init__(self, student_tokenizer, teacher_tokenizer, examples):
         student, teacher = token_strings(student_tokenizer), token_strings(teacher_tokenizer)
         teacher[teacher_tokenizer.eos_id] = student[student_tokenizer.eos_id]
-        doubles = byte_doubles(student_tokenizer)
-        said = ["" if i in doubles else string for i, string in enumerate(student)]
-        self.vocabulary_map = map_vocabulary(said, teacher)
+        doubles = byte_doubles(student_tokenizer)  # no text gives these
+        targets = ["" if i in doubles else string for i, string in enumerate(student)]
+        self.vocabulary_map = map_vocabulary(targets, teacher)
         self.student = [string.removeprefix(" ") for string in student]
         self.teacher = [string.removeprefix(" ") for string in teacher]
         self.pairs = {example.row: self.align(example) for example in examples}

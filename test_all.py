@@ -787,6 +787,7 @@ class Words:
 
     def __init__(self, eos, *tokens):
         self.tokens, self.vocab_size = [eos, *tokens], len(tokens) + 1
+        self.id_of = {token.decode(): i for i, token in enumerate(self.tokens)}
 
     def token_bytes(self, i):
         return self.tokens[i]

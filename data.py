@@ -140,7 +140,7 @@ def _read_json(path: Path):
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if text.lstrip()[:1] == "{":
+        if text.lstrip().startswith("{"):
             yield from _read_jsonl(path)
             return
         raise InputError(f"{path}:{error.lineno}: not JSON ({error})") from error
@@ -355,11 +355,10 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
             f"--data {name}: no such file or folder, and not one of toy, "
             f"{', '.join(PAPER_SETS)}{did_you_mean(name, ('toy', *PAPER_SETS))}"
         )
-    all_files = []
+    all_files = [file for file in (*path.glob("*"), *path.glob("data/*")) if file.suffix in READERS]
     for split_name in SPLIT_NAMES[split]:
         for suffix in READERS:  # the same rows may be there in two formats
-            files = [*path.glob(f"*{suffix}"), *path.glob(f"data/*{suffix}")]
-            all_files += files
+            files = [file for file in all_files if file.suffix == suffix]
             whole = [file for file in files if file.stem == split_name]
             shards = [f for f in files if re.fullmatch(rf"{split_name}[-_.]\d[\w-]*", f.stem)]
             shards += path.glob(f"{split_name}/*{suffix}")
@@ -369,7 +368,7 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
     if split == "train" and len(all_files) == 1 and not all_files[0].name.startswith(others):
         return all_files
     if required:
-        names = ", ".join(sorted({file.name for file in all_files})[:5]) or "no data file"
+        names = ", ".join(sorted(file.name for file in all_files)[:5]) or "no data file"
         raise InputError(
             f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet), but {names}. "
             "It should hold train.jsonl, dev.jsonl and, to be scored, test.jsonl"

@@ -14,18 +14,24 @@ def byte_doubles(tokenizer) -> set[int]:
     return {i for i in named if tokenizer.token_bytes(i) in others}
 
 
+def tokens_by_bytes(tokenizer) -> dict[bytes, int]:
+    """The tokens that stand for text, of several with the same bytes the first; neither control
+    tokens nor byte_doubles."""
+    left_out = tokenizer.control | byte_doubles(tokenizer)
+    found = {}
+    for i in range(tokenizer.vocab_size):
+        if i not in left_out and tokenizer.token_bytes(i):
+            found.setdefault(tokenizer.token_bytes(i), i)
+    return found
+
+
 def student_token_of(student_tokenizer, teacher_tokenizer) -> list[int]:
     """The student's token with the same bytes for each of the teacher's, −1 where there is none.
-    EOS is EOS; other control tokens and byte_doubles are left out."""
-    own, found = {}, [-1] * teacher_tokenizer.vocab_size
-    left_out = student_tokenizer.control | byte_doubles(student_tokenizer)
-    for i in reversed(range(student_tokenizer.vocab_size)):
-        if i not in left_out and student_tokenizer.token_bytes(i):
-            own[student_tokenizer.token_bytes(i)] = i  # of several the first
-    left_out = teacher_tokenizer.control | byte_doubles(teacher_tokenizer)
-    for i in range(teacher_tokenizer.vocab_size):
-        if i not in left_out:
-            found[i] = own.pop(teacher_tokenizer.token_bytes(i), -1)  # each is taken once
+    EOS is EOS."""
+    of_student = tokens_by_bytes(student_tokenizer)
+    found = [-1] * teacher_tokenizer.vocab_size
+    for token_bytes, i in tokens_by_bytes(teacher_tokenizer).items():
+        found[i] = of_student.get(token_bytes, -1)
     found[teacher_tokenizer.eos_id] = student_tokenizer.eos_id
     return found
 
@@ -102,15 +108,18 @@ class ChunksOfBatch:
         }
 
     def compared_chunks(self, example) -> range:
-        """The numbers of a row's chunks that both sides have."""
-        sides = example.student, example.teacher
+        """The numbers of a row's chunks that are compared."""
+        student, teacher = example.student, example.teacher
         first, end = 0, example.num_whole_chunks
-        if not self.with_end and all(side.spans[-1][0] == side.spans[-1][1] for side in sides):
-            end = min(end, example.student.chunks[-1], example.teacher.chunks[-1])
+        ends = [side.spans[-1] for side in (student, teacher)]
+        if not self.with_end and all(start == stop for start, stop in ends):
+            end = min(end, student.chunks[-1], teacher.chunks[-1])
         if self.same_bytes:
             text = example.text.encode()
-            spaces = [has_dummy_space(*pair, text) for pair in zip(sides, self.tokenizers)]
-            first = int(spaces[0] != spaces[1])
+            student_space = has_dummy_space(student, self.tokenizers[0], text)
+            teacher_space = has_dummy_space(teacher, self.tokenizers[1], text)
+            if student_space != teacher_space:
+                first = 1
         return range(first, end)
 
 

@@ -353,8 +353,8 @@ def score_set(
             tokenizer,
             rows,
             *limits,
-            seed or 0,
-            f"{name}, {label}",
+            seed=seed or 0,
+            desc=f"{name}, {label}",
             temperature=0.0 if seed is None else config.temperature,
             no_repeat_ngram=config.no_repeat_ngram,
         )

@@ -199,6 +199,10 @@ class Decoder(nn.Module):
         real, itself = mask.bool()[:, None, None, :], distance == 0
         return full & real | itself, sliding & real | itself
 
+    def drop_layers(self) -> None:
+        """Free what .embed and .head are not needed for."""
+        self.layers = nn.ModuleList()
+
     @property
     def hidden_scale(self) -> float:
         """The root mean square of hidden states, about: that of the final norm's weights."""
@@ -449,7 +453,7 @@ def load(
 
         decoder = load_transformers(folder, dtype, device)
         if not layers:
-            decoder.model = None  # .embed and .head are kept beside it
+            decoder.drop_layers()
         return decoder
     decoder = shape_of(folder, layers)
     if init == "random":

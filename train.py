@@ -188,6 +188,8 @@ def read_settings(argv: list[str] | None = None) -> Config:
             given[name] = str(Path(given[name]).resolve())
     if given.get("method", "").endswith(".py"):
         given["method"] = str(Path(given["method"]).resolve())
+    if given.get("cache_dir"):
+        given["cache_dir"] = str(Path(given["cache_dir"]).resolve())
     if given.get("resume"):
         config = resumed_settings(given)
     else:
@@ -266,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------- set up
     config = read_settings(argv)
     if config.cache_dir:
-        os.environ["NANODSKD_CACHE"] = str(Path(config.cache_dir).resolve())
+        os.environ["NANODSKD_CACHE"] = config.cache_dir
     method = find_method(config.method)
     device, dtype = pick_device(config.device, config.dtype)
     config.dtype = str(dtype).removeprefix("torch.")
@@ -397,7 +399,8 @@ def main(argv: list[str] | None = None) -> None:
 
         states = TeacherStates(config, cache_folder(config.data), teacher, examples, dtype)
         with autocast(device, dtype):
-            states.fill(config.batch_size, pads[1], device)
+            states.fill(teacher if keep_layers else None, config.batch_size, pads[1], device)
+        teacher.drop_layers()
         print_first(f"the teacher's hidden states: {states.path}")
     if config.compile:
         for decoder in filter(None, (student, teacher)):
@@ -624,9 +627,9 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.is_first():
         answers = "sampled" if scoring_seeds else "greedy"
         prompt_format = student_tokenizer.prompt_format
-        print_results(config, results, rows, scored, out_dir, prompt_format, answers)
         with atomic_write(out_dir / "results.json") as file:
             json.dump(results, file, indent=2)
+        print_results(config, results, rows, scored, out_dir, prompt_format, answers)
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -827,17 +830,17 @@ def models_to_score(config, out_dir, teacher, teacher_tokenizer, student_tokeniz
         yield "teacher", teacher, teacher_tokenizer
         teacher = None
     if config.student_init == "pretrained":
+        in_type = dtype if config.lora_rank else torch.float32  # as it was trained
         folder = folder_of(config, "student")
         yield "student, before", load_decoder(
-            config, "student", folder, torch.float32, device
+            config, "student", folder, in_type, device
         ), student_tokenizer
     if config.student == "toy" and config.method != "sft":
         import toy
 
         yield "student, after sft", load(toy.model_folder("sft"), device=device), student_tokenizer
-    yield "student", load_decoder(
-        config, "student", out_dir / "best", torch.float32, device
-    ), student_tokenizer
+    best, _ = load_student(config, out_dir / "best", device, dtype)
+    yield "student", best, student_tokenizer
 
 
 def in_words(scores: dict[str, float]) -> str:

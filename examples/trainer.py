@@ -34,7 +34,7 @@ class DistillationTrainer(Trainer):
 
 def main(teacher_name, student_name, data_file, out_dir, method="byte_kd", **more):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_name)
-    student = AutoModelForCausalLM.from_pretrained(student_name)
+    student = AutoModelForCausalLM.from_pretrained(student_name, dtype=torch.float32)
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in (student_name, teacher_name)]
     arguments = TrainingArguments(
         out_dir,

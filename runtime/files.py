@@ -42,7 +42,11 @@ def one_at_a_time(path: Path):
     """A block that one process of this machine is in at a time. path: a file for its lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"note: another process is at work there ({path}); this one waits", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -202,29 +202,17 @@ def answer_rows(
     decoder,
     tokenizer: Tokenizer,
     rows: list[Row],
-    max_length: int,
-    max_prompt_length: int,
-    batch_size: int = 32,
+    *limits: int,
     seed: int = 0,
-    desc: str = "answering",
     **how,
 ) -> list[str]:
     """An answer to every row's prompt, in the rows' order. torchrun's processes share the rows; the
-    same seed, batch size and number of processes give the same answers. how: as in stream()."""
+    same seed, batch size and number of processes give the same answers. limits and how: as in
+    answer_batches()."""
     mine = share_of(decoder, len(rows))
+    seed += 1_000_003 * min(mine, default=0)
     answers = {}
-    for batch in answer_batches(
-        decoder,
-        tokenizer,
-        rows,
-        mine,
-        max_length,
-        max_prompt_length,
-        batch_size,
-        seed + 1_000_003 * mine[0] if mine else 0,
-        desc,
-        **how,
-    ):
+    for batch in answer_batches(decoder, tokenizer, rows, mine, *limits, seed=seed, **how):
         answers |= {i: text for i, text, _ in batch}
     everything = {}
     for part in gather(answers):

@@ -6,6 +6,7 @@ without EOS.
 The answers are lines of JSON in a folder beside the data, which is named after the teacher and all
 that they depend on. An interrupted run continues where it stopped, and later runs ask no more."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -15,8 +16,8 @@ from data import Row, fingerprint_of_rows
 from hub.download import fingerprint_of_model
 from hub.model_config import ModelConfig
 from runtime.config import InputError
-from runtime.distributed import barrier, print_first, rank
-from runtime.files import file_label
+from runtime.distributed import barrier, is_first, print_first, rank
+from runtime.files import file_label, one_at_a_time
 from runtime.generation import MAX_NEW_TOKENS, answer_batches, share_of
 
 # Of sampled answers. At 1 a small teacher loses the thread: of a Qwen's functions half were broken.
@@ -44,27 +45,29 @@ def teacher_rows(
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     folder = folder / f"train-by-{file_label(Path(config.teacher).name)}-{key}"
     folder.mkdir(exist_ok=True)
-    known = read_answers(folder)
-    barrier()  # all processes have read the same
-    missing = [i for i in range(len(rows)) if i not in known]
-    mine = [missing[k] for k in share_of(teacher, len(missing))]
-    with open(folder / f"answers-{rank()}.jsonl", "a", encoding="utf-8") as file:
-        file.write("\n")  # the line before may have been cut by a kill
-        desc = "the teacher answers the training prompts"
-        for batch in answer_batches(
-            teacher,
-            tokenizer,
-            rows,
-            mine,
-            *limits,
-            batch_size=prompts_at_once(teacher, config.max_prompt_length + MAX_NEW_TOKENS),
-            temperature=temperature,
-            desc=desc,
-        ):
-            file.writelines(json.dumps(line) + "\n" for line in batch)
-            file.flush()
-    barrier()
-    answers = read_answers(folder)
+    lock = one_at_a_time(folder / "lock") if is_first() else contextlib.nullcontext()
+    with lock:  # a run that begins meanwhile waits, and then has the same answers
+        barrier()
+        known = read_answers(folder)
+        barrier()  # all processes have read the same
+        missing = [i for i in range(len(rows)) if i not in known]
+        mine = [missing[k] for k in share_of(teacher, len(missing))]
+        with open(folder / f"answers-{rank()}.jsonl", "a", encoding="utf-8") as file:
+            file.write("\n")  # the line before may have been cut by a kill
+            for batch in answer_batches(
+                teacher,
+                tokenizer,
+                rows,
+                mine,
+                *limits,
+                batch_size=prompts_at_once(teacher, config.max_prompt_length + MAX_NEW_TOKENS),
+                temperature=temperature,
+                desc="the teacher answers the training prompts",
+            ):
+                file.writelines(json.dumps(line) + "\n" for line in batch)
+                file.flush()
+        barrier()
+        answers = read_answers(folder)
     answered = []
     for i, row in enumerate(rows):
         text, ended = answers[i]

@@ -3,6 +3,7 @@ training rows, computed once and kept on disk. Then its layers are needed no mor
 embedding and its head."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,9 @@ class TeacherStates:
         self.shape = end, self.size
         self.examples = sorted(examples, key=lambda example: -len(example.teacher.ids))
 
-    def fill(self, batch_size: int, pad: int, device: str) -> None:
-        """Run the teacher over the rows that are not written yet; all processes share them."""
+    def fill(self, teacher, batch_size: int, pad: int, device: str) -> None:
+        """Run the teacher over the rows that are not written yet; all processes share them.
+        Without one it is loaded where it is needed."""
         if is_first():
             for path, length in (
                 (self.path, 2 * self.shape[0] * self.size),
@@ -48,35 +50,38 @@ class TeacherStates:
                 with open(path, "r+b") as file:
                     file.truncate(length)  # longer: zeros; what is there stays
         barrier()
-        done = np.memmap(self._done_path(), np.uint8, "r+")
+        done = np.fromfile(self._done_path(), np.uint8)
         todo = np.flatnonzero(done == 0)[rank() :: world_size()]
         barrier()  # all processes have seen what is to be done
         if len(todo):
-            self._write(todo, done, batch_size, pad, device)
+            if teacher is None:
+                teacher = load(self.source, dtype=self.dtype, device=device)
+            self._write(teacher, todo, batch_size, pad, device)
         barrier()
 
     def _done_path(self) -> Path:
         return self.path.with_suffix(".done")
 
-    def _write(self, todo, done, batch_size, pad, device) -> None:
-        teacher = load(self.source, dtype=self.dtype, device=device)
-        states = np.memmap(self.path, np.uint16, "r+", shape=self.shape)
+    def _write(self, teacher, todo, batch_size, pad, device) -> None:
         progress = Progress(len(todo), "the teacher's hidden states, once", "row")
-        for start in range(0, len(todo), batch_size):
-            numbers = todo[start : start + batch_size]
-            examples = [self.examples[i] for i in numbers]
-            batch = collate(examples, pad, pad)
-            with torch.no_grad():
-                hidden = teacher(batch["teacher_ids"].to(device), batch["teacher_mask"].to(device))
-            hidden = hidden.bfloat16().cpu()
-            for example, row in zip(examples, hidden):
-                first, last = example.teacher.prompt_length - 1, len(example.teacher.ids) - 1
-                place = slice(*self.place[example.row])
-                states[place] = row[first:last].view(torch.uint16).numpy()
-            states.flush()
-            done[numbers] = 1
-            done.flush()
-            progress.update(len(examples))
+        with open(self.path, "r+b") as states, open(self._done_path(), "r+b") as done:
+            for start in range(0, len(todo), batch_size):
+                numbers = todo[start : start + batch_size]
+                examples = [self.examples[i] for i in numbers]
+                batch = collate(examples, pad, pad)
+                ids, mask = batch["teacher_ids"].to(device), batch["teacher_mask"].to(device)
+                with torch.no_grad():
+                    hidden = teacher(ids, mask).bfloat16().cpu().view(torch.uint16)
+                for example, row in zip(examples, hidden):
+                    first, last = example.teacher.prompt_length - 1, len(example.teacher.ids) - 1
+                    states.seek(2 * self.size * self.place[example.row][0])
+                    states.write(row[first:last].numpy().tobytes())
+                states.flush()
+                os.fsync(states.fileno())
+                for number in numbers:
+                    done.seek(number)
+                    done.write(b"\1")
+                progress.update(len(examples))
         progress.close()
 
     def of(self, examples: list[Example]) -> torch.Tensor:

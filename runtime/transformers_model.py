@@ -60,10 +60,9 @@ class TransformersModel(nn.Module):
             ) from error
         model.train(training)
         self.hidden_scale = float(hidden.float().square().mean().sqrt())
-        far = 0.01 * expected.abs().max()
         for states in (hidden, torch.cat(steps, 1)[0]):
             found = (states @ self.head.weight.mT).float()
-            if (found - expected).abs().max() > far:
+            if (found - expected).norm() > 0.05 * expected.norm():  # bfloat16 is off by 0.01
                 raise InputError(
                     f"{name}: the logits of {type(model).__name__} are not its head times its last "
                     "hidden states, so it cannot teach here"
@@ -86,6 +85,10 @@ class TransformersModel(nn.Module):
                 positions = mask.long().cumsum(1).sub(1).clamp(min=0)
                 how["position_ids"] = positions[:, -ids.size(1) :]
         return self.model(input_ids=ids, **how).last_hidden_state
+
+    def drop_layers(self) -> None:
+        """Free what .embed and .head are not needed for."""
+        self.model = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) → (..., V)"""

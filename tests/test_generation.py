@@ -46,7 +46,7 @@ def test_a_batch_answers_as_each_row_would(world):
     together = answer_rows(decoder, tokenizer, rows, 60, 40, 4, temperature=0.0)
     for row, text in zip(rows, together):
         assert answer_rows(decoder, tokenizer, [row], 60, 40, 1, temperature=0.0)[0] == text
-    seeds = [answer_rows(decoder, tokenizer, rows, 60, 40, 4, seed) for seed in (1, 1, 2)]
+    seeds = [answer_rows(decoder, tokenizer, rows, 60, 40, 4, seed=seed) for seed in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
 
 

@@ -204,7 +204,8 @@ def test_a_long_system_text_leaves_the_question(world):
 
 def test_templates_as_transformers_has_them(world, tmp_path):
     """The generation tag, tools and documents that are none, no thoughts, tojson's arguments; a
-    template is not compiled where it is not used, and what it trips over is one line."""
+    template is not compiled where it is not used, and what it trips over is one line. But the day
+    is always the same."""
     template = (
         "{% for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}"
         "{% endfor %}{% if tools is not none %}TOOLS{% endif %}"
@@ -217,6 +218,8 @@ def test_templates_as_transformers_has_them(world, tmp_path):
     ours = ta.load_tokenizer(tmp_path / "a")
     text = reference.apply_chat_template(QUESTION, tokenize=False, enable_thinking=False)
     assert ours.template.render(QUESTION) == text and "TOOLS" not in text and "<think>" in text
+    (tmp_path / "a/chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    assert ta.load_tokenizer(tmp_path / "a").template.render(QUESTION) == "26 Jul 2024"
     (tmp_path / "a/chat_template.jinja").write_text("{{ 'a' + none }}")
     with pytest.raises(InputError, match="cannot be used"):
         ta.load_tokenizer(tmp_path / "a")

@@ -3,8 +3,12 @@
 import io
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from pictures.attention import token_label
 from probing import attention
 from probing.bootstrap import mean_distance, resample
 from runtime.config import InputError
-from tests.helpers import FIXTURES, close, flags
+from tests.helpers import FIXTURES, HERE, close, flags
 from tokenize_align import load_tokenizer
 from tools import bench, compare, compress, tables
 
@@ -328,6 +332,40 @@ def test_compare(world, tmp_path, capsys, monkeypatch):
     compare.main(["--preset", "paper", "--dry_run", "--methods", "sft", "--seeds", "1", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("python train.py") for line in lines) == 1 + 2
+
+
+SLOW = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    open("saved", "w").close()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+open("begun", "w").close()
+time.sleep(60)
+"""
+
+
+def test_compare_waits_for_a_run_that_saves(tmp_path):
+    """Ctrl-C reaches both processes; tools.compare ends after train.py."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "compare_it.py").write_text(
+        "from tools import compare\n"
+        "compare.HERE = compare.Path()\n"
+        "compare.start('slow.py', [], None)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "compare_it.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=30)
+    assert (tmp_path / "saved").exists()
 
 
 def as_sets(differences: np.ndarray, sizes: np.ndarray) -> dict[int, dict]:

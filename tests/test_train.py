@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ import probe
 import train
 from data import Row, read_rows
 from methods import method_names
-from runtime import generation, teacher_answers
+from runtime import generation, teacher_answers, teacher_states
 from runtime.config import InputError
 from tests.helpers import HERE, QUICK, assert_same_run, close, finish, flags, metrics, start
 from tokenize_align import load_tokenizer
@@ -173,6 +174,7 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
     more = ["--data", data, "--max_steps", 3]
     with pytest.raises(InputError, match="38 training rows have no output"):
         train.main(flags(world, tmp_path / "sft", *more, method="sft"))
+    monkeypatch.setattr(teacher_states, "load", None)  # the teacher that answered is used
     train.main(flags(world, tmp_path / "a", *more, "--cache_teacher", method="uld"))
     probe.main([str(tmp_path / "a"), "--split", "train", "--num", "20"])
     assert (tmp_path / "a/probe/next_bytes.png").exists()
@@ -189,6 +191,20 @@ def test_the_teacher_answers_rows_without_an_answer(world, tmp_path, monkeypatch
     train.main(flags(world, tmp_path / "b", *more, "--cache_teacher", method="uld"))
     losses = [[r["loss"] for r in metrics(tmp_path / name) if "loss" in r] for name in "ab"]
     close(losses[0], losses[1], 1e-6)
+
+
+def test_two_runs_at_once_ask_the_teacher_once(world, tmp_path):
+    config = train.Config(teacher="teacher", max_length=128, max_prompt_length=100)
+    rows = [Row(row.prompt, []) for row in read_rows(world / "data/train.jsonl")[:8]]
+    decoder, tokenizer = model.load(world / "teacher"), load_tokenizer(world / "teacher")
+
+    def run(_):
+        return teacher_answers.teacher_rows(config, rows, tmp_path, decoder, tokenizer, False)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    lines = next(tmp_path.glob("*/answers-0.jsonl")).read_text().split("\n")
+    assert first == second and len(list(filter(None, lines))) == len(rows)
 
 
 MEMORY = """
@@ -266,6 +282,20 @@ def test_lora_and_gradient_checkpointing(more, world, tmp_path):
     moments = load_file(tmp_path / "run/last/resume.safetensors")
     learning = {name.rsplit("/", 1)[0] for name in moments if name.startswith("student.")}
     assert learning and all(name.endswith((".a", ".b")) for name in learning)
+
+
+def test_lora_is_scored_in_the_type_it_was_trained_in(world, tmp_path, monkeypatch):
+    """So that the final table of a large model needs no more memory than its training."""
+    types = []
+
+    def score(decoder, *_):
+        types.append(decoder.embed.weight.dtype)
+        return {"bits_per_byte": 1.0}
+
+    monkeypatch.setattr(train, "scores_of", score)
+    more = ["--lora_rank", 4, "--dtype", "bfloat16", "--max_steps", 1, "--select", "bits"]
+    train.main(flags(world, tmp_path / "run", *more, method="sft"))
+    assert types == [torch.bfloat16] * 5  # dev; before and after, dev and test
 
 
 def test_bfloat16(world, tmp_path):

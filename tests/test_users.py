@@ -242,7 +242,11 @@ def test_caches_go_where_they_are_told(world, tmp_path, monkeypatch):
     shutil.copytree(world / "data", tmp_path / "data", ignore=shutil.ignore_patterns("train-*"))
     before = sorted(tmp_path.glob("data/*"))
     more = ["--data", tmp_path / "data", "--max_steps", 1, "--cache_teacher"]
-    more += ["--cache_dir", tmp_path / "cache"]
+    more += ["--cache_dir", "cache"]
+    monkeypatch.chdir(tmp_path)
     train.main(flags(world, tmp_path / "run", *more, method="uld"))
+    monkeypatch.chdir("run")
+    train.main(["--out_dir", str(tmp_path / "run"), "--resume", "--max_steps", "2"])
     assert sorted(tmp_path.glob("data/*")) == before
     assert list(tmp_path.glob("cache/computed/*/train-states-*.bin"))
+    assert not (tmp_path / "run/cache").exists()

@@ -12,6 +12,7 @@ deviation over training seeds; a difference has a 95 % interval over training se
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -178,13 +179,16 @@ def run_cell(cell: Cell, config: Config, sets: list[str], log) -> dict:
 
 
 def start(script: str, arguments: list[str], log) -> None:
-    result = subprocess.run([sys.executable, str(HERE / script), *arguments], stdout=log)
-    if result.returncode < 0 or result.returncode == 130:
+    process = subprocess.Popen([sys.executable, str(HERE / script), *arguments], stdout=log)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the script gets from the terminal, too
+        process.wait()  # it saves
+        raise
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
-    if result.returncode:
-        raise InputError(
-            f"{script} {shlex.join(arguments)}: ended with exit code {result.returncode}"
-        )
+    if code:
+        raise InputError(f"{script} {shlex.join(arguments)}: ended with exit code {code}")
 
 
 def main(argv: list[str] | None = None) -> None:

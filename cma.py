@@ -202,10 +202,11 @@ def mean_one(weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return torch.cat([row / row.mean().clamp(min=1e-12) for row in weights.split(counts)])
 
 
-def dskd_cma(batch, student, teacher, modules, objective):
-    """The loss of methods/dskd_cma.py, and with an adversary of its relatives → total, terms."""
+def dskd_cma(batch, student, teacher, modules, objective, kind: str = "attention"):
+    """The loss of methods/dskd_cma.py and its relatives → total, terms. kind: of align."""
     s, t = student_side(batch, student), teacher_side(batch, teacher)
-    total, terms, _ = cross_model_loss(s, t, modules, objective)
+    chunks = batch.get("student_chunks"), batch.get("teacher_chunks")
+    total, terms, _ = cross_model_loss(s, t, modules, objective, kind, chunks)
     return total, terms
 
 

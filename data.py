@@ -140,7 +140,7 @@ def _read_json(path: Path):
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{"):
+        if error.msg == "Extra data":  # behind a whole row
             yield from _read_jsonl(path)
             return
         raise InputError(f"{path}:{error.lineno}: not JSON ({error})") from error

@@ -3,12 +3,11 @@ of the other side's positions in the same chunk of text. There are no queries.""
 
 from functools import partial
 
-from cma import USES, make_modules
+from cma import USES, dskd_cma, make_modules
 from methods import Method
-from methods.dskd_cla import chunk_loss
 
 METHOD = Method(
-    loss=partial(chunk_loss, kind="chunk_mean"),
+    loss=partial(dskd_cma, kind="chunk_mean"),
     make_modules=partial(make_modules, query=False),
     uses=tuple(option for option in USES if option not in ("adversary", "ga_weight", "ga_lr")),
     attention="chunk_mean",

@@ -423,6 +423,7 @@ def test_rows_that_are_unusual(tmp_path):
         read_rows(tmp_path / "train.csv")
     for text, message in (
         ("[{},\n {]", "train.json:2: not JSON"),
+        ('{"data": [{},\n {]}', "train.json:2: not JSON"),
         ("3", "a list of rows, found 3"),
     ):
         (tmp_path / "train.json").write_text(text)

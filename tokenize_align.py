@@ -25,7 +25,7 @@ import tiktoken
 import torch
 
 from data import Row
-from hub.chat_template import ChatTemplate, read_chat_template
+from hub.chat_template import ANSWER, ChatTemplate, read_chat_template
 from hub.download import model_folder
 from hub.tokenizer_files import (
     ALPHABET,
@@ -41,6 +41,7 @@ from hub.tokenizer_files import (
 )
 from prompts import fit_prompt, prompt_text
 from runtime.config import InputError
+from runtime.distributed import print_first
 
 Span = tuple[int, int]  # (start, end) in bytes
 
@@ -54,7 +55,8 @@ class Tokenizer:
     eos_id closes a response, eos_ids end one that is generated, bos_id (or None) opens a prompt,
     vocab_size is the largest id + 1, control holds the ids that no text gives, id_of the tokens as
     the files write them, identity is what cuts a text, prompt_format and template say how prompts
-    are put (prompts.py), folder is where the files are.
+    are put (prompts.py), folder is where the files are. first_space: whether SentencePiece's space
+    stands before a text, an answer, too.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Tokenizer:
     identity: object
     prompt_format: str = "auto"
     template: ChatTemplate | None = None
+    first_space: bool = True
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
@@ -242,15 +245,19 @@ class SentencePiece(Tokenizer):
             raise NotPlain("add_prefix_space is false")
 
     def encode_with_spans(self, text):
-        ids = self.model.encode(text)
+        ids = self.model.encode(text) if self.first_space else self._encode_behind(text)
         original = np.frombuffer(text.encode(), np.uint8)
         # Offset in the model's form → offset in the text: a leading "▁" (3 bytes) stands for
         # nothing, and every space became 3 bytes.
         lengths = np.where(original == ord(" "), 3, 1)
         offset = np.repeat(np.arange(len(original)), lengths)
-        offset = np.concatenate([[0, 0, 0], offset, [len(original)]])
+        offset = np.concatenate([[0] * (3 * self.first_space), offset, [len(original)]])
         ends = np.cumsum([len(self.pieces[i]) for i in ids], dtype=int)
         return ids, _spans(offset[ends])
+
+    def _encode_behind(self, text: str) -> list[int]:
+        """As the text would stand behind other text: without the leading "▁"."""
+        return self.model.encode("\x00" + text)[len(self.model.encode("\x00")) :]
 
     def encode_with_control(self, text):
         ids = []
@@ -259,9 +266,8 @@ class SentencePiece(Tokenizer):
                 ids.append(control_id)
             elif number == 0 or self.prefix_always:
                 ids += self.model.encode(piece)
-            else:  # as it would stand behind other text: without the leading "▁"
-                unknown = self.model.encode("\x00")
-                ids += self.model.encode("\x00" + piece)[len(unknown) :]
+            else:
+                ids += self._encode_behind(piece)
         return ids
 
     def decode(self, ids):
@@ -303,7 +309,7 @@ class LibraryTokenizer(Tokenizer):
             raise InputError(f"{path}: is neither byte-level nor SentencePiece, but {kinds}")
         self.bytes_by_id = [b""] * self.vocab_size
         for token, i in self.id_of.items():
-            if token in added:
+            if i in self.control or token in added and "ByteLevel" in kinds:
                 self.bytes_by_id[i] = token.encode()
             elif "ByteLevel" in kinds:
                 self.bytes_by_id[i] = bytes(ALPHABET[character] for character in token)
@@ -313,18 +319,22 @@ class LibraryTokenizer(Tokenizer):
                 self.bytes_by_id[i] = token.replace("▁", " ").encode()
 
     def encode_with_spans(self, text):
-        encoding = self.plain.encode(text, add_special_tokens=False)
-        ids, original = encoding.ids, text.encode()
+        before = "" if self.first_space else "\x00"  # behind a text there is no space
+        encoding = self.plain.encode(before + text, add_special_tokens=False)
+        skipped = len(self.plain.encode(before, add_special_tokens=False).ids)
+        ids, original = encoding.ids[skipped:], text.encode()
         ends = np.cumsum([len(self.bytes_by_id[i]) for i in ids], dtype=int)
         made = b"".join(self.bytes_by_id[i] for i in ids)
         if made == b" " + original:
             ends = ends - 1  # the leading space stands for nothing
         elif made != original:
             # The library's offsets, in characters. Tokens of one character share it evenly.
+            offsets = np.array(encoding.offsets, int).reshape(-1, 2)[skipped:] - len(before)
             byte_of = np.cumsum([0, *(len(character.encode()) for character in text)])
-            ends = byte_of[[end for _, end in encoding.offsets]]
-            for start in np.unique([start for start, _ in encoding.offsets]):
-                same = [i for i, offset in enumerate(encoding.offsets) if offset[0] == start]
+            starts, stops = offsets.T
+            ends = byte_of[stops]
+            for start in np.unique(starts):
+                same = np.flatnonzero(starts == start)
                 begin, size = byte_of[start], ends[same[-1]] - byte_of[start]
                 ends[same] = begin + size * (np.arange(len(same)) + 1) // len(same)
             ends[-1:] = len(original)
@@ -401,8 +411,31 @@ def load_tokenizer(name: str | Path, prompt_format: str = "auto") -> Tokenizer:
         after = tokenizer.encode_with_control(tokenizer.template.after_answer())
         ends = [i for i in after if i in tokenizer.control]
         tokenizer.eos_ids = list(dict.fromkeys([*ends[:1], *tokenizer.eos_ids]))
+        _answer_as_in_template(tokenizer)
     tokenizer.eos_id = tokenizer.eos_ids[0]
     return tokenizer
+
+
+def _answer_as_in_template(tokenizer: Tokenizer) -> None:
+    """Leave out the space before an answer where the template's conversations, encoded whole, have
+    none: behind a line's end, say, in place of a control token."""
+    prompt, conversation = tokenizer.template.prompt_and_conversation()
+    if not conversation.startswith(prompt):
+        print_first(
+            f"note: {tokenizer.folder}: the chat template's conversations lack what its prompts end "
+            f"with, {prompt[-20:]!r} (as models that think first have it); an answer is put behind "
+            "that all the same, but with --prompt_format raw"
+        )
+        return
+    whole, prompt_ids = map(tokenizer.encode_with_control, (conversation, prompt))
+
+    def is_there() -> bool:
+        ids = prompt_ids + tokenizer.encode(ANSWER)
+        return whole[: len(ids)] == ids
+
+    if not is_there():
+        tokenizer.first_space = False
+        tokenizer.first_space = not is_there()
 
 
 def _read_tokenizer(folder: Path, settings: dict, whole: dict | None, added: dict) -> Tokenizer:

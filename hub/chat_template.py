@@ -68,13 +68,16 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InputError(f"{self.path}: the chat template cannot be used ({error})") from error
 
+    def prompt_and_conversation(self) -> tuple[str, str]:
+        """A question as a prompt, and the same question with ANSWER."""
+        question = {"role": "user", "content": "A question?"}
+        answer = {"role": "assistant", "content": ANSWER}
+        return self.render([question]), self.render([question, answer], add_generation_prompt=False)
+
     def after_answer(self) -> str:
         """What follows an answer: the control token that ends the turn, and more."""
-        messages = [
-            {"role": "user", "content": "A question?"},
-            {"role": "assistant", "content": ANSWER},
-        ]
-        return self.render(messages, add_generation_prompt=False).rpartition(ANSWER)[2]
+        _, conversation = self.prompt_and_conversation()
+        return conversation.rpartition(ANSWER)[2]
 
 
 def read_chat_template(folder: Path, settings: dict) -> ChatTemplate | None:

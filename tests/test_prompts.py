@@ -2,6 +2,7 @@
 that people have. References are transformers and tokenizers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -111,6 +112,19 @@ def chat_model(world, tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------ templates
 
 
+def ids_are_the_conversations(ours, reference, answer: str) -> None:
+    """An example's ids are those of its conversation, which transformers encodes in one piece."""
+    question = QUESTION[0]["content"]
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = reference.apply_chat_template(talk, tokenize=False)
+    expected = reference(text, add_special_tokens=False).input_ids
+    (example,), _, _ = ta.encode_rows([Row(question, [answer])], ours, ours, 300, 250)
+    assert example.student.ids == expected[: len(example.student.ids)]
+    ends = [end for _, end in example.student.spans]
+    assert [start for start, _ in example.student.spans] == [0, *ends[:-1]]
+    assert ends[-2:] == [len(answer)] * 2
+
+
 @pytest.mark.parametrize("maker", TEMPLATES)
 @pytest.mark.parametrize("kind", ("bytes", "sentencepiece"))
 def test_chat_templates_equal_transformers(maker, kind, world, tmp_path):
@@ -129,11 +143,34 @@ def test_chat_templates_equal_transformers(maker, kind, world, tmp_path):
         expected = reference(text, add_special_tokens=False).input_ids
         assert ours.prompt_ids(row) == expected
     assert ours.eos_id == reference.convert_tokens_to_ids(control[end])
+    ids_are_the_conversations(ours, reference, "Mira lives here.  Not there.")
     if maker in ("gemma", "mistral"):
         with pytest.raises(InputError, match="refuses these messages"):
             ours.prompt_ids(Row("x", ["y"], earlier=[{"role": "system", "content": "z"}]))
         with pytest.raises(InputError, match="; the row is 'x'"):
             ta.encode_prompt(Row("x", ["y"], earlier=[{"role": "system", "content": "z"}]), ours, 9)
+
+
+ZEPHYR = (  # and TinyLlama's
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + "
+    "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_an_answer_begins_as_in_a_conversation(world, tmp_path, capsys):
+    """By a tokenizer.model, too: behind a line's end there is no SentencePiece space. Of a template
+    whose prompts open a thought a note tells."""
+    shutil.copytree(world / "teacher", tmp_path / "a")
+    (tmp_path / "a/chat_template.jinja").write_text(ZEPHYR)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    ours = ta.load_tokenizer(tmp_path / "a")
+    assert isinstance(ours, ta.SentencePiece)
+    ids_are_the_conversations(ours, reference, "Mira lives here.  Not there.")
+    assert "note" not in capsys.readouterr().out
+    thinks = ZEPHYR.replace("<|assistant|>\n'", "<|assistant|>\n<think>\n'")
+    (tmp_path / "a/chat_template.jinja").write_text(thinks)
+    ta.load_tokenizer(tmp_path / "a")
+    assert "lack what its prompts end with, '" in capsys.readouterr().out
 
 
 @real_vocabularies
@@ -593,10 +630,16 @@ def test_unusual_bpes_equal_the_library(vocabulary, merges, how, tmp_path):
 
 
 def test_sentencepiece_without_its_model_file(world, tmp_path):
-    """As transformers 5 saves a Llama: a tokenizer.json, and the ids and spans stay."""
+    """As transformers 5 saves a Llama: a tokenizer.json, and the ids and spans stay; also where a
+    piece is an added token, as Gemma's runs of spaces are."""
     transformers.AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path)
     shutil.copyfile(world / "teacher/config.json", tmp_path / "config.json")
     assert not (tmp_path / "tokenizer.model").exists()
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    piece = next(piece for piece in whole["model"]["vocab"] if re.fullmatch("▁[a-z]{4}", piece))
+    added = added_token(whole["model"]["vocab"][piece], piece, special=False)
+    whole["added_tokens"].append(added)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     ours, before = ta.load_tokenizer(tmp_path), ta.load_tokenizer(world / "teacher")
     assert isinstance(ours, ta.LibraryTokenizer)
     for text in (*HOSTILE, "Which food does Mira like?", "e\u0301 ﬁ 你🙂"):

@@ -253,6 +253,7 @@ def read_row(place: str, fields, answered: bool = True) -> Row | None:
 def stands_in(text: str, prompt: str) -> bool:
     """Whether an input is a part of the prompt already: on lines of its own, or as whole words, if
     it is too long to be there by accident."""
+    text = text.strip()
     if f"\n{text}\n" in f"\n{prompt}\n":
         return True
     whole_words = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt)
@@ -360,18 +361,19 @@ def data_files(name: str, split: str, required: bool = True) -> list[Path]:
         for suffix in READERS:  # the same rows may be there in two formats
             files = [file for file in all_files if file.suffix == suffix]
             whole = [file for file in files if file.stem == split_name]
-            shards = [f for f in files if re.fullmatch(rf"{split_name}[-_.]\d[\w-]*", f.stem)]
+            shards = [f for f in files if re.match(rf"{split_name}-\d+-of-\d+", f.stem)]
             shards += path.glob(f"{split_name}/*{suffix}")
             if whole or shards:
-                return sorted(whole or shards)
+                return whole[:1] or sorted(shards)
     others = (*SPLIT_NAMES["dev"], *SPLIT_NAMES["test"])
     if split == "train" and len(all_files) == 1 and not all_files[0].name.startswith(others):
         return all_files
     if required:
-        names = ", ".join(sorted(file.name for file in all_files)[:5]) or "no data file"
+        names = [str(f.relative_to(path)) for f in path.rglob("*") if f.suffix in READERS]
         raise InputError(
-            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet), but {names}. "
-            "It should hold train.jsonl, dev.jsonl and, to be scored, test.jsonl"
+            f"{path}: no {split}.jsonl in this folder (nor .json, .csv or .parquet), but "
+            f"{', '.join(sorted(names)[:5]) or 'no data file'}. It should hold train.jsonl, "
+            "dev.jsonl and, to be scored, test.jsonl; a folder in it works as --data, too"
         )
     return []
 
@@ -469,15 +471,12 @@ def git_blob_id(path: Path) -> str:
 
 def same_data(name: str, other: str | None) -> bool:
     """Whether two values of --data mean the same set; a file belongs to its folder's set."""
-    if name == other:
-        return True
-    if other is None:
-        return False
-    paths = []
-    for value in (name, other):
+
+    def folder(value):
         path = Path(value).resolve()
-        paths.append(path.parent if path.is_file() else path)
-    return paths[0] == paths[1]
+        return path.parent if path.is_file() else path
+
+    return name == other or other is not None and folder(name) == folder(other)
 
 
 def trained_on(folder: Path) -> str | None:

@@ -127,10 +127,7 @@ def answer_bits(
         progress.update(len(part))
     progress.close()
     decoder.train(training)
-    everything = {}
-    for of_process in distributed.gather(bits):
-        everything |= of_process
-    return [everything[i] for i in range(len(rows))]
+    return distributed.gather_rows(bits)
 
 
 def bits_per_byte(bits: list[tuple[float, int, bool]]) -> float:
@@ -288,10 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     summary = {"model": config.model, "trained_on": trained, "sets": results}
     summary["settings"] = {name: getattr(config, name) for name in SETTINGS}
     if others:
-        summary["ood_rouge_l"] = statistics.mean(results[name]["rouge_l"] for name in others)
-        summary["ood_bits_per_byte"] = statistics.mean(
-            results[name]["bits_per_byte"] for name in others
-        )
+        for measure in ("rouge_l", "bits_per_byte"):
+            summary[f"ood_{measure}"] = statistics.mean(results[name][measure] for name in others)
     with atomic_write(out_dir / "rouge.json") as file:
         json.dump(summary, file, indent=2)
     with_kl = any(scores["kl_to_truth"] is not None for scores in results.values())

@@ -188,23 +188,12 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
         heading = f"{mark}: {run.name}" if len(runs) == 2 else run.name
         name = f"heatmap-{mark}.png" if len(runs) == 2 else "heatmap.png"
         response = of_run[chosen]
-        labels = []
-        for sequence, tokenizer in zip((response.student, response.teacher), run.tokenizers):
-            labels.append(
-                [
-                    (
-                        "EOS"
-                        if token == tokenizer.eos_id
-                        else attention_pictures.token_label(tokenizer.token_bytes(token))
-                    )
-                    for token in sequence.response_ids
-                ]
-            )
         attention_pictures.heatmaps(
             out_dir / name,
             f"{heading}, row {response.row}\nstudent tokens down, teacher tokens "
             "across, chunks outlined",
-            *labels,
+            token_labels(response.student, run.tokenizers[0]),
+            token_labels(response.teacher, run.tokenizers[1]),
             {
                 "student → teacher\nrows sum to 1": response.t2s,
                 "teacher → student\ncolumns sum to 1": response.s2t.T,
@@ -219,6 +208,14 @@ def show_attention(runs: list[Run], responses: list[list[Response]], out_dir: Pa
     if scatters:
         attention_pictures.scatters(out_dir / "keys_queries.png", scatters)
     return list(numbers)
+
+
+def token_labels(sequence, tokenizer) -> list[str]:
+    labels = []
+    for token in sequence.response_ids:
+        label = attention_pictures.token_label(tokenizer.token_bytes(token))
+        labels.append("EOS" if token == tokenizer.eos_id else label)
+    return labels
 
 
 def shown(lengths: list[int], most: int) -> int:

@@ -44,7 +44,10 @@ def fit_prompt(row: Row, fits) -> Row:
     other, the longer first. fits(row) says whether all models can take it."""
     while not fits(row) and any(turn["role"] != "system" for turn in row.earlier):
         oldest = next(i for i, turn in enumerate(row.earlier) if turn["role"] != "system")
-        row = replace(row, earlier=row.earlier[:oldest] + row.earlier[oldest + 2 :])
+        rest = row.earlier[oldest + 1 :]
+        while rest and rest[0]["role"] == "assistant":  # an answer goes with its question
+            rest = rest[1:]
+        row = replace(row, earlier=row.earlier[:oldest] + rest)
     if row.input and not fits(row):
         row = longest(len(row.input), partial(with_input, row), fits)
     system = "".join(turn["content"] for turn in row.earlier)

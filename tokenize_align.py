@@ -23,6 +23,7 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data import Row
 from hub.chat_template import ANSWER, ChatTemplate, read_chat_template
@@ -34,8 +35,9 @@ from hub.tokenizer_files import (
     NotPlain,
     bos_token,
     end_ids,
+    from_tokenizer_json,
+    from_vocabulary_and_merges,
     read_added_tokens,
-    read_byte_level,
     read_json,
     read_settings,
 )
@@ -422,9 +424,9 @@ def _answer_as_in_template(tokenizer: Tokenizer) -> None:
     prompt, conversation = tokenizer.template.prompt_and_conversation()
     if not conversation.startswith(prompt):
         print_first(
-            f"note: {tokenizer.folder}: the chat template's conversations lack what its prompts end "
-            f"with, {prompt[-20:]!r} (as models that think first have it); an answer is put behind "
-            "that all the same, but with --prompt_format raw"
+            f"note: {tokenizer.folder}: its chat template's conversations lack what its prompts "
+            f"end with, {prompt[-20:]!r} (models that think first have it); answers are put behind "
+            "that all the same"
         )
         return
     whole, prompt_ids = map(tokenizer.encode_with_control, (conversation, prompt))
@@ -455,7 +457,10 @@ def _read_tokenizer(folder: Path, settings: dict, whole: dict | None, added: dic
         if whole is None:
             raise InputError(f"{path}: {reason}, which is read from a tokenizer.json only")
     try:
-        config = read_byte_level(folder, settings, whole)
+        if whole is None:
+            config = from_vocabulary_and_merges(folder, settings)
+        else:
+            config = from_tokenizer_json(whole)
         id_of = config.vocabulary | {token: of.id for token, of in added.items()}
         ends = end_ids(folder, settings, id_of)
         of_text = set(ALPHABET).union(left + right for left, right in config.merges)
@@ -622,10 +627,7 @@ def _pad(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:
 
 def left_pad(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts for generation → ids (B, T), and mask (B, T), true on real tokens."""
-    length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        mask[i, length - len(prompt) :] = True
-    return ids, mask
+    tokens = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left")
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return ids, torch.arange(ids.size(1)) >= ids.size(1) - lengths[:, None]

@@ -410,7 +410,9 @@ def main(argv: list[str] | None = None) -> None:
     made_of = {"data": fingerprint_of_rows(rows["train"] + rows["dev"])}
     if teacher is not None:
         made_of["teacher"] = fingerprint_of_model(teacher.source)
-    made_of["student"] = fingerprint_of_model(student_tokenizer.folder)
+    made_of["student"] = fingerprint_of_model(
+        student_tokenizer.folder, weights=config.student_init == "pretrained"
+    )
     made_of["method"] = fingerprint(method_file(config.method))
 
     # the optimizer, the run's folder, an earlier checkpoint
@@ -419,13 +421,14 @@ def main(argv: list[str] | None = None) -> None:
         start_run(config)
     config.out_dir = distributed.gather(config.out_dir)[0]
     out_dir = Path(config.out_dir)
+    is_folder = Path(config.student).is_dir()
     state = {
         "step": 0,
         "best_dev_rouge_l": -1.0,
         "best_dev_bits_per_byte": math.inf,
         "data": config.data,
         "method": config.method,
-        "student": hub_id(config.student),
+        "student": str(student_tokenizer.folder) if is_folder else hub_id(config.student),
         "prompt_format": student_tokenizer.prompt_format,
         "eos_ids": student_tokenizer.eos_ids,
         "made_of": made_of,
@@ -850,16 +853,13 @@ def in_words(scores: dict[str, float]) -> str:
 
 def command_of(config) -> str:
     """The command line that gives a run's settings, in a new folder."""
-    given = {name: getattr(config, name) for name in ("method", "teacher", "student", "data")}
-    given = {name: value for name, value in given.items() if value}
-    usual = new_settings(given)
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if value != getattr(usual, field.name):
-            given[field.name] = value
+    named = {name: getattr(config, name) for name in ("teacher", "student", "data", "method")}
+    usual = new_settings({name: value for name, value in named.items() if value})
     words = ["python", "train.py"]
-    for name, value in given.items():
-        if name not in ("out_dir", "resume", "cache_dir"):
+    for field in dataclasses.fields(Config):
+        name, value = field.name, getattr(config, field.name)
+        changed = value != getattr(usual, name) or named.get(name)
+        if changed and name not in ("out_dir", "resume", "cache_dir"):
             words += [f"--{name}"] + ([] if value is True else [str(value)])
     return shlex.join(words)
 

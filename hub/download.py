@@ -99,10 +99,13 @@ def _download(repository: str, weights: bool) -> Path:
         ) from error
 
 
-def fingerprint_of_model(folder: Path) -> str:
+def fingerprint_of_model(folder: Path, weights: bool = True) -> str:
     """SHA-256 of the configuration, the tokenizer and the weights, of nothing else there."""
     digest = hashlib.sha256()
-    for pattern in ("config.json", *TOKENIZER_FILES, *SAFETENSORS, *PICKLED):
+    patterns = ["config.json", *TOKENIZER_FILES]
+    if weights:
+        patterns += [*SAFETENSORS, *PICKLED]
+    for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             digest.update(file.name.encode() + fingerprint(file).encode())
     return digest.hexdigest()

@@ -37,7 +37,7 @@ HARMLESS = set("""architectures model_type dtype torch_dtype transformers_versio
     no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping min_length bad_words_ids
     forced_bos_token_id forced_eos_token_id decoder_start_token_id prefix suppress_tokens
     begin_suppress_tokens remove_invalid_values exponential_decay_length_penalty
-    output_scores return_dict_in_generate""".split())
+    output_scores return_dict_in_generate auto_map max_sequence_length""".split())
 
 
 @dataclasses.dataclass
@@ -238,25 +238,22 @@ def _sliding_layers(get: _Fields, family: str, layers: int) -> tuple[int | None,
     where the window is switched on."""
     window, types = get("sliding_window", None), get("layer_types", None)
     switched_on, first = get("use_sliding_window", False), get("max_window_layers", 28)
-    if family == "llama":
-        return None, [False] * layers
     if family == "mistral":
-        switched_on = True
+        switched_on, first = True, 0
         if "sliding_window" not in get.values:
             window = 4096  # absent is transformers' default, null is off
-    if window is None or not switched_on:
-        if types and "sliding_attention" in types:
+    if family == "llama" or not switched_on:
+        window = None
+    slides = [kind == "sliding_attention" for kind in types or []]
+    if window is None:
+        if family != "llama" and any(slides):
             raise InputError(
                 f"{get.path}: layer_types has sliding_attention, but the sliding window is off"
             )
         return None, [False] * layers
-    if family == "mistral":
-        if types and set(types) != {"sliding_attention"}:
-            raise InputError(
-                f"{get.path}: layer_types is {types}, but a Mistral with a sliding_window has it "
-                "in all layers (the architecture with both kinds is Ministral)"
-            )
-        return window, [True] * layers
-    if types is None:
-        return window, [layer >= first for layer in range(layers)]
-    return window, [kind == "sliding_attention" for kind in types]
+    if family == "mistral" and not all(slides):
+        raise InputError(
+            f"{get.path}: layer_types is {types}, but a Mistral with a sliding_window has it "
+            "in all layers (the architecture with both kinds is Ministral)"
+        )
+    return window, slides or [layer >= first for layer in range(layers)]

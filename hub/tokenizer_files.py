@@ -115,18 +115,8 @@ def end_ids(folder: Path, settings: dict, id_of: dict[str, int]) -> list[int]:
     return ids
 
 
-def read_byte_level(folder: Path, settings: dict, whole: dict | None) -> ByteLevelConfig:
-    """settings: read_settings, whole: tokenizer.json. Raises NotPlain for another kind of
-    tokenizer.json, InputError for what is missing."""
-    if whole is not None:
-        return _from_tokenizer_json(whole)
-    config = read_json(folder / "config.json") or {}
-    return _from_vocabulary_and_merges(
-        folder, settings.get("tokenizer_class") or config.get("model_type")
-    )
-
-
-def _from_tokenizer_json(whole: dict) -> ByteLevelConfig:
+def from_tokenizer_json(whole: dict) -> ByteLevelConfig:
+    """Raises NotPlain for another kind of tokenizer."""
     model, added = whole["model"], whole.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE":
         raise NotPlain(f"its model is {model.get('type')}")
@@ -185,8 +175,11 @@ def in_rank_order(merges: tuple[tuple[str, str], ...]) -> bool:
     return True
 
 
-def _from_vocabulary_and_merges(folder: Path, kind: str | None) -> ByteLevelConfig:
-    """From vocab.json and merges.txt; the split follows from the tokenizer's class."""
+def from_vocabulary_and_merges(folder: Path, settings: dict) -> ByteLevelConfig:
+    """From vocab.json and merges.txt; the split follows from the tokenizer's class. settings:
+    read_settings. Raises InputError for what is missing."""
+    config = read_json(folder / "config.json") or {}
+    kind = settings.get("tokenizer_class") or config.get("model_type")
     vocabulary = read_json(folder / "vocab.json")
     if vocabulary is None or not (folder / "merges.txt").exists():
         raise InputError(

@@ -87,13 +87,11 @@ def _read_weights(folder: Path, layers: bool) -> dict[str, torch.Tensor]:
 
 
 def _read_file(path: Path, layers: bool) -> dict[str, torch.Tensor]:
+    def wanted(name):
+        return layers or not re.search(IN_A_LAYER, name)
+
     if path.suffix == ".bin":
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {
-            name: tensor
-            for name, tensor in content.items()
-            if layers or not re.search(IN_A_LAYER, name)
-        }
+        return {name: content[name] for name in content if wanted(name)}
     with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if layers or not re.search(IN_A_LAYER, name)]
-        return {name: file.get_tensor(name) for name in names}
+        return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}

@@ -123,6 +123,14 @@ def gather(thing) -> list:
     return things
 
 
+def gather_rows(mine: dict) -> list:
+    """What all processes have by row number, in the rows' order."""
+    everything = {}
+    for of_process in gather(mine):
+        everything |= of_process
+    return [everything[i] for i in sorted(everything)]
+
+
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over processes, in place."""
     if world_size() > 1:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Row
-from runtime.distributed import gather, rank, world_size
+from runtime.distributed import gather_rows, rank, world_size
 from runtime.progress import Progress
 from tokenize_align import Tokenizer, encode_prompt, left_pad
 
@@ -214,7 +214,4 @@ def answer_rows(
     answers = {}
     for batch in answer_batches(decoder, tokenizer, rows, mine, *limits, seed=seed, **how):
         answers |= {i: text for i, text, _ in batch}
-    everything = {}
-    for part in gather(answers):
-        everything |= part
-    return [everything[i] for i in range(len(rows))]
+    return gather_rows(answers)

@@ -16,7 +16,7 @@ import tokenize_align as ta
 import train
 from data import Row, alpaca_prompt, read_rows, read_splits
 from hub.tokenizer_files import in_rank_order
-from prompts import prompt_text
+from prompts import fit_prompt, prompt_text
 from runtime.config import InputError
 from runtime.generation import answer_rows, generate
 from runtime.transformers_model import TransformersModel
@@ -153,7 +153,8 @@ def test_chat_templates_equal_transformers(maker, kind, world, tmp_path):
 
 ZEPHYR = (  # and TinyLlama's
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + "
-    "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
@@ -228,6 +229,20 @@ def test_long_prompts_keep_their_end(world):
             or "seven?\n" in texts[0]
             or "Nine?" in texts[0]
         )
+
+
+def test_an_answer_is_cut_with_its_question():
+    """Also where a conversation begins with the assistant, or a turn is the user's again."""
+    turns = [dict(role=role, content=role) for role in ("assistant", "user", "user", "assistant")]
+    row = Row("Who?", ["x"], earlier=[dict(role="system", content="s"), *turns])
+    left = []
+
+    def fits(row):
+        left.append("".join(turn["role"][0] for turn in row.earlier))
+        return not row.earlier[1:]
+
+    fit_prompt(row, fits)
+    assert list(dict.fromkeys(left)) == ["sauua", "suua", "sua", "s"]
 
 
 def test_a_long_system_text_leaves_the_question(world):
@@ -438,6 +453,7 @@ def test_rows_that_are_unusual(tmp_path):
         dict(messages=json.dumps(CHAT), system=""),
         dict(prompt=CHAT[:1], completion="Rhine"),
         dict(prompt="x", instruction=" ", output="y", truth="z"),
+        dict(prompt=alpaca_prompt("Do.", "Rome"), instruction="Do.", input="Rome ", output="y"),
     ]
     (tmp_path / "train.json").write_text(json.dumps({"data": lines}, indent=1))
     rows = read_rows(tmp_path / "train.json")
@@ -449,6 +465,7 @@ def test_rows_that_are_unusual(tmp_path):
     assert rows[3].earlier == CHAT and not rows[3].input
     assert [row.outputs for row in rows[4:6]] == [["Rhine"]] * 2 and not rows[4].earlier
     assert rows[6].prompt == "x" and not rows[6].is_instruction and not rows[6].truth
+    assert rows[7].prompt == alpaca_prompt("Do.", "Rome") and not rows[7].input
     text = 'prompt,output\r\n"a","The Rhine.\u2028It is long."\r\n'
     (tmp_path / "train.csv").write_text(text, encoding="utf-8", newline="")
     assert read_rows(tmp_path / "train.csv")[0].outputs == ["The Rhine.\u2028It is long."]
@@ -469,7 +486,8 @@ def test_rows_that_are_unusual(tmp_path):
     (tmp_path / "train.json").write_text("\n".join(map(json.dumps, lines[:2])))
     assert len(read_rows(tmp_path / "train.json")) == 2
     (tmp_path / "test").mkdir()
-    for name in ("train", "dev", "test", "train_1000"):
+    (tmp_path / "test/data").mkdir()
+    for name in ("train", "dev", "test", "train_1000", "data/train"):
         (tmp_path / f"test/{name}.jsonl").write_text(json.dumps(ANSWERED))
     assert [len(rows) for rows in read_splits(str(tmp_path / "test"), 1).values()] == [1, 1, 1]
     (tmp_path / "one").mkdir()
@@ -478,6 +496,12 @@ def test_rows_that_are_unusual(tmp_path):
     (tmp_path / "one/my-rows.jsonl").rename(tmp_path / "one/test.jsonl")
     with pytest.raises(InputError, match="no train.jsonl in this folder .*, but test.jsonl"):
         data.data_files(str(tmp_path / "one"), "train")
+    (tmp_path / "sizes/main").mkdir(parents=True)
+    for name in ("train_100", "train-5000", "main/train"):
+        (tmp_path / f"sizes/{name}.jsonl").write_text(json.dumps(ANSWERED))
+    message = "but main/train.jsonl, train-5000.jsonl, train_100.jsonl"
+    with pytest.raises(InputError, match=message):
+        data.data_files(str(tmp_path / "sizes"), "train")
 
 
 def test_files_and_folders_of_data(tmp_path, monkeypatch, capsys):
@@ -537,6 +561,15 @@ def test_resume_wants_what_the_run_began_with(changed, world, tmp_path):
         file.write_text(file.read_text().replace("{", '{"license": "none", ', 1))
     with pytest.raises(InputError, match=f"the {changed} of the run in .* changed"):
         train.main(["--out_dir", str(tmp_path / "run"), "--resume"])
+
+
+def test_a_random_student_is_resumed_whatever_its_weights(world, tmp_path):
+    """They may be downloaded later."""
+    shutil.copytree(world / "student", tmp_path / "student")
+    argv = flags(world, tmp_path / "run", "--max_steps", 1, "--student", tmp_path / "student")
+    train.main([*argv, "--student_init", "random", "--method", "uld"])
+    (tmp_path / "student/model.safetensors").unlink()
+    train.main(["--out_dir", str(tmp_path / "run"), "--resume", "--max_steps", "2"])
 
 
 # ---------------------------------------------------------------------------- tokens and ends

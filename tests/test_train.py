@@ -279,6 +279,11 @@ def test_lora_and_gradient_checkpointing(more, world, tmp_path):
     base = model.load(world / "student").embed.weight
     assert torch.equal(model.load(tmp_path / "run/last").embed.weight, base)
     assert (tmp_path / "run/last/adapter/adapter_model.safetensors").exists()
+    train.main(
+        flags(world, tmp_path / "again", *QUICK, *more, "--student", tmp_path / "run", method="sft")
+    )
+    adapter = json.loads((tmp_path / "again/best/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "run/best")
     moments = load_file(tmp_path / "run/last/resume.safetensors")
     learning = {name.rsplit("/", 1)[0] for name in moments if name.startswith("student.")}
     assert learning and all(name.endswith((".a", ".b")) for name in learning)

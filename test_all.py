@@ -953,6 +953,9 @@ def test_byte_kd_against_every_token(way, lengths, scale, world, monkeypatch):
     chosen = objective(options("byte_kd", temperature=1.3, kd_rate=0.3), batch)
     batch |= byte_kd.BytePaths(*tokenizers, examples)(examples, "cpu")
     total, terms = byte_kd.byte_kd(batch, student, teacher, {}, chosen)
+    kept = {"teacher_expects": byte_kd.teacher_bytes(batch, teacher, 1.3)}
+    of_kept, _ = byte_kd.byte_kd(batch | kept, student, None, {}, chosen)
+    close(of_kept.detach(), total.detach(), 1e-9)
 
     s, t = blocks.student_side(batch, student), blocks.teacher_side(batch, teacher)
     kd = 0.0

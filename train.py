@@ -171,7 +171,7 @@ class Config:
     )
     compile: bool = flag(False, "torch.compile both models.")
     gradient_checkpointing: bool = flag(False, "Recompute the student's layers: less memory.")
-    cache_teacher: bool = flag(False, "Write the teacher's hidden states to disk, once.")
+    cache_teacher: bool = flag(False, "Write what is read of the teacher to disk, once.")
     shard: str = flag(
         "none",
         "Models whose layers are spread over torchrun's processes.",
@@ -397,11 +397,12 @@ def main(argv: list[str] | None = None) -> None:
     if config.cache_teacher:
         from runtime.teacher_states import TeacherStates
 
-        states = TeacherStates(config, cache_folder(config.data), teacher, examples, dtype)
+        folder = cache_folder(config.data)
+        states = TeacherStates(config, folder, teacher, examples, dtype, extras)
         with autocast(device, dtype):
             states.fill(teacher if keep_layers else None, config.batch_size, pads[1], device)
         teacher.drop_layers()
-        print_first(f"the teacher's hidden states: {states.path}")
+        print_first(f"what the teacher says to the training rows: {states.path}")
     if config.compile:
         for decoder in filter(None, (student, teacher)):
             decoder.compile(dynamic=True)
@@ -555,7 +556,7 @@ def main(argv: list[str] | None = None) -> None:
             if extras:
                 batch |= extras(part, device)
             if states:
-                batch["teacher_hidden"] = states.of(part).to(device)
+                batch[states.kept.name] = states.of(part).to(device)
             with autocast(device, dtype):
                 loss, terms = loss_function(batch, student, teacher, modules, of_pass)
             (step_weight * weight * loss).backward()

@@ -96,6 +96,9 @@ class Method:
     # A class: (student tokenizer, teacher tokenizer, training examples) → a function of a batch's
     # examples and the device → {name: what the loss needs beside token ids}, merged into the batch
     batch_extras: Callable | None = None
+    # What --cache_teacher keeps of the teacher in place of its last hidden states: a class like
+    # runtime.teacher_states.HiddenStates that is made of (batch_extras' function, options)
+    teacher_part: Callable | None = None
     needs_teacher: bool = True
     answered_by_teacher: bool = False  # the teacher's answers take the place of the data's
     one_vocabulary: bool = False  # both models must have the same tokens

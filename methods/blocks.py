@@ -4,6 +4,8 @@ A batch is looked at from two Sides, each at its response positions only: those 
 response token or EOS. in_blocks() computes logits z = W h for BLOCK of them, the loss, and its
 gradient at once while the logits are there, as fused linear cross-entropy does."""
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -91,6 +93,17 @@ def blocks_of(num_positions: int, device: torch.device) -> list[slice]:
     ]
 
 
+def row_blocks(counts: list[int], device: torch.device) -> list[slice]:
+    """The same for positions of whole rows, counts of them each, so that no row is cut."""
+    blocks, start, stop = [], 0, 0
+    for count in counts:
+        stop += count
+        if stop - start >= block_size(device) or stop == sum(counts):
+            blocks.append(slice(start, stop))
+            start = stop
+    return blocks
+
+
 def in_blocks(
     block_loss,
     hidden: list[torch.Tensor],
@@ -145,21 +158,14 @@ def in_blocks(
 
 
 def in_whole_rows(block_loss, student: Side, teacher: Side):
-    """in_blocks over the student's positions, in blocks that end where a row does, so that none
-    cuts a chunk. block_loss(block, of_teacher, z_s): of_teacher are the same rows' positions of the
-    teacher."""
-    size = block_size(student.labels.device)
-    blocks, teacher_block = [], {}
-    start_s = start_t = stop_s = stop_t = 0
-    for count_s, count_t in zip(student.counts, teacher.counts):
-        stop_s, stop_t = stop_s + count_s, stop_t + count_t
-        if stop_s - start_s >= size or stop_s == len(student.labels):
-            blocks.append(slice(start_s, stop_s))
-            teacher_block[start_s] = slice(start_t, stop_t)
-            start_s, start_t = stop_s, stop_t
+    """in_blocks over the student's positions, in row_blocks, so that none cuts a chunk.
+    block_loss(block, of_teacher, z_s): of_teacher are the same rows' positions of the teacher."""
+    blocks = row_blocks(student.counts, student.labels.device)
+    of_teacher = dict(zip(accumulate(student.counts), accumulate(teacher.counts)))  # rows' ends
+    of_teacher[0] = 0
 
     def with_teacher(block, z_s):
-        return block_loss(block, teacher_block[block.start], z_s)
+        return block_loss(block, slice(of_teacher[block.start], of_teacher[block.stop]), z_s)
 
     return in_blocks(with_teacher, [student.hidden], [student.head], blocks)
 

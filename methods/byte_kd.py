@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from methods import Method
-from methods.blocks import cross_entropy, in_whole_rows, student_side, teacher_side
+from methods.blocks import cross_entropy, in_blocks, row_blocks, student_side, teacher_side
 
 SMALLEST = 1e-12
 SMALLEST_PREFIX = 1e-8  # a prefix with a smaller m says nothing
@@ -254,28 +254,58 @@ def next_byte_kl(q_s: torch.Tensor, q_t: torch.Tensor) -> torch.Tensor:
     return of_bytes + torch.where(rest_s > 0, of_rest, without_rest)
 
 
+@torch.no_grad()
+def teacher_bytes(batch, teacher, temperature: float) -> torch.Tensor:
+    """q_t at all M bytes of a batch, (M, 258)."""
+    t, states = teacher_side(batch, teacher), batch["teacher_bytes"]
+    q_t = []
+    for block in row_blocks(t.counts, t.labels.device):
+        z_t = F.linear(t.hidden[block], t.head)
+        q_t.append(expected_bytes(z_t, states, block, temperature))
+    return torch.cat(q_t)
+
+
+class TeacherBytes:
+    """What --cache_teacher keeps for byte_kd: q_t, so that no step computes the teacher's head."""
+
+    name, width = "teacher_expects", END + 1
+
+    def __init__(self, paths: BytePaths, options):
+        self.paths, self.temperature = paths.paths, options.temperature
+
+    def depends_on(self, example):
+        return self.temperature, example.teacher.ids, example.student.ids
+
+    def count(self, example) -> int:
+        return len(self.paths[example.row])
+
+    def __call__(self, batch, teacher) -> torch.Tensor:
+        return teacher_bytes(batch, teacher, self.temperature)
+
+
 def byte_kd(batch, student, teacher, modules, objective):
     """→ total, terms nll_loss, accuracy and kd_loss, which is summed over bytes."""
-    s, t = student_side(batch, student), teacher_side(batch, teacher)
+    s, states = student_side(batch, student), batch["student_bytes"]
     temperature = objective.options.temperature
-    states_s, states_t = batch["student_bytes"], batch["teacher_bytes"]
+    q_t = batch.get("teacher_expects")
+    if q_t is None:
+        q_t = teacher_bytes(batch, teacher, temperature)
 
-    def block_loss(block, of_teacher, z_s):
+    def block_loss(block, z_s):
         terms = cross_entropy(z_s, s.labels[block])
-        with torch.no_grad():
-            z_t = F.linear(t.hidden[of_teacher], t.head)
-            q_t = expected_bytes(z_t, states_t, of_teacher, temperature)
-        q_s = expected_bytes(z_s, states_s, block, temperature)
-        terms["kd_loss"] = next_byte_kl(q_s, q_t).float()
+        q_s = expected_bytes(z_s, states, block, temperature)
+        terms["kd_loss"] = next_byte_kl(q_s, q_t[states.of_block(block)]).float()
         return objective(ce=terms["nll_loss"].sum(), kd=terms["kd_loss"].sum()), terms
 
-    total, sums = in_whole_rows(block_loss, s, t)
+    blocks = row_blocks(s.counts, s.labels.device)
+    total, sums = in_blocks(block_loss, [s.hidden], [s.head], blocks)
     return total, objective.per_student_token(sums)
 
 
 METHOD = Method(
     loss=byte_kd,
     batch_extras=BytePaths,
+    teacher_part=TeacherBytes,
     defaults=dict(temperature=1.0, kd_rate=0.75),
     uses=("kd_rate", "temperature", "on_policy", "cache_teacher"),
 )

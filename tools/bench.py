@@ -35,10 +35,12 @@ from discriminator import Discriminator
 from distillation import DistillationLoss
 from hub.download import model_folder
 from methods import Objective, find_method
+from methods.byte_kd import BytePaths, teacher_bytes
 from methods.plain import dskd_cma_ga
 from model import load
 from runtime.config import InputError, flag, parse, run_script
 from runtime.distributed import autocast, keep_memory, pick_device
+from runtime.teacher_states import HiddenStates
 from tokenize_align import collate, encode_rows, load_tokenizer
 from train import Config as TrainConfig
 
@@ -117,29 +119,34 @@ def pair_step(method: str, config: Config, device: str, dtype: torch.dtype):
     """The same of a method of ours on --student, --teacher and four rows of --data."""
     student = load(config.student, device=device)
     teacher = load(config.teacher, dtype=dtype, device=device, layers=not config.cache_teacher)
-    if config.cache_teacher:
-        states = torch.load(Path(config.folder) / "states.pt", map_location=device)
-        teacher.forward = lambda ids, mask: states
     folders = config.student, config.teacher
     loss_function = DistillationLoss(method, student, teacher, *folders, LENGTH, LENGTH)
+    if config.cache_teacher:
+        extras = loss_function.extras or (lambda examples, device: {})
+        kept = torch.load(Path(config.folder) / f"{method}.pt", map_location=device)
+        loss_function.extras = lambda examples, device: extras(examples, device) | kept
     rows = read_split(config.data, "train")[:4]
     return lambda: loss_function(rows)[0], torch.nn.ModuleList([student, loss_function])
 
 
-def pair_rows(config: Config):
+def pair_rows(config: Config, tokenizers):
     """The four rows of the pair's steps, encoded for the student and the teacher."""
-    tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
     rows = read_split(config.data, "train")[:4]
     return encode_rows(rows, *tokenizers, LENGTH, LENGTH)[0]
 
 
 @torch.no_grad()
 def save_states(config: Config, device: str, dtype: torch.dtype) -> None:
-    """The teacher's hidden states of the pair's rows, for --cache_teacher."""
+    """What --cache_teacher keeps of the pair's rows, for each method."""
     teacher = load(config.teacher, dtype=dtype, device=device)
-    batch = collate(pair_rows(config), 0, 0)
-    states = teacher(batch["teacher_ids"].to(device), batch["teacher_mask"].to(device))
-    torch.save(states, Path(config.folder) / "states.pt")
+    tokenizers = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    examples = pair_rows(config, tokenizers)
+    batch = {name: tensor.to(device) for name, tensor in collate(examples, 0, 0).items()}
+    batch |= BytePaths(*tokenizers, examples)(examples, device)
+    hidden = HiddenStates(teacher)(batch, teacher)
+    q_t = teacher_bytes(batch, teacher, temperature=1.0)
+    torch.save({"teacher_hidden": hidden}, Path(config.folder) / "dskd_cma_ga.pt")
+    torch.save({"teacher_expects": q_t}, Path(config.folder) / "byte_kd.pt")
 
 
 def gold_step(config: Config, device: str, dtype: torch.dtype):
@@ -149,7 +156,7 @@ def gold_step(config: Config, device: str, dtype: torch.dtype):
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     names = [str(model_folder(name)) for name in (config.student, config.teacher)]
-    examples = pair_rows(config)
+    examples = pair_rows(config, [load_tokenizer(name) for name in names])
     models, ids, labels, offsets = [], [], [], []
     for side, name, of_side in zip(("student", "teacher"), names, (torch.float32, dtype)):
         models.append(AutoModelForCausalLM.from_pretrained(name, dtype=of_side).to(device))

@@ -11,7 +11,6 @@ are killed, several processes, tools."""
 import itertools
 import json
 import math
-import os
 import random
 import string
 import unicodedata
@@ -32,7 +31,7 @@ from data import Row, read_rows
 from eval_rouge import answer_bits, rouge_l
 from hub.tokenizer_files import ALPHABET
 from methods import alm, blocks, byte_kd, dwa_kd, find_method, method_names, mined, plain
-from methods.divergences import DIVERGENCES, divergence
+from methods.divergences import DIVERGENCES
 from methods.projector_init import init_from_shared
 from methods.shared_tokens import ChunksOfBatch
 from methods.soft_dtw import dtw_divergences, soft_dtw
@@ -285,7 +284,7 @@ def test_compile_takes_all_layers_at_once():
         mask = torch.ones(2, length, dtype=torch.bool)
         mask[1, 5:] = False
         decoder(torch.randint(3, 97, (2, length)), mask)
-    assert counter.frame_count <= 4
+    assert 0 < counter.frame_count <= 4
 
 
 def test_short_rows_attend_in_float32_on_a_cpu():
@@ -408,19 +407,6 @@ def test_tokenizers_equal_the_reference(name):
     }
     assert (ours.vocab_size, ours.eos_id, ours.bos_id) == expected[name]
     assert ours.decode([ours.eos_id]) == ""
-
-
-def test_smollm2_equals_the_reference():
-    """Its digits stand alone, and 21 of the 256 bytes have no token."""
-    folder = Path(os.environ.get("NANODSKD_SMOLLM2", FIXTURES / "models/smollm2"))
-    if not (folder / "tokenizer.json").exists():
-        pytest.skip(f"no SmolLM2 in {folder} (NANODSKD_SMOLLM2 names another folder)")
-    tokenizers = pytest.importorskip("tokenizers")
-    ours = ta.load_tokenizer(folder)
-    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    reference.encode_special_tokens = True
-    for text in texts():
-        assert spans_that_tile(ours, text)[0] == reference.encode(text).ids, repr(text)
 
 
 LLAMA3_SPLIT = (
@@ -625,36 +611,6 @@ def test_bits_against_transformers(side, world):
 # ---------------------------------------------------------------------- the methods, defined
 
 
-def test_divergences_from_their_definitions():
-    torch.manual_seed(0)
-    z_s, z_t, T = torch.randn(5, 7).double() * 3, torch.randn(5, 7).double() * 3, 1.5
-    p, q = (z_t / T).softmax(-1), (z_s / T).softmax(-1)
-
-    def kl(a, b):
-        return (a * (a / b).log()).sum(-1)
-
-    m = (p + q) / 2
-    by_hand = {
-        "forward_kl": kl(p, q),
-        "reverse_kl": kl(q, p),
-        "js_divergence": (kl(p, m) + kl(q, m)) / 2,
-        "skewed_forward_kl": kl(p, 0.1 * p + 0.9 * q),
-        "skewed_reverse_kl": kl(q, 0.9 * p + 0.1 * q),
-    }
-    adaptive = []
-    for p_row, q_row in zip(p, q):
-        order = p_row.argsort()
-        tail = order[p_row[order].cumsum(0) <= 0.5]
-        gap = (p_row - q_row).abs()
-        in_tail, in_head = gap[tail].sum(), gap.sum() - gap[tail].sum()
-        forward, reverse = kl(p_row, q_row), kl(q_row, p_row)
-        adaptive.append((in_head * forward + in_tail * reverse) / gap.sum())
-    by_hand["adaptive_kl"] = torch.stack(adaptive)
-    assert set(by_hand) == set(DIVERGENCES)
-    for name, value in by_hand.items():
-        close(divergence(name, z_s, z_t, T), value, 1e-5)
-
-
 def all_paths(s: int, t: int) -> list:
     """Every warping path from (0, 0) to (s − 1, t − 1)."""
     if (s, t) == (1, 1):
@@ -727,23 +683,6 @@ def test_terms_of_dwa_kd():
     a, b, counts = torch.randn(2, 9, 4), torch.randn(2, 9, 4), torch.tensor([9, 9])
     same, other = dtw_divergences([(a, a), (a, b)], counts, counts, 1.0)
     assert abs(same) < 1e-4 < 1 < other
-
-
-def test_uld_from_its_definition():
-    batch, (student, teacher) = golden_batch("ragged"), golden_models()
-    _, terms = find_method("uld").loss(
-        batch, student, teacher, {}, objective(options("uld"), batch)
-    )
-    expected = 0.0
-    for row in range(len(batch["student_ids"])):
-        sorted_ = []
-        for side, decoder in (("student", student), ("teacher", teacher)):
-            at = batch[f"{side}_labels"][row] != -100
-            logits = decoder.logits(decoder(batch[f"{side}_ids"][row : row + 1]))[0][at]
-            sorted_.append(logits.detach().softmax(-1).sort(descending=True).values)
-        for p_s, p_t in zip(*sorted_):
-            expected += (F.pad(p_s, (0, len(p_t) - len(p_s))) - p_t).abs().sum()
-    close(terms["kd_loss"], expected / num_tokens(batch, "student"))
 
 
 def test_mined_vocabulary_and_path():
@@ -854,18 +793,6 @@ def test_conditional_transport_from_its_definition():
         over_keys -= 0.5 * (cost * d.softmax(1)).sum()
     close(of_keys["adversary_key_loss"].sum().detach(), over_keys.detach())
     close(of_queries["adversary_query_loss"].sum().detach(), over_queries.detach())
-
-
-def test_the_queries_projector_gets_the_reversed_gradient():
-    torch.manual_seed(0)
-    critic, keys = discriminator.Discriminator(6, 8, dropout=0.0), torch.randn(5, 6)
-    projector, x = torch.nn.Linear(3, 6), torch.randn(4, 3)
-    _, of_queries = discriminator.gan(critic, keys, projector(x))
-    of_queries["adversary_query_loss"].sum().backward()
-    reversed_gradient = projector.weight.grad.clone()
-    projector.zero_grad()
-    F.softplus(critic(projector(x))).sum().backward()
-    close(-reversed_gradient, projector.weight.grad, 1e-6)
 
 
 def test_a_chunk_without_counterpart_takes_nothing():
@@ -1234,17 +1161,6 @@ def test_heads_run_on_response_positions_only(monkeypatch):
             )
             loss.backward()
         assert largest.elements == vocabulary * size, f"{method}: larger than a head's weight"
-
-
-def test_an_answer_without_labels_teaches_no_cross_entropy():
-    """With has_labels False the total is α times what the method gets without CE."""
-    batch, (student, teacher) = golden_batch("ragged", True), golden_models(True)
-    chosen = objective(options("kd", kd_rate=0.3), batch)
-    kd = find_method("kd").loss
-    _, terms = kd(batch, student, teacher, {}, chosen)
-    chosen.has_labels = False
-    total, _ = kd(batch, student, teacher, {}, chosen)
-    close(total.detach(), 0.3 * terms["kd_loss"], 1e-6)
 
 
 @pytest.mark.parametrize("rows", [7, 1024, 2500])

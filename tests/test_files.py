@@ -12,7 +12,6 @@ import model
 import tokenize_align as ta
 from data import alpaca_prompt, data_files, git_blob_id, read_rows
 from hub.download import MODELS, model_folder
-from methods import find_method, method_names
 from prompts import prompt_text
 from runtime.config import InputError
 from tests.helpers import FIXTURES, HOSTILE, close, real_vocabularies, reference_model
@@ -344,11 +343,3 @@ class Evil:
 
     def __reduce__(self):
         return print, ("unpickled",)
-
-
-def test_every_method_has_a_record():
-    for name in method_names():
-        method = find_method(name)
-        assert callable(method.loss) and (method.needs_teacher or not method.uses)
-    with pytest.raises(InputError, match="must be the path of a file"):
-        find_method("plain")

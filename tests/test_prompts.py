@@ -314,28 +314,6 @@ def test_a_checkpoint_remembers_how_it_was_asked(chat_model, world, tmp_path, ca
     capsys.readouterr()
 
 
-def test_bits_of_a_chat_model_equal_transformers(chat_model, world):
-    """Through the template and to the turn's end."""
-    from eval_rouge import answer_bits
-
-    rows = read_rows(world / "data/dev.jsonl")
-    ours = ta.load_tokenizer(chat_model)
-    found = answer_bits(model.load(chat_model), ours, rows, 256, 250)
-    reference = transformers.AutoTokenizer.from_pretrained(chat_model)
-    decoder = transformers.AutoModelForCausalLM.from_pretrained(chat_model)
-    for row, (bits, _, whole) in zip(rows, found):
-        asked = [{"role": "user", "content": row.prompt}]
-        prompt = reference.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        prompt = reference(prompt, add_special_tokens=False).input_ids
-        answer = reference(row.outputs[0], add_special_tokens=False).input_ids + [ours.eos_id]
-        ids = torch.tensor([prompt + answer])
-        with torch.no_grad():
-            log_p = decoder(ids).logits[0, :-1].log_softmax(-1)
-        nats = -log_p.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
-        assert whole
-        close(bits, nats / torch.log(torch.tensor(2.0)), 1e-5)
-
-
 @pytest.mark.parametrize("family", ("gpt2", "qwen2.5"))
 def test_a_distilled_chat_student_chats(family, chat_model, world, tmp_path):
     """In transformers' pipeline, with its own template, what sample.py would answer."""
@@ -587,15 +565,6 @@ def test_added_words_are_text(side, how, world, tmp_path):
         assert spans[0][0] == 0 and spans[-1][1] == len(text.encode())
     word = ours.id_of["Tolven"]
     assert ours.decode([word]) == "Tolven" and ours.token_bytes(word) == b"Tolven"
-
-
-def test_every_end_ends_an_answer(world):
-    decoder = model.load(world / "student")
-    ids = torch.tensor([[5, 6, 7]])
-    mask = torch.ones_like(ids)
-    free = generate(decoder, ids, mask, 12, temperature=0)[0].tolist()
-    ended = generate(decoder, ids, mask, 12, temperature=0, eos_ids=[599, free[4]])[0].tolist()
-    assert ended == free[: free.index(free[4]) + 1]
 
 
 def test_what_makes_a_tokenizer_another(world, tmp_path):

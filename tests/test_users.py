@@ -19,36 +19,6 @@ from tests.helpers import finish, flags, metrics, start
 from tools import compare
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--kd_rat", 0.9], "unknown: --kd_rat 0.9; did you mean --kd_rate"),
-        (["--method", "byte_kdd"], "did you mean byte_kd"),
-        (["--teacher", "/no/folder", "--data", "dolly"], "/no/folder: not a folder"),
-        (["--teacher", "qwen2.5-0.5"], "did you mean qwen2.5-0.5b"),
-        (["--data", "dollly"], "did you mean dolly"),
-        (["--select", "bit"], "did you mean bits"),
-        (["--epochs", 3, "--max_steps", 10], "--epochs: has no use beside --max_steps 10"),
-        (["--method", "uld", "--temperature", 9], "does not use it .it uses: kd_rate"),
-        (["--method", "byte_kd", "--projector_lr", 1], "does not use it"),
-        (["--method", "dskd_cma", "--ga_weight", 5], "there is no --adversary"),
-    ],
-)
-def test_nothing_is_ignored(more, message, world, tmp_path):
-    argv = flags(world, tmp_path / "run", *more)
-    for name in more[::2]:  # given once
-        while argv.count(name) > 1:
-            place = argv.index(name)
-            del argv[place : place + 2]
-    with pytest.raises(InputError, match=message):
-        train.main(argv)
-
-
-def test_sft_has_no_rate_of_distillation(world, tmp_path):
-    with pytest.raises(InputError, match="--kd_rate: --method sft does not use it"):
-        train.main(flags(world, tmp_path / "run", "--kd_rate", 0.9, method="sft"))
-
-
 def test_notes_say_what_the_teacher_was_fine_tuned_on(world, tmp_path, capsys):
     """Not at all by this script; on these rows, which needs no note; on others."""
     others = shutil.copytree(world / "data", tmp_path / "others")
@@ -216,6 +186,8 @@ def test_a_method_of_ones_own(world, tmp_path, monkeypatch):
     row += [str(word) for word in cells[2:]]
     compare.main(row)
     run = str(tmp_path / "table/cells/mine.py-seed1")
+    record = metrics(tmp_path / "table/cells/mine.py-seed1")[0]
+    assert record["loss"] == pytest.approx(record["nll_loss"])  # twice (1 − 0.5) CE
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     train.main(["--resume", "--out_dir", run, "--max_steps", "3"])

@@ -376,6 +376,7 @@ def test_learning_rate():
     "change, message",
     [
         (["--method", "byte_kdd"], "did you mean byte_kd"),
+        (["--method", "plain"], "must be the path of a file"),
         (["--method", "uld", "--temperature", 9], "does not use it .it uses: kd_rate"),
         (["--method", "byte_kd", "--projector_lr", 1], "does not use it"),
         (["--method", "dskd_cma", "--ga_weight", "5"], "there is no --adversary"),
